@@ -1,0 +1,25 @@
+"""Long-tailed data sets: reading, checking, augmenting and loading them.
+
+``load_dataset(name)`` gives a :class:`LongTailData`; a :class:`Loader` turns its ``train`` and ``test`` into batches.
+Importing a module below registers the data set that it holds.
+"""
+
+from shike_fast.data import cifar, digits, fashion_mnist, imagefolder
+from shike_fast.data.base import BatchSource, DatasetInfo, LongTailData, datasets, load_dataset
+from shike_fast.data.loader import Loader, make_loader
+from shike_fast.data.longtail import long_tail_counts
+
+__all__ = [
+    "BatchSource",
+    "DatasetInfo",
+    "Loader",
+    "LongTailData",
+    "cifar",
+    "datasets",
+    "digits",
+    "fashion_mnist",
+    "imagefolder",
+    "load_dataset",
+    "long_tail_counts",
+    "make_loader",
+]

@@ -1,0 +1,210 @@
+"""What defines a training run, how defaults are filled in, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from shike_fast import data, models
+from shike_fast.engine.recipes import RECIPES
+from shike_fast.engine.schedule import cosine_with_warmup
+from shike_fast.errors import CheckpointError, ConfigError
+
+Method = Literal["shike", "ce"]
+Amp = Literal["off", "bf16", "fp16"]
+
+# What a resumed run may change: none of it alters the trajectory that the checkpoint began, beyond the rounding of
+# another device.
+CHANGEABLE = frozenset({"data_dir", "workers", "device", "save_every", "download", "verify"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run; made by :func:`resolve`, stored in ``config.json`` and in each checkpoint."""
+
+    dataset: str
+    method: Method
+    model: str
+    num_experts: int
+    epochs: int
+    stage2_epochs: int
+    batch_size: int
+    lr: float
+    stage2_lr: float
+    weight_decay: float
+    momentum: float
+    warmup_epochs: int
+    stage2_start_lr_factor: float
+    hardest_weight: float
+    mutual_weight: float
+    kl_reduction: Literal["mean", "batchmean"]
+    imbalance_factor: float | None
+    augmentation: str | None
+    pretrained: str | None
+    amp: Amp
+    seed: int
+    deterministic: bool
+    data_dir: str | None
+    download: bool
+    verify: bool
+    workers: int | None
+    device: str | None
+    save_every: int
+
+    @property
+    def stage1_epochs(self) -> int:
+        """Epochs before the classifiers are re-trained."""
+        return self.epochs - self.stage2_epochs
+
+    def stage_of(self, epoch: int) -> int:
+        """1 or 2: the stage that the 0-based ``epoch`` belongs to."""
+        return 1 if epoch < self.stage1_epochs else 2
+
+    def lr_of(self, epoch: int) -> float:
+        """Learning rate of the 0-based ``epoch``; the warm-up takes at most half of a short stage."""
+        if self.stage_of(epoch) == 1:
+            epochs, base_lr, start_lr = self.stage1_epochs, self.lr, 0.0
+        else:
+            epochs, base_lr, start_lr = self.stage2_epochs, self.stage2_lr, self.stage2_start_lr_factor * self.stage2_lr
+            epoch -= self.stage1_epochs
+        warmup_epochs = min(self.warmup_epochs, epochs // 2)
+        return cosine_with_warmup(epoch, epochs, base_lr=base_lr, warmup_epochs=warmup_epochs, start_lr=start_lr)
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of ``models.create_model`` that the method implies: ``ce`` is the backbone as a plain network."""
+        if self.method == "ce":
+            return {"name": self.model, "num_experts": 1, "fusion": False, "classifier": "linear"}
+        return {"name": self.model, "num_experts": self.num_experts}
+
+
+_DEFAULTS: dict[str, Any] = {
+    "dataset": "digits-lt",
+    "method": "shike",
+    "num_experts": 3,
+    "momentum": 0.9,
+    "hardest_weight": 10.0,
+    "mutual_weight": 1.0,
+    "kl_reduction": "mean",
+    "imbalance_factor": None,
+    "augmentation": None,
+    "pretrained": None,
+    "amp": "off",
+    "seed": 0,
+    "deterministic": False,
+    "data_dir": None,
+    "download": False,
+    "verify": True,
+    "workers": None,
+    "device": None,
+    "save_every": 0,
+}
+
+
+def resolve(given: dict[str, Any]) -> TrainConfig:
+    """Fill what the user left out from the data set's recipe and check every value.
+
+    Args:
+        given: fields of :class:`TrainConfig` that the user named.
+
+    Raises:
+        ConfigError: naming the first unusable value.
+    """
+    unknown = given.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}")
+    values = _DEFAULTS | given
+    if values["dataset"] not in data.datasets():
+        raise ConfigError(
+            f"--dataset: unknown data set '{values['dataset']}'; choose from {', '.join(data.datasets())}"
+        )
+    recipe = dataclasses.asdict(RECIPES[values["dataset"]])
+    _split_epochs(values, recipe)
+    values = recipe | values
+    if values["method"] == "ce":
+        if given.get("num_experts", 1) != 1:
+            raise ConfigError(f"--experts: method 'ce' is a single plain network, got {given['num_experts']} experts")
+        values["num_experts"] = 1
+    config = TrainConfig(**values)
+    _check(config)
+    return config
+
+
+def _split_epochs(values: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Choose the length of stage 2 where only the total was given: the recipe's share of it, at least one epoch."""
+    if values["method"] == "ce":
+        if values.setdefault("stage2_epochs", 0) != 0:
+            raise ConfigError(f"--stage2-epochs: method 'ce' has no second stage, got {values['stage2_epochs']}")
+    elif "stage2_epochs" not in values and "epochs" in values:
+        share = recipe["stage2_epochs"] / recipe["epochs"]
+        values["stage2_epochs"] = max(1, round(values["epochs"] * share)) if values["epochs"] > 1 else 0
+
+
+def _check(config: TrainConfig) -> None:
+    _one_of("--method", config.method, get_args(Method))
+    _one_of("--amp", config.amp, get_args(Amp))
+    _one_of("--kl-reduction", config.kl_reduction, ("mean", "batchmean"))
+    _one_of("--model", config.model, models.list_models())
+    _at_least("--epochs", config.epochs, 1)
+    _at_least("--stage2-epochs", config.stage2_epochs, 0)
+    if config.stage2_epochs > config.epochs:
+        raise ConfigError(
+            f"--stage2-epochs: must be at most --epochs, which counts both stages ({config.epochs}), "
+            f"got {config.stage2_epochs}"
+        )
+    _at_least("--batch-size", config.batch_size, 2)  # BatchNorm needs two values a channel
+    _at_least("--experts", config.num_experts, 1)
+    _at_least("--warmup-epochs", config.warmup_epochs, 0)
+    _at_least("--save-every", config.save_every, 0)
+    _at_least("--seed", config.seed, 0)
+    if config.workers is not None:
+        _at_least("--workers", config.workers, 0)
+    for flag, value in (("--lr", config.lr), ("--stage2-lr", config.stage2_lr)):
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{flag}: must be a positive number, got {value}")
+    for flag, value in (
+        ("--weight-decay", config.weight_decay),
+        ("--hardest-weight", config.hardest_weight),
+        ("--mutual-weight", config.mutual_weight),
+    ):
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{flag}: must be a number of at least 0, got {value}")
+    if not 0 <= config.momentum < 1:
+        raise ConfigError(f"--momentum: must be in [0, 1), got {config.momentum}")
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{flag}: must be one of {', '.join(choices)}, got '{value}'")
+
+
+def _at_least(flag: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{flag}: must be at least {minimum}, got {value}")
+
+
+def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) -> TrainConfig:
+    """Settings of a resumed run: those of the checkpoint, with the changeable ones replaced by what the user named.
+
+    Args:
+        stored: the checkpoint's ``config``.
+        given: fields that the user named on the command line.
+        source: the checkpoint file, for the error.
+
+    Raises:
+        CheckpointError: if the user names a value that differs from the checkpoint's and would change the run.
+    """
+    try:
+        config = TrainConfig(**stored)
+    except TypeError as error:
+        raise CheckpointError(f"checkpoint {source} was written by another version of shike_fast ({error})") from error
+    for name, value in given.items():
+        if name not in CHANGEABLE and getattr(config, name) != value:
+            raise CheckpointError(
+                f"checkpoint {source} belongs to another run: {name} is {getattr(config, name)!r}, the command line "
+                f"says {value!r}; leave the option out to go on with it, or start a new run in another --output-dir"
+            )
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if name in CHANGEABLE})
+    _check(config)
+    return config

@@ -1,0 +1,174 @@
+"""Pictures and tables that a run leaves in its directory."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shike_fast.data import LongTailData
+from shike_fast.engine.checkpoint import atomic_write
+from shike_fast.engine.config import TrainConfig
+from shike_fast.engine.console import RunConsole
+from shike_fast.engine.metrics import SHOTS, Evaluation, shot_masks
+
+CURVES = "curves.png"
+CLASS_ACCURACY = "accuracy_per_class.png"
+CLASS_TABLE = "per_class.csv"
+
+_MOST_NAMED_CLASSES = 20
+_SHOT_COLOURS = {"many": "tab:blue", "medium": "tab:orange", "few": "tab:red"}
+
+
+def write_report(
+    directory: Path,
+    console: RunConsole,
+    config: TrainConfig,
+    dataset: LongTailData,
+    history: Sequence[dict[str, Any]],
+    best: dict[str, Any] | None,
+    last: Evaluation | None,
+) -> None:
+    """Print the closing table of a run and write its pictures and its table of classes.
+
+    Args:
+        directory: run directory.
+        console: where to print.
+        config: settings of the run.
+        dataset: its data set.
+        history: metrics of every epoch.
+        best: metrics of the best epoch.
+        last: evaluation after the last epoch.
+    """
+    if not history or best is None or last is None:
+        raise ValueError("write_report: the run has no finished epoch")
+    title = f"{config.dataset} {config.method} {config.model}"
+    ends = {row["stage"]: row for row in history}  # the last epoch of each stage
+    rows = [(f"stage {stage}, epoch {row['epoch']}", row) for stage, row in ends.items()]
+    rows.append((f"best, epoch {best['epoch']}", best))
+    console.table(f"{title}: test accuracy (%)", rows)
+    write_class_table(directory / CLASS_TABLE, last, dataset.class_names)
+    plot_class_accuracy(directory / CLASS_ACCURACY, last, dataset.class_names, title)
+    plot_curves(directory / CURVES, history, title)
+    console.note(f"run directory: {directory}")
+
+
+def write_class_table(path: Path, evaluation: Evaluation, class_names: Sequence[str]) -> None:
+    """Write ``class, name, train_images, test_images, correct, accuracy, shot``, a line a class.
+
+    ``accuracy`` is in percent, and empty for a class without test images.
+    """
+    shot_of = _shot_of(evaluation)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["class", "name", "train_images", "test_images", "correct", "accuracy", "shot"])
+    for label, name in enumerate(class_names):
+        accuracy = evaluation.class_accuracy[label]
+        writer.writerow(
+            [
+                label,
+                name,
+                int(evaluation.class_counts[label]),
+                int(evaluation.support[label]),
+                int(evaluation.correct[label]),
+                "" if accuracy is None else f"{accuracy:.4f}",
+                shot_of[label],
+            ]
+        )
+    atomic_write(path, text.getvalue().encode())
+
+
+def _shot_of(evaluation: Evaluation) -> list[str]:
+    masks = shot_masks(evaluation.class_counts)
+    return [next(shot for shot in SHOTS if masks[shot][label]) for label in range(len(evaluation.class_counts))]
+
+
+def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequence[str], title: str) -> None:
+    """Draw the accuracy of every class against its number of training images, with the mean of each shot.
+
+    Classes are named where they are few enough to tell their names apart.
+    """
+    figure, axes = _subplots(1)
+    shot_of = _shot_of(evaluation)
+    means = evaluation.shots()
+    for shot in SHOTS:
+        points = [
+            (int(count), accuracy)
+            for count, accuracy, name in zip(evaluation.class_counts, evaluation.class_accuracy, shot_of, strict=True)
+            if name == shot and accuracy is not None
+        ]
+        mean = means[shot]
+        if not points or mean is None:
+            continue
+        counts, accuracies = zip(*points, strict=True)
+        colour = _SHOT_COLOURS[shot]
+        axes[0].scatter(counts, accuracies, s=18, color=colour, label=f"{shot}: {mean:.1f} %", zorder=3)
+        axes[0].hlines(mean, min(counts), max(counts), color=colour, linewidth=1, alpha=0.6)
+    if len(class_names) <= _MOST_NAMED_CLASSES:
+        for count, accuracy, name in zip(evaluation.class_counts, evaluation.class_accuracy, class_names, strict=True):
+            if accuracy is not None:
+                axes[0].annotate(name, (int(count), accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes[0].set_xscale("log")
+    axes[0].invert_xaxis()  # head classes first, as the field draws it
+    axes[0].set_ylim(-4, 107)
+    axes[0].set_xlabel("training images of the class")
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[0].set_title(f"{title}: top-1 {evaluation.top1:.2f} %")
+    axes[0].legend(title="shot: mean")
+    _save(figure, path)
+
+
+def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
+    """Draw the training loss and the test accuracy of every epoch; stage 2, if any, begins at the dotted line."""
+    figure, (loss_axes, accuracy_axes) = _subplots(2)
+    epochs = [row["epoch"] for row in history]
+    for stage, style in ((1, "-"), (2, "--")):
+        rows = [row for row in history if row["stage"] == stage]
+        if rows:
+            # the two stages minimise different functions: one line each
+            loss_axes.plot(
+                [row["epoch"] for row in rows],
+                [row["train_loss"] for row in rows],
+                style,
+                marker=".",
+                color="tab:gray",
+                label=f"stage {stage}",
+            )
+    loss_axes.set_yscale("log")
+    loss_axes.set_ylabel("training loss")
+    loss_axes.legend()
+    for name, label in (("top1", "all"), *((shot, shot) for shot in SHOTS)):
+        values = [row[name] for row in history]
+        if any(value is not None for value in values):
+            colour = _SHOT_COLOURS.get(name, "black")
+            accuracy_axes.plot(epochs, values, marker=".", color=colour, label=label)
+    accuracy_axes.set_ylim(-3, 103)
+    accuracy_axes.set_ylabel("test accuracy (%)")
+    accuracy_axes.legend()
+    second = [row["epoch"] for row in history if row["stage"] == 2]
+    for axes in (loss_axes, accuracy_axes):
+        axes.set_xlabel("epoch")
+        if second and second[0] > epochs[0]:
+            axes.axvline(second[0] - 0.5, color="gray", linestyle=":", linewidth=1)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _subplots(columns: int) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display and without touching the user's matplotlib state
+    axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    for one in axes:
+        one.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    atomic_write(path, image.getvalue())

@@ -1,0 +1,92 @@
+"""The directory of a run: made without overwriting anything, used by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shike_fast.engine.checkpoint import atomic_write
+from shike_fast.errors import ConfigError
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+_LOCK = ".lock"
+
+
+def default_directory(dataset: str, method: str) -> Path:
+    """A directory under ``runs/`` that does not exist yet, named after the run and the time."""
+    stem = f"{dataset}-{method}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    path, copy = Path("runs") / stem, 1
+    while path.exists():
+        copy += 1
+        path = Path("runs") / f"{stem}-{copy}"
+    return path
+
+
+def check_unused(path: Path) -> None:
+    """Refuse a directory that holds anything, so that no run overwrites another.
+
+    Raises:
+        ConfigError: if ``path`` is a file or a non-empty directory.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output-dir: {path} is a file; name a directory")
+    if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
+        raise ConfigError(
+            f"--output-dir: {path} is not empty; add --resume to go on with the run in it, or name another"
+        )
+
+
+@contextlib.contextmanager
+def open_directory(path: Path) -> Iterator[None]:
+    """Create ``path`` and hold it for this process.
+
+    Raises:
+        ConfigError: if it cannot be created or another process is writing a run to it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / _LOCK, "a")  # noqa: SIM115  (held over the yield below)
+    except OSError as error:
+        raise ConfigError(f"--output-dir: cannot write to {path}: {error.strerror}") from error
+    with lock:
+        _lock(lock.fileno(), path)
+        yield
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock to be had, and no other guard to lose
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(f"--output-dir: another process is writing to {path}; wait for it or name another") from error
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``."""
+    atomic_write(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """Replace ``metrics.jsonl`` by the epochs that the checkpoint accounts for; a resumed run repeats later ones."""
+    atomic_write(path / METRICS, b"".join(_line(row) for row in history))
+
+
+def append_metrics(path: Path, row: dict[str, Any]) -> None:
+    """Add the line of one epoch to ``metrics.jsonl``."""
+    with open(path / METRICS, "ab") as file:
+        file.write(_line(row))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row, allow_nan=False) + "\n").encode()

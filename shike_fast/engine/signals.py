@@ -1,0 +1,54 @@
+"""SIGTERM and Ctrl-C end a run at the next step instead of killing it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class GracefulStop:
+    """Context in which the first SIGTERM or SIGINT only sets :attr:`signal`; a second one acts as usual.
+
+    Outside the main thread, where Python allows no signal handlers, the context changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        """Name of the signal, such as ``SIGTERM``."""
+        return self.signal.name if self.signal is not None else "no signal"
+
+    @property
+    def number(self) -> int:
+        """Number of the signal, 0 for none."""
+        return int(self.signal or 0)
+
+    def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()  # whoever asks twice wants it now
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""What a checkpoint says about the model, the data set and the random generators, and the way back from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shike_fast import data, models
+from shike_fast._version import __version__
+from shike_fast.engine.config import TrainConfig
+from shike_fast.errors import CheckpointError
+
+
+def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertResNet:
+    """The network of a run, initialised at random; with ``pretrained`` also from the file ``config.pretrained``."""
+    model = models.create_model(
+        **config.model_arguments(), num_classes=dataset.num_classes, in_channels=dataset.in_channels
+    )
+    if pretrained and config.pretrained is not None:
+        models.load_pretrained(model, Path(config.pretrained))
+    return model
+
+
+def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiExpertResNet:
+    """The network that a checkpoint describes, with its weights.
+
+    Raises:
+        CheckpointError: if the description or the weights do not make a model of this version.
+    """
+    try:
+        model = models.create_model(**state["model_description"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {source} describes no model of this version of shike_fast ({error})"
+        ) from error
+    restore_model(state, model)
+    return model
+
+
+def restore_model(state: dict[str, Any], model: models.MultiExpertResNet) -> None:
+    """Load the weights of a checkpoint into ``model``.
+
+    Raises:
+        CheckpointError: if they are those of another model.
+    """
+    if state["model_description"] != model.description:
+        raise CheckpointError(
+            f"the checkpoint holds another model: {_difference(state['model_description'], model.description)}; "
+            "leave the model options out to use the checkpoint's own"
+        )
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint's weights do not fit its model: {' '.join(str(error).split())}"
+        ) from error
+
+
+def data_description(dataset: data.LongTailData) -> dict[str, Any]:
+    """What a checkpoint keeps of the data set: enough to check it, and to name a prediction without it."""
+    return {
+        "version": __version__,
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "class_counts": dataset.class_counts,
+        "in_channels": dataset.in_channels,
+        "image_size": dataset.image_size,
+        "imbalance_factor": dataset.imbalance_factor,
+    }
+
+
+def restore_data(state: dict[str, Any], dataset: data.LongTailData) -> None:
+    """Check that a resumed run sees the training images that it saw before.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    if state["data"]["fingerprint"] != dataset.fingerprint:
+        raise CheckpointError(
+            f"the checkpoint was trained on other images than this {dataset.name} holds; "
+            "point --data-dir at the data of that run, or start a new one"
+        )
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of torch's generators; only models with random layers depend on it."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo :func:`rng_state`; a generator that the saving machine did not have keeps its seed."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    return ", ".join(f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in names)

@@ -1,0 +1,198 @@
+"""``python -m shike_fast.info``: versions, devices, the compiled library, and each backend with why it is missing."""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shike_fast import ops
+from shike_fast._native_loader import native, native_error
+from shike_fast._version import __version__
+
+
+def collect() -> dict[str, Any]:
+    """Gather everything that the command shows.
+
+    Returns:
+        A dictionary of plain values (it is what ``--json`` prints): ``versions``, ``threads``, ``devices`` (``cpu``;
+        ``cuda`` as PyTorch and as the compiled library see it, each with a ``reason`` if it sees none), ``native``
+        (``available``, ``error``, ``build``) and ``backends`` (name -> ``available``, ``reason``).
+    """
+    error = native_error()
+    return {
+        "versions": _versions(),
+        "threads": {
+            "cores": os.cpu_count(),
+            "torch_intra_op": torch.get_num_threads(),
+            "torch_inter_op": torch.get_num_interop_threads(),
+        },
+        "devices": {
+            "cpu": {"name": _cpu_name(), "capability": torch.backends.cpu.get_cpu_capability()},
+            "cuda": {"torch": _torch_cuda(), "native": _native_cuda()},
+        },
+        "native": {
+            "available": error is None,
+            "error": None if error is None else _describe(error),
+            "build": native().build_info() if error is None else None,
+        },
+        "backends": _backends(),
+    }
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _versions() -> dict[str, str]:
+    try:
+        triton = str(importlib.import_module("triton").__version__)
+    except Exception as error:  # a broken Triton raises more than ImportError; whatever it is, it is the reason to show
+        triton = f"missing: {_describe(error)}"
+    return {
+        "shike_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name. Linux keeps it in /proc/cpuinfo; what Python answers there is empty or the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return match.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def _torch_cuda() -> dict[str, Any]:
+    if torch.version.cuda is None:
+        return {"version": None, "devices": [], "reason": "this PyTorch was built without CUDA"}
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return {"version": torch.version.cuda, "devices": [], "reason": str(error)}
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        capability = [device.major, device.minor]
+        devices.append({"name": device.name, "compute_capability": capability, "memory_bytes": device.total_memory})
+    return {"version": torch.version.cuda, "devices": devices, "reason": None}
+
+
+def _native_cuda() -> dict[str, Any]:
+    """The compiled library's view; ``self_test`` is None where a kernel of this build ran, else says what failed."""
+    try:
+        library = native()
+        devices = [dict(device) for device in library.cuda_devices()]
+    except RuntimeError as error:
+        return {"devices": [], "reason": str(error)}
+    for index, device in enumerate(devices):
+        for key in ("compute_capability", "driver_version", "runtime_version"):
+            device[key] = list(device[key])
+        try:
+            library.cuda_self_test(index)
+            device["self_test"] = None
+        except RuntimeError as error:
+            device["self_test"] = str(error)
+    return {"devices": devices, "reason": None}
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    reasons = ops.backend_reasons()
+    return {name: {"available": there, "reason": reasons.get(name)} for name, there in ops.backends().items()}
+
+
+def render(info: dict[str, Any]) -> str:
+    """Lay out what ``collect`` returned as text.
+
+    Args:
+        info: The result of ``collect``.
+
+    Returns:
+        The text, sections of ``name  value`` lines, without a final newline.
+    """
+    lines = []
+    for title, rows in _sections(info):
+        lines.append(title)
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(lines)
+
+
+def _sections(info: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    yield "versions", list(info["versions"].items())
+
+    cpu, threads = info["devices"]["cpu"], info["threads"]
+    yield (
+        "devices",
+        [
+            ("cpu", f"{cpu['name']}, {threads['cores']} cores, {cpu['capability']}"),
+            ("torch threads", f"{threads['torch_intra_op']} within an op, {threads['torch_inter_op']} between ops"),
+            *_cuda_rows(info["devices"]["cuda"]),
+        ],
+    )
+
+    build, error = info["native"]["build"], info["native"]["error"]
+    yield "native library", [("missing", error)] if build is None else list(_build_rows(build))
+
+    backends = info["backends"].items()
+    yield (
+        "backends of ops",
+        [(name, "available" if b["available"] else f"missing: {b['reason']}") for name, b in backends],
+    )
+
+
+def _cuda_rows(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for view in ("torch", "native"):
+        if not cuda[view]["devices"]:
+            yield f"cuda, {view}", f"none: {cuda[view]['reason'] or 'no device'}"
+        for index, device in enumerate(cuda[view]["devices"]):
+            major, minor = device["compute_capability"]
+            text = f"{device['name']}, compute capability {major}.{minor}, {device['memory_bytes'] / 2**30:.1f} GiB"
+            if view == "native":
+                driver, runtime = (".".join(map(str, device[key])) for key in ("driver_version", "runtime_version"))
+                text += f", driver for CUDA {driver}, runtime {runtime}, self test "
+                text += "passed" if device["self_test"] is None else f"failed: {device['self_test']}"
+            yield f"cuda:{index}, {view}", text
+
+
+def _build_rows(build: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in build.items():
+        if name == "cuda" and value is None:
+            yield name, f"none: {build['cuda_reason']}"
+        elif value and name != "cuda_reason":  # what is empty belongs to CUDA, and the row above says why
+            yield name, ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None takes them from ``sys.argv``.
+
+    Returns:
+        The exit status: 0. What is missing is reported, and is no failure of this command.
+    """
+    parser = argparse.ArgumentParser(prog="python -m shike_fast.info", description="Show versions, devices, backends.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    info = collect()
+    print(json.dumps(info, indent=2) if arguments.json else render(info))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The registry: networks by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from shike_fast.models.resnet import MultiExpertResNet
+
+Builder = Callable[..., MultiExpertResNet]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_model(builder: Builder) -> Builder:
+    """Decorator: make ``builder`` available to :func:`create_model` under its function name.
+
+    ``builder(**options)`` gets the keyword arguments of :func:`create_model` and passes them on to
+    :class:`~shike_fast.models.MultiExpertResNet`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    name = builder.__name__
+    if name in _BUILDERS:
+        raise ValueError(f"register_model: a model named {name!r} exists already")
+    _BUILDERS[name] = builder
+    return builder
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create_model` accepts, in the order of registration."""
+    return list(_BUILDERS)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    num_experts: int = 3,
+    in_channels: int = 3,
+    fusion: bool = True,
+    classifier: str = "cosine",
+    scale: float = 30.0,
+) -> MultiExpertResNet:
+    """Build a multi-expert network by name, with new random weights.
+
+    ``create_model(**model.description)`` rebuilds a network like ``model``; the description holds plain values only.
+    ``num_experts=1, fusion=False, classifier="linear"`` is the plain network, the usual baseline.
+
+    Args:
+        name: one of :func:`list_models`.
+        num_classes: C, at least 2.
+        num_experts: K, at least 1.
+        in_channels: channels of the images.
+        fusion: weigh each expert's deep map with a shallow one (DKF); without it features are pooled deep maps.
+        classifier: ``"cosine"`` or ``"linear"``.
+        scale: factor of the cosine logits; a linear classifier has none.
+
+    Returns:
+        The network, in train mode, float32, on the current default device.
+
+    Raises:
+        ValueError: the name is unknown (the message lists the known ones), or an argument is out of range.
+    """
+    if name not in _BUILDERS:
+        close = difflib.get_close_matches(str(name), _BUILDERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"create_model: unknown model {name!r}, known: {', '.join(_BUILDERS)}{hint}")
+    options: dict[str, Any] = {
+        "num_classes": num_classes,
+        "num_experts": num_experts,
+        "in_channels": in_channels,
+        "fusion": fusion,
+        "classifier": classifier,
+        "scale": scale,
+    }
+    model = _BUILDERS[name](**options)
+    model.description = {"name": name, **options}
+    return model

@@ -1,0 +1,286 @@
+"""Modules built on :mod:`shike_fast.ops`: the classifiers of all experts, depth-wise knowledge fusion, two losses.
+
+Tensor layouts: ``K`` experts, ``B`` samples, ``C`` classes, ``D`` feature channels. Every module works in a user's
+own network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shike_fast import ops
+
+__all__ = ["BalancedSoftmaxLoss", "CosineClassifier", "DKTLoss", "DepthwiseKnowledgeFusion", "LinearClassifier"]
+
+NORMALIZE_EPS = 1e-12
+
+
+class _ExpertClassifier(nn.Module):
+    """What the classifiers share: one weight [K, D, C] for all experts, and arithmetic in float32 at least.
+
+    Under autocast the product still runs in float32: near 30 a bfloat16 logit has a spacing of 0.125, so the best
+    classes would tie, and a tie goes to the lower, more frequent class. The product is below a hundredth of a network's
+    work.
+    """
+
+    def __init__(self, num_experts: int, dim: int, num_classes: int) -> None:
+        super().__init__()
+        for name, value in (("num_experts", num_experts), ("dim", dim), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+        self.num_experts, self.dim, self.num_classes = num_experts, dim, num_classes
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, num_classes))
+
+    def _operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The checked features and the weight, both in float32 or float64."""
+        if features.dim() != 3 or features.shape[0] != self.num_experts or features.shape[2] != self.dim:
+            expected = f"[K={self.num_experts}, B, D={self.dim}]"
+            raise ValueError(f"{type(self).__name__}: features must be {expected}, got {list(features.shape)}")
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return features.to(dtype), self.weight.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, dim={self.dim}, num_classes={self.num_classes}"
+
+
+class CosineClassifier(_ExpertClassifier):
+    r"""One cosine classifier per expert, as one batched matrix product.
+
+    .. math:: z_k = s \frac{f_k}{\max(\|f_k\|, \epsilon)} \frac{W_k}{\max(\|W_k\|, \epsilon)}, \quad \epsilon = 10^{-12}
+
+    with the norm of a column (one class) of ``W_k`` over D. ``forward(features)`` takes [K, B, D], floating, any
+    strides, and returns [K, B, C] in float32 (float64 for float64 features), also under autocast: half precision
+    would make the best classes tie. The weight starts uniform in (-1, 1) with columns of length 1.
+
+    Args:
+        num_experts: K, at least 1.
+        dim: D, the number of feature channels.
+        num_classes: C.
+        scale: s, a positive number; the published value is 30.
+
+    Raises:
+        ValueError: an argument is out of range, or ``forward`` gets features of another shape.
+
+    Source: the published code's normalised linear layer and its factor 30; method section 1.
+    """
+
+    def __init__(self, num_experts: int, dim: int, num_classes: int, scale: float = 30.0) -> None:
+        super().__init__(num_experts, dim, num_classes)
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"CosineClassifier: scale must be a positive number, got {scale}")
+        self.scale = float(scale)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew: uniform in (-1, 1), every column scaled to length 1."""
+        with torch.no_grad():
+            self.weight.uniform_(-1, 1)
+            self.weight.copy_(F.normalize(self.weight, dim=1, eps=NORMALIZE_EPS))
+
+    def forward(self, features: Tensor) -> Tensor:
+        features, weight = self._operands(features)
+        with _without_autocast(features.device):
+            features = F.normalize(features, dim=2, eps=NORMALIZE_EPS)
+            weight = F.normalize(weight, dim=1, eps=NORMALIZE_EPS)
+            return self.scale * torch.bmm(features, weight)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale}"
+
+
+class LinearClassifier(_ExpertClassifier):
+    r"""One linear classifier per expert, as one batched product: :math:`z_k = f_k W_k + b_k`.
+
+    ``forward(features)`` takes [K, B, D], floating, any strides, and returns [K, B, C] in float32 (float64 for float64
+    features), also under autocast. The weight [K, D, C] starts Kaiming normal (standard deviation sqrt(2/D)), the bias
+    [K, C] uniform in (-1/sqrt(D), 1/sqrt(D)), as in the published code.
+
+    Args:
+        num_experts: K, at least 1.
+        dim: D, the number of feature channels.
+        num_classes: C.
+
+    Raises:
+        ValueError: an argument is below 1, or ``forward`` gets features of another shape.
+    """
+
+    def __init__(self, num_experts: int, dim: int, num_classes: int) -> None:
+        super().__init__(num_experts, dim, num_classes)
+        self.bias = nn.Parameter(torch.empty(num_experts, num_classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew."""
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.dim))
+        nn.init.uniform_(self.bias, -1 / math.sqrt(self.dim), 1 / math.sqrt(self.dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        features, weight = self._operands(features)
+        with _without_autocast(features.device):
+            return torch.baddbmm(self.bias.to(weight.dtype).unsqueeze(1), features, weight)
+
+
+class DepthwiseKnowledgeFusion(nn.Module):
+    r"""Depth-wise knowledge fusion (DKF): weigh an expert's deep feature map with a shallow one and pool.
+
+    .. math:: f = \mathrm{mean}_{hw}\left( deep \odot S(shallow) \right)
+
+    ``S`` repeats [3x3 convolution, stride 2, padding 1, no bias -> BatchNorm -> ReLU], doubling the channels each
+    time (the last one goes to ``channels_out``). The convolution with index 1 has no ReLU, as published. The last
+    BatchNorm, its ReLU, the product and the pooling are one operator, :func:`shike_fast.ops.dkf_bn_pool`, so
+    ``S(shallow)`` is never stored.
+
+    ``convs`` and ``norms`` hold plain :class:`torch.nn.Conv2d` and :class:`torch.nn.BatchNorm2d`; the last norm keeps
+    all of BatchNorm's behaviour (running statistics, ``momentum=None``, ``track_running_stats=False``, ``eval()``),
+    but its forward hooks do not run. Where it was replaced, for instance by ``convert_sync_batchnorm``, it is called
+    as a module and only the product and the pooling are fused.
+
+    ``forward(shallow, deep)``: shallow [B, channels_in, H', W'] and deep [B, channels_out, H, W], floating, any
+    strides (channels-last preferred), where H and W are H' and W' halved ``depth`` times, rounding up. Returns [B,
+    channels_out].
+
+    Args:
+        channels_in: channels of the shallow map.
+        channels_out: channels of the deep map.
+        depth: the number of strided convolutions, at least 1.
+
+    Raises:
+        ValueError: an argument is below 1, or ``forward`` gets a deep map of another shape than ``S(shallow)``.
+
+    Source: SHIKE (CVPR 2023) section 3.2; published code.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, depth: int) -> None:
+        super().__init__()
+        for name, value in (("channels_in", channels_in), ("channels_out", channels_out), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"DepthwiseKnowledgeFusion: {name} must be at least 1, got {value}")
+        widths = [channels_in * 2**i for i in range(depth)] + [channels_out]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False) for c_in, c_out in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+
+    def forward(self, shallow: Tensor, deep: Tensor) -> Tensor:
+        x = shallow
+        last = len(self.convs) - 1
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = conv(x)
+            if i < last:
+                x = norm(x)
+                if self._has_relu(i):
+                    x = F.relu(x, inplace=True)
+        if x.shape != deep.shape:
+            raise ValueError(
+                f"DepthwiseKnowledgeFusion: deep must have the shape of the convolved shallow map, {list(x.shape)}, "
+                f"got {list(deep.shape)} (shallow {list(shallow.shape)}, {last + 1} strided convolutions)"
+            )
+        return _bn_product_pool(self.norms[last], x, deep, relu=self._has_relu(last))
+
+    @staticmethod
+    def _has_relu(index: int) -> bool:
+        return index != 1  # the second convolution of a chain stays linear, as published
+
+
+class DKTLoss(nn.Module):
+    """Stage-1 loss (dynamic knowledge transfer): :func:`shike_fast.ops.dkt_loss` with its options fixed.
+
+    ``forward(logits, target)`` takes [K, B, C] (or K tensors [B, C]) and int64 [B], and returns a scalar. Args and
+    Raises are those of the operator.
+    """
+
+    def __init__(
+        self,
+        *,
+        hardest_weight: float = 10.0,
+        mutual_weight: float = 1.0,
+        kl_reduction: str = "mean",
+        teacher_target_logit: float = 0.0,
+        student_target_logit: float = -30.0,
+        detach_teacher: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.hardest_weight = hardest_weight
+        self.mutual_weight = mutual_weight
+        self.kl_reduction = kl_reduction
+        self.teacher_target_logit = teacher_target_logit
+        self.student_target_logit = student_target_logit
+        self.detach_teacher = detach_teacher
+        self.backend = backend
+
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        return ops.dkt_loss(
+            logits,
+            target,
+            hardest_weight=self.hardest_weight,
+            mutual_weight=self.mutual_weight,
+            kl_reduction=self.kl_reduction,
+            teacher_target_logit=self.teacher_target_logit,
+            student_target_logit=self.student_target_logit,
+            detach_teacher=self.detach_teacher,
+            backend=self.backend,
+        )
+
+
+class BalancedSoftmaxLoss(nn.Module):
+    """Stage-2 loss (classifier re-training): :func:`shike_fast.ops.balanced_softmax_loss` with its class counts.
+
+    ``forward(logits, target)`` takes [K, B, C] (or K tensors [B, C]) and int64 [B], and returns a scalar. The counts
+    follow ``.to(device)`` and stay out of the state_dict: they belong to the training set.
+
+    Args:
+        class_counts: int64 [C], training samples of each class, each at least 1.
+        backend: as for the operator.
+    """
+
+    class_counts: Tensor
+
+    def __init__(self, class_counts: Tensor | Sequence[int], *, backend: str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("class_counts", torch.as_tensor(class_counts).clone(), persistent=False)
+        self.backend = backend
+
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        return ops.balanced_softmax_loss(logits, target, self.class_counts, backend=self.backend)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    # autocast rejects devices it does not know (meta), even when asked to be off
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _bn_product_pool(norm: nn.Module, x: Tensor, deep: Tensor, *, relu: bool) -> Tensor:
+    """mean_hw(deep * [relu](norm(x))), fused with the norm's arithmetic where it is a plain BatchNorm2d."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        x = norm(x)
+        return ops.dkf_pool(deep, F.relu(x) if relu else x)
+    # The state that BatchNorm2d.forward handles around F.batch_norm: which statistics to use and update, and how fast.
+    training = norm.training or norm.running_mean is None
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # cumulative average
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    tracks = not norm.training or norm.track_running_stats
+    return ops.dkf_bn_pool(
+        deep,
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean if tracks else None,
+        norm.running_var if tracks else None,
+        training=training,
+        momentum=momentum,
+        eps=norm.eps,
+        relu=relu,
+    )

@@ -1,0 +1,17 @@
+"""Losses and feature fusion of multi-expert long-tail training, registered as ``torch.ops.shike_fast.*``."""
+
+from shike_fast.ops._backend import backend_reasons, backends
+from shike_fast.ops.balanced_softmax import balanced_softmax_loss
+from shike_fast.ops.cross_entropy import expert_cross_entropy
+from shike_fast.ops.dkf import dkf_bn_pool, dkf_pool
+from shike_fast.ops.dkt import dkt_loss
+
+__all__ = [
+    "backend_reasons",
+    "backends",
+    "balanced_softmax_loss",
+    "dkf_bn_pool",
+    "dkf_pool",
+    "dkt_loss",
+    "expert_cross_entropy",
+]

@@ -1,0 +1,133 @@
+"""Argument checks shared by the ops. Every message names the op and the argument, what was expected and what came."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = "float16, bfloat16, float32 or float64"
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an op computes: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def describe(value: Any) -> str:
+    """``int32 [128]`` for a tensor, its type and value for anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_logits(op: str, logits: Tensor | Sequence[Tensor]) -> tuple[Tensor, tuple[int, int, int]]:
+    """Check the logits; return one tensor that stands for their device and dtype, and (K, B, C)."""
+    if isinstance(logits, Tensor):
+        if logits.dim() != 3:
+            raise ValueError(f"{op}: logits must be [K, B, C] or K tensors [B, C], got {describe(logits)}")
+        first, shape = logits, (logits.shape[0], logits.shape[1], logits.shape[2])
+    elif isinstance(logits, list | tuple):
+        first, shape = _check_sequence(op, logits)
+    else:
+        raise TypeError(
+            f"{op}: logits must be a tensor [K, B, C] or a list or tuple of K [B, C], got {type(logits).__name__}"
+        )
+    if first.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: logits must be {_FLOATS}, got {describe(first)}")
+    if shape[0] < 1 or shape[2] < 2:
+        raise ValueError(f"{op}: logits must have K >= 1 experts and C >= 2 classes, got [K, B, C] = {list(shape)}")
+    return first, shape
+
+
+def _check_sequence(op: str, logits: Sequence[Tensor]) -> tuple[Tensor, tuple[int, int, int]]:
+    if len(logits) == 0:
+        raise ValueError(f"{op}: logits must have K >= 1 experts, got an empty {type(logits).__name__}")
+    first = logits[0]
+    for k, expert in enumerate(logits):
+        if not isinstance(expert, Tensor):
+            raise TypeError(f"{op}: logits[{k}] must be a tensor [B, C], got {type(expert).__name__}")
+        if expert.dim() != 2:
+            raise ValueError(f"{op}: logits[{k}] must be [B, C], got {describe(expert)}")
+        if expert.shape != first.shape:
+            raise ValueError(f"{op}: logits[{k}] must be {list(first.shape)} as logits[0], got {describe(expert)}")
+        if expert.dtype != first.dtype:
+            raise TypeError(f"{op}: logits[{k}] must be {describe(first)} as logits[0], got {describe(expert)}")
+        check_device(op, f"logits[{k}]", expert, first, "logits[0]")
+    return first, (len(logits), first.shape[0], first.shape[1])
+
+
+def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> None:
+    """Check the target; its values too where that needs no wait for a device and no tracer is at work."""
+    _, batch, classes = shape
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be an int64 tensor [B={batch}], got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must be int64 [B={batch}], got {describe(target)}")
+    if target.dim() != 1 or target.shape[0] != batch:
+        raise ValueError(f"{op}: target must be int64 [B={batch}], got {describe(target)}")
+    check_device(op, "target", target, first, "logits")
+    if values_are_readable(target) and batch > 0:
+        smallest, largest = (int(value) for value in torch.aminmax(target))
+        if smallest < 0 or largest >= classes:
+            raise IndexError(
+                f"{op}: target must lie in 0..{classes - 1} (C={classes}), got {smallest if smallest < 0 else largest}"
+            )
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: no wait for a device, no tracer at work (its tensors are subclasses)."""
+    return not torch.compiler.is_compiling() and type(tensor) in _PLAIN and tensor.device.type == "cpu"
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def check_device(op: str, name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    """Check that two tensors share a device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{op}: {name} must be on {other.device} as {other_name}, got {describe(tensor)} on {tensor.device}"
+        )
+
+
+def check_finite(op: str, name: str, value: float) -> float:
+    """Check a finite number and return it as a float."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    # A number that changes between calls is symbolic to torch.compile, which cannot trace this test of its value.
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def check_maps(op: str, deep: Tensor, shallow: Tensor) -> None:
+    """Check a pair of feature maps."""
+    for name, value in (("deep", deep), ("shallow", shallow)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor [B, C, H, W], got {type(value).__name__}")
+        if value.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} must be {_FLOATS}, got {describe(value)}")
+        if value.dim() != 4:
+            raise ValueError(f"{op}: {name} must be [B, C, H, W], got {describe(value)}")
+    if shallow.shape != deep.shape:
+        raise ValueError(f"{op}: shallow must be {list(deep.shape)} as deep, got {describe(shallow)}")
+    if 0 in deep.shape[1:]:
+        raise ValueError(f"{op}: deep must have C, H, W >= 1, got {describe(deep)}")
+    check_device(op, "shallow", shallow, deep, "deep")
+
+
+def check_channel_vector(op: str, name: str, value: Tensor | None, deep: Tensor) -> None:
+    """Check an optional floating-point vector with one value a channel."""
+    if value is None:
+        return
+    channels = deep.shape[1]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be None or a tensor [C={channels}], got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be {_FLOATS}, got {describe(value)}")
+    if value.dim() != 1 or value.shape[0] != channels:
+        raise ValueError(f"{op}: {name} must be [C={channels}], got {describe(value)}")
+    check_device(op, name, value, deep, "deep")

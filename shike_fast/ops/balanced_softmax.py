@@ -1,0 +1,105 @@
+"""Balanced softmax: the stage-2 objective over K experts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shike_fast.ops import _backend
+from shike_fast.ops._checks import (
+    FLOAT_DTYPES,
+    accumulation_dtype,
+    check_device,
+    check_logits,
+    check_target,
+    describe,
+    values_are_readable,
+)
+from shike_fast.ops._library import define_composite
+from shike_fast.ops.cross_entropy import composite_cross_entropy
+
+_NAME = "balanced_softmax_loss"
+_INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def balanced_softmax_loss(
+    logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Compute the balanced softmax loss of K experts, summed over the experts and averaged over the batch.
+
+        L = Σ_k mean_b −log softmax(z_k + log n)[y]
+
+    float16 and bfloat16 logits are computed in float32, and only the finished gradient is rounded; autocast does not
+    change the result.
+
+    A class without training images (``n[c] = 0``) is taken out of the softmax, since log 0 = −inf: its logit has no
+    influence and gets no gradient. The loss stays finite unless such a class is a target, which makes it +inf.
+
+    Args:
+        logits: float16, bfloat16, float32 or float64 [K, B, C], or a list or tuple of K tensors [B, C]; any strides.
+            K ≥ 1, C ≥ 2; B = 0 gives a loss of 0.
+        target: int64 [B], classes in 0..C-1. A value out of range raises on the CPU in eager mode; elsewhere it is as
+            undefined as for ``torch.nn.functional.cross_entropy``.
+        class_counts: integer or floating point [C], the number of training images of each class, ≥ 0 and not all 0
+            (values are checked on the CPU in eager mode). Treated as a constant. The logarithm is taken in float32, as
+            in the published code, unless the counts are float64.
+        backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        The loss, a scalar (float64 for float64 logits, else float32), differentiable with respect to the logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a wrong shape, device or backend name, counts that require gradients, are negative, not finite or
+            all zero.
+        IndexError: a target out of range (CPU, eager).
+        RuntimeError: the named backend cannot run.
+
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, equation 4; SHIKE's
+    stage 2.
+    """
+    first, shape = check_logits(_NAME, logits)
+    check_target(_NAME, target, first, shape)
+    _check_counts(class_counts, first, shape[2])
+    loss: Tensor = _backend.run(_NAME, backend, logits, target, class_counts)
+    return loss
+
+
+def _check_counts(counts: Tensor, first: Tensor, classes: int) -> None:
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"{_NAME}: class_counts must be a tensor [C={classes}], got {type(counts).__name__}")
+    if counts.dtype not in _INTEGER_DTYPES and counts.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{_NAME}: class_counts must be integer or floating point [C={classes}], got {describe(counts)}"
+        )
+    if counts.dim() != 1 or counts.shape[0] != classes:
+        raise ValueError(f"{_NAME}: class_counts must be [C={classes}], got {describe(counts)}")
+    if counts.requires_grad:
+        raise ValueError(f"{_NAME}: class_counts must not require gradients, they are constants of the loss")
+    check_device(_NAME, "class_counts", counts, first, "logits")
+    if values_are_readable(counts):
+        smallest, largest = (value.item() for value in torch.aminmax(counts))
+        if not (smallest >= 0 and 0 < largest < torch.inf):
+            raise ValueError(
+                f"{_NAME}: class_counts must be finite, >= 0 and not all 0, got values from {smallest} to {largest}"
+            )
+
+
+def log_counts(class_counts: Tensor) -> Tensor:
+    """The bias log n [C]: float64 for float64 counts, else float32, as the published code takes it."""
+    return class_counts.to(accumulation_dtype(class_counts.dtype)).log()
+
+
+def _composite(logits: Tensor, target: Tensor, class_counts: Tensor) -> Tensor:
+    return composite_cross_entropy(logits, target, log_counts(class_counts), 0.0)
+
+
+_op = define_composite(f"{_NAME}(Tensor logits, Tensor target, Tensor class_counts) -> Tensor", _composite)
+
+
+def _reference(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor) -> Tensor:
+    loss: Tensor = _op(logits if isinstance(logits, Tensor) else torch.stack(list(logits)), target, class_counts)
+    return loss
+
+
+_backend.register(_NAME, "reference", _reference)

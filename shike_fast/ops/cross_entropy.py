@@ -1,0 +1,114 @@
+"""Cross-entropy summed over experts, with a bias on the logits and label smoothing."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shike_fast.ops import _backend
+from shike_fast.ops._checks import (
+    FLOAT_DTYPES,
+    accumulation_dtype,
+    check_device,
+    check_finite,
+    check_logits,
+    check_target,
+    describe,
+)
+from shike_fast.ops._library import define_composite
+
+_NAME = "expert_cross_entropy"
+
+
+def expert_cross_entropy(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the cross-entropy of K experts, summed over the experts and averaged over the batch.
+
+        L = Σ_k mean_b [ (1 − ε)·(−log p_k[y]) + ε/C · Σ_c (−log p_k[c]) ],     p_k = softmax(z_k + bias_k)
+
+    float16 and bfloat16 logits are computed in float32, and only the finished gradient is rounded; autocast does not
+    change the result.
+
+    Args:
+        logits: float16, bfloat16, float32 or float64 [K, B, C], or a list or tuple of K tensors [B, C]; any strides.
+            K ≥ 1, C ≥ 2; B = 0 gives a loss of 0.
+        target: int64 [B], classes in 0..C-1. A value out of range raises on the CPU in eager mode; elsewhere it is as
+            undefined as for ``torch.nn.functional.cross_entropy``.
+        bias: floating point [C] (the same for every expert) or [K, C], added to the logits in the accumulation dtype.
+            A value of −inf takes the class out of the softmax; then ``label_smoothing`` must be 0 for a finite loss.
+        label_smoothing: ε in 0..1.
+        backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        The loss, a scalar (float64 for float64 logits, else float32), differentiable with respect to the logits and
+        the bias.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a wrong shape, device, ``label_smoothing`` or backend name.
+        IndexError: a target out of range (CPU, eager).
+        RuntimeError: the named backend cannot run.
+
+    Source: with a bias of ``τ log n`` the logit-adjusted loss of Menon et al., "Long-tail learning via logit
+    adjustment", ICLR 2021.
+    """
+    first, shape = check_logits(_NAME, logits)
+    check_target(_NAME, target, first, shape)
+    if bias is not None:
+        _check_bias(bias, first, shape)
+    smoothing = check_finite(_NAME, "label_smoothing", label_smoothing)
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
+    loss: Tensor = _backend.run(_NAME, backend, logits, target, bias, smoothing)
+    return loss
+
+
+def _check_bias(bias: Tensor, first: Tensor, shape: tuple[int, int, int]) -> None:
+    experts, _, classes = shape
+    expected = f"[C={classes}] or [K={experts}, C={classes}]"
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{_NAME}: bias must be None or a tensor {expected}, got {type(bias).__name__}")
+    if bias.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{_NAME}: bias must be floating point {expected}, got {describe(bias)}")
+    if tuple(bias.shape) not in ((classes,), (experts, classes)):
+        raise ValueError(f"{_NAME}: bias must be {expected}, got {describe(bias)}")
+    check_device(_NAME, "bias", bias, first, "logits")
+
+
+def composite_cross_entropy(
+    logits: Tensor,  # [K, B, C]
+    target: Tensor,  # [B]
+    bias: Tensor | None,  # [C] or [K, C]
+    label_smoothing: float,
+) -> Tensor:
+    """The reference computation, also behind ``balanced_softmax_loss``."""
+    # Only element-wise operators and reductions, on float32 or float64: none of them is in autocast's lower-precision
+    # list.
+    z = logits.to(accumulation_dtype(logits.dtype))
+    experts, batch, classes = z.shape
+    if bias is not None:
+        z = z + (bias.to(z.dtype) if bias.dim() == 1 else bias.to(z.dtype).unsqueeze(1))
+    log_p = z.log_softmax(2)
+    loss = -(1.0 - label_smoothing) * log_p.gather(2, target.unsqueeze(1).expand(experts, -1, -1)).sum()
+    if label_smoothing != 0.0:
+        loss = loss - (label_smoothing / classes) * log_p.sum()
+    return loss / max(batch, 1)  # an empty batch sums to 0
+
+
+_op = define_composite(
+    f"{_NAME}(Tensor logits, Tensor target, Tensor? bias, float label_smoothing) -> Tensor", composite_cross_entropy
+)
+
+
+def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> Tensor:
+    loss: Tensor = _op(logits if isinstance(logits, Tensor) else torch.stack(list(logits)), *args)
+    return loss
+
+
+_backend.register(_NAME, "reference", _reference)

@@ -1,0 +1,179 @@
+"""Train a multi-expert network on a long-tailed data set: ``python -m shike_fast.train --dataset NAME``.
+
+Exit status: 0 finished, 1 training failed, 2 bad input (nothing was written), 128 + N stopped and saved on signal N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shike_fast import data, models
+from shike_fast.engine import checkpoint, rundir
+from shike_fast.engine.cli import ArgumentParser, choose_device, make_deterministic, run_command
+from shike_fast.engine.config import TrainConfig, resolve, resume_config
+from shike_fast.engine.recipes import RECIPES
+from shike_fast.engine.trainer import Interrupted, Trainer
+from shike_fast.errors import CheckpointError, ConfigError
+
+_AUTO = "auto"
+_MUST = ""  # --resume without a value
+
+
+def make_parser() -> ArgumentParser:
+    """The command line of ``shike_fast.train``; a setting that is not given does not appear in the parsed namespace."""
+    parser = ArgumentParser(
+        prog="python -m shike_fast.train",
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_recipe_table(),
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", help=f"default digits-lt; one of {', '.join(data.datasets())}")
+    add("--data-dir", metavar="DIR", help="where the data set lies")
+    add("--download", action="store_true", help="fetch a missing data set into --data-dir")
+    add(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="accept files of another size or checksum than the published ones",
+    )
+    add("--imbalance-factor", type=float, metavar="IF", help="images of the largest class over those of the smallest")
+    add("--augmentation", metavar="NAME", help="training transform; default the data set's own")
+    add("--workers", type=int, metavar="N", help="loader processes; default chosen for the data set")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", help="shike (default), or ce: one plain network with cross-entropy")
+    add("--model", help=f"one of {', '.join(models.list_models())}")
+    add("--experts", dest="num_experts", type=int, metavar="K", help="number of experts (default 3)")
+    add("--pretrained", metavar="FILE", help="torchvision-named weights to start from (.pth or .safetensors)")
+    add("--hardest-weight", type=float, metavar="ALPHA", help="weight of the hardest-negative term (default 10)")
+    add("--mutual-weight", type=float, metavar="BETA", help="weight of the mutual term (default 1)")
+    add("--kl-reduction", metavar="mean|batchmean", help="divide both by B*C (default) or by B")
+
+    add = parser.add_argument_group("schedule").add_argument
+    add("--epochs", type=int, metavar="N", help="epochs of both stages together")
+    add("--stage2-epochs", type=int, metavar="N", help="those of them that re-train the classifiers")
+    add("--batch-size", type=int, metavar="B")
+    add("--lr", type=float, help="highest learning rate of stage 1")
+    add("--stage2-lr", type=float, help="highest learning rate of stage 2")
+    add("--warmup-epochs", type=int, metavar="N")
+    add("--weight-decay", type=float)
+    add("--momentum", type=float, help="default 0.9")
+    add("--amp", metavar="off|bf16|fp16", help="mixed precision (default off)")
+    add("--seed", type=int, help="default 0")
+    add("--deterministic", action="store_true", help="refuse operations that are not deterministic")
+    add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output-dir", type=Path, metavar="DIR", help="default runs/DATASET-METHOD-TIME")
+    add(
+        "--resume",
+        nargs="?",
+        const=_MUST,
+        metavar="auto|FILE",
+        help="go on with the run in --output-dir; auto: if there is one; FILE: from that checkpoint",
+    )
+    add("--save-every", type=int, metavar="STEPS", help="also save within an epoch, every so many steps")
+    return parser
+
+
+def _recipe_table() -> str:
+    lines = ["defaults by data set:", f"  {'':18}model     epochs  batch  lr    weight decay"]
+    for name, recipe in RECIPES.items():
+        epochs = f"{recipe.epochs - recipe.stage2_epochs}+{recipe.stage2_epochs}"
+        lines.append(
+            f"  {name:18}{recipe.model:10}{epochs:8}{recipe.batch_size:<7}{recipe.lr:<6g}{recipe.weight_decay:g}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    given = vars(make_parser().parse_args(argv))
+    return run_command(lambda: _train(given))
+
+
+def _train(given: dict[str, Any]) -> int:
+    resume: str | None = given.pop("resume", None)
+    output_dir: Path | None = given.pop("output_dir", None)
+    found = _find_state(resume, output_dir)
+    if found is None:
+        state, config = None, resolve(given)
+        output_dir = output_dir or rundir.default_directory(config.dataset, config.method)
+        rundir.check_unused(output_dir)
+    else:
+        source, state = found
+        config = resume_config(state["config"], given, str(source))
+        output_dir = output_dir or source.parent
+        if output_dir.resolve() != source.parent.resolve():
+            rundir.check_unused(output_dir)
+    make_deterministic(config.deterministic)
+    device = choose_device(config.device)
+    dataset = _load_dataset(config)
+    with rundir.open_directory(output_dir):
+        checkpoint.remove_leftovers(output_dir)
+        try:
+            trainer = Trainer(config, dataset, output_dir, device=device, state=state)
+            trainer.console.note(_headline(trainer))
+            trainer.run()
+        except Interrupted as interruption:
+            print(interruption, file=sys.stderr)
+            return interruption.exit_status
+    return 0
+
+
+def _find_state(resume: str | None, output_dir: Path | None) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, or None for a new run."""
+    if resume is None:
+        return None
+    if resume not in (_AUTO, _MUST):
+        path = Path(resume)
+        state = checkpoint.load_checkpoint(path)
+        if "optimizer" not in state:
+            raise CheckpointError(
+                f"checkpoint {path} holds a model but no training state; resume from {checkpoint.LAST}, use "
+                f"{path.name} with shike_fast.evaluate"
+            )
+        return path, state
+    if output_dir is None:
+        raise ConfigError("--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE")
+    found = checkpoint.find_resumable(output_dir)
+    if found is None and resume == _MUST:
+        raise ConfigError(
+            f"--resume: {output_dir} holds no checkpoint; leave --resume out or use --resume auto to start there"
+        )
+    return found
+
+
+def _load_dataset(config: TrainConfig) -> data.LongTailData:
+    return data.load_dataset(
+        config.dataset,
+        data_dir=config.data_dir,
+        imbalance_factor=config.imbalance_factor,
+        augmentation=config.augmentation,
+        download=config.download,
+        verify=config.verify,
+        seed=config.seed,
+    )
+
+
+def _headline(trainer: Trainer) -> str:
+    config, dataset = trainer.config, trainer.dataset
+    counts = dataset.class_counts
+    going_on = f", going on after epoch {trainer.epoch}" if trainer.epoch else ""
+    return (
+        f"{config.dataset}: {int(counts.sum()):,} training images, {dataset.num_classes} classes "
+        f"of {int(counts.max())} to {int(counts.min())}, {len(dataset.test):,} test images\n"
+        f"{config.method}, {config.model}, {config.num_experts} expert{'s' if config.num_experts > 1 else ''}, "
+        f"{config.stage1_epochs}+{config.stage2_epochs} epochs, {trainer.device}, seed {config.seed}{going_on}\n"
+        f"writing to {trainer.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shike_fast.train import main
+
+# the smallest run that still has two stages: one expert stage of resnet8 on digits
+SMALL = ["--model", "resnet8", "--batch-size", "64", "--epochs", "3", "--stage2-epochs", "1"]
+
+
+class Runs:
+    """Runs the training command in this process or in another one, below a temporary directory."""
+
+    small = SMALL
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def train(self, *arguments: object) -> int:
+        return main([str(argument) for argument in arguments])
+
+    def start(self, *arguments: object, **options: object) -> subprocess.Popen:
+        command = [sys.executable, "-m", "shike_fast.train", *map(str, arguments)]
+        # one thread: the same rounding as a run in any other process, however busy the machine is
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        return subprocess.Popen(command, cwd=self.root, env=environment, text=True, **pipes)
+
+    @staticmethod
+    def metrics(directory: Path) -> list[dict]:
+        return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+    @classmethod
+    def reproducible_metrics(cls, directory: Path) -> list[dict]:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in cls.metrics(directory)]
+
+    @staticmethod
+    def checkpoint(path: Path) -> dict:
+        return torch.load(path, weights_only=True)
+
+    @classmethod
+    def assert_same_weights(cls, one: Path, other: Path) -> None:
+        first, second = cls.checkpoint(one)["model"], cls.checkpoint(other)["model"]
+        assert first.keys() == second.keys()
+        different = [name for name in first if not torch.equal(first[name], second[name])]
+        assert not different
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run; tests only read it."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*SMALL, "--output-dir", str(directory)]) == 0
+    return directory

@@ -1,0 +1,117 @@
+import csv
+import json
+
+import pytest
+import torch
+
+from shike_fast import data
+from shike_fast.evaluate import main
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def checkpoint(finished, tmp_path):
+    """A copy of a finished checkpoint, so that results land in a directory of the test's own."""
+    path = tmp_path / "last.pt"
+    path.write_bytes((finished / "last.pt").read_bytes())
+    return path
+
+
+def test_agrees_with_the_run(checkpoint, finished, runs, capsys):
+    assert run("--checkpoint", checkpoint, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    last = runs.metrics(finished)[-1]
+    assert {name: result[name] for name in ("top1", "many", "medium", "few", "stage", "epoch")} == {
+        name: last[name] for name in ("top1", "many", "medium", "few", "stage", "epoch")
+    }
+    assert result["test_images"] == 600
+    assert len(result["expert_top1"]) == 3
+    assert 0 <= result["expected_calibration_error"] <= 1
+    assert (checkpoint.parent / "last.per_class.csv").read_text() == (finished / "per_class.csv").read_text()
+
+
+def test_prints_a_table(checkpoint, capsys):
+    assert run("--checkpoint", checkpoint) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "top-1",
+        "many",
+        "medium",
+        "few",
+        "each expert alone (%)",
+        "expected calibration error: 0.",
+        "last.per_class.csv",
+    ):
+        assert text in printed
+
+
+def test_stage_chooses_the_classifiers(checkpoint, capsys):
+    results = []
+    for stage in (1, 2):
+        assert run("--checkpoint", checkpoint, "--stage", stage, "--json") == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert [result["stage"] for result in results] == [1, 2]
+    assert results[0]["expert_top1"] != results[1]["expert_top1"]
+
+
+def test_csv_elsewhere(checkpoint, tmp_path, capsys):
+    target = tmp_path / "table.csv"
+    assert run("--checkpoint", checkpoint, "--csv", target, "--batch-size", 7, "--workers", 1, "--amp", "bf16") == 0
+    with open(target, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    assert sum(int(row["test_images"]) for row in rows) == 600
+    assert not (tmp_path / "last.per_class.csv").exists()
+
+
+def test_ce_has_no_second_stage(runs, tmp_path, capsys):
+    runs.train("--method", "ce", "--model", "resnet8", "--epochs", 1, "--output-dir", tmp_path / "run")
+    capsys.readouterr()
+    assert run("--checkpoint", tmp_path / "run" / "best.pt", "--stage", 2) == 2
+    assert "method 'ce', which has no stage 2" in capsys.readouterr().err
+    assert run("--checkpoint", tmp_path / "run" / "best.pt", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["expert_top1"]) == 1
+
+
+def test_missing_checkpoint(tmp_path, capsys):
+    assert run("--checkpoint", tmp_path / "gone.pt") == 2
+    assert capsys.readouterr().err == (
+        f"error: checkpoint {tmp_path / 'gone.pt'} does not exist; "
+        "name an existing file such as RUN/last.pt or RUN/best.pt\n"
+    )
+
+
+def test_checkpoint_is_required(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    assert exit_.value.code == 2
+    assert "--checkpoint" in capsys.readouterr().err
+
+
+def test_bad_values(checkpoint, capsys):
+    assert run("--checkpoint", checkpoint, "--amp", "fp8") == 2
+    assert "--amp: must be one of off, bf16, fp16, got 'fp8'" in capsys.readouterr().err
+    assert run("--checkpoint", checkpoint, "--data-dir", checkpoint.parent / "gone") == 2
+    assert "gone is not a folder" in capsys.readouterr().err
+
+
+def test_other_classes(checkpoint, monkeypatch, capsys):
+    import dataclasses
+
+    plain = data.load_dataset
+    monkeypatch.setattr(
+        data, "load_dataset", lambda *a, **o: dataclasses.replace(plain(*a, **o), class_names=tuple("abcdefghij"))
+    )
+    assert run("--checkpoint", checkpoint) == 2
+    assert "knows other classes than the digits-lt at hand; check --data-dir" in capsys.readouterr().err
+
+
+def test_a_model_this_version_does_not_know(checkpoint, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    state["model_description"]["name"] = "resnet9000"
+    torch.save(state, checkpoint)
+    assert run("--checkpoint", checkpoint) == 2
+    assert "describes no model of this version of shike_fast" in capsys.readouterr().err
