@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shike_fast import data
 from shike_fast.engine import checkpoint, report
 from shike_fast.engine.cli import ArgumentParser, choose_device, run_command
@@ -32,6 +34,7 @@ def make_parser() -> ArgumentParser:
     add("--stage", type=int, choices=(1, 2), help="whose classifiers to use; default those the checkpoint was training")
     add("--batch-size", type=int, metavar="B", help="default that of the run")
     add("--workers", type=int, metavar="N", help="loader processes")
+    add("--threads", type=int, metavar="N", help="CPU threads; default that of the run")
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
     add("--amp", metavar="off|bf16|fp16", help="mixed precision; default that of the run")
     add(
@@ -54,6 +57,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     path: Path = arguments["checkpoint"]
     state = checkpoint.load_checkpoint(path)
     config = _config(state, arguments, path)
+    torch.set_num_threads(config.threads)
     device = choose_device(arguments["device"])
     model = model_from_checkpoint(state, path).to(device)
     stage = arguments["stage"] or state["stage"]
@@ -96,7 +100,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
 
 def _config(state: dict[str, Any], arguments: dict[str, Any], path: Path) -> TrainConfig:
     """Settings of the run, with those replaced that only concern the evaluation."""
-    names = ("data_dir", "workers", "device", "batch_size", "amp")
+    names = ("data_dir", "workers", "device", "threads", "batch_size", "amp")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
     return resume_config(state["config"] | given, {}, str(path))
 

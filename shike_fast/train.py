@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shike_fast import data, models
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.cli import ArgumentParser, choose_device, make_deterministic, run_command
@@ -51,8 +53,8 @@ def make_parser() -> ArgumentParser:
     add("--model", help=f"one of {', '.join(models.list_models())}")
     add("--experts", dest="num_experts", type=int, metavar="K", help="number of experts (default 3)")
     add("--pretrained", metavar="FILE", help="torchvision-named weights to start from (.pth or .safetensors)")
-    add("--hardest-weight", type=float, metavar="ALPHA", help="weight of the hardest-negative term (default 10)")
-    add("--mutual-weight", type=float, metavar="BETA", help="weight of the mutual term (default 1)")
+    add("--hardest-weight", type=float, metavar="ALPHA", help="weight of the hardest-negative term")
+    add("--mutual-weight", type=float, metavar="BETA", help="weight of the mutual term")
     add("--kl-reduction", metavar="mean|batchmean", help="divide both by B*C (default) or by B")
 
     add = parser.add_argument_group("schedule").add_argument
@@ -67,6 +69,7 @@ def make_parser() -> ArgumentParser:
     add("--amp", metavar="off|bf16|fp16", help="mixed precision (default off)")
     add("--seed", type=int, help="default 0")
     add("--deterministic", action="store_true", help="refuse operations that are not deterministic")
+    add("--threads", type=int, metavar="N", help="CPU threads; default one a core, and one for digits-lt")
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
 
     add = parser.add_argument_group("run").add_argument
@@ -83,11 +86,12 @@ def make_parser() -> ArgumentParser:
 
 
 def _recipe_table() -> str:
-    lines = ["defaults by data set:", f"  {'':18}model     epochs  batch  lr    weight decay"]
+    lines = ["defaults by data set:", f"  {'':18}model     epochs  batch  lr    weight decay  alpha  beta"]
     for name, recipe in RECIPES.items():
         epochs = f"{recipe.epochs - recipe.stage2_epochs}+{recipe.stage2_epochs}"
         lines.append(
-            f"  {name:18}{recipe.model:10}{epochs:8}{recipe.batch_size:<7}{recipe.lr:<6g}{recipe.weight_decay:g}"
+            f"  {name:18}{recipe.model:10}{epochs:8}{recipe.batch_size:<7}{recipe.lr:<6g}{recipe.weight_decay:<14g}"
+            f"{recipe.hardest_weight:<7g}{recipe.mutual_weight:g}"
         )
     return "\n".join(lines)
 
@@ -113,6 +117,7 @@ def _train(given: dict[str, Any]) -> int:
         if output_dir.resolve() != source.parent.resolve():
             rundir.check_unused(output_dir)
     make_deterministic(config.deterministic)
+    torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     dataset = _load_dataset(config)
     with rundir.open_directory(output_dir):
@@ -142,7 +147,7 @@ def _find_state(resume: str | None, output_dir: Path | None) -> tuple[Path, dict
         return path, state
     if output_dir is None:
         raise ConfigError("--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE")
-    found = checkpoint.find_resumable(output_dir)
+    found = checkpoint.find_resumable(output_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
     if found is None and resume == _MUST:
         raise ConfigError(
             f"--resume: {output_dir} holds no checkpoint; leave --resume out or use --resume auto to start there"

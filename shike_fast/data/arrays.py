@@ -44,6 +44,11 @@ class ArrayDataset(Dataset[tuple[Tensor, int]]):
         self._augment = AUGMENTATIONS[augmentation]
         self._normalise = Normalise(mean, std)
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether worker processes pay off: the augmentation handles each image in turn."""
+        return self._augment.one_by_one
+
     def __len__(self) -> int:
         return len(self.labels)
 

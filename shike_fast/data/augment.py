@@ -119,6 +119,7 @@ class Augmentation:
 
     Attributes:
         words: random words used per sample.
+        one_by_one: works on each image in turn, which is slow, rather than on the whole batch.
         pixel_steps: applied in order before normalisation.
         final_step: applied in place after normalisation.
     """
@@ -126,6 +127,7 @@ class Augmentation:
     words: int
     pixel_steps: tuple[Callable[[Pixels, Words], Pixels], ...] = ()
     final_step: Callable[[Tensor, Words], None] | None = None
+    one_by_one: bool = False
 
     def draw(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> Words:
         """The random words of samples ``indices`` in an epoch, uint32 [B, words]."""
@@ -145,5 +147,5 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(0),
     "shift": Augmentation(_CROP_X + 1, (random_crop,)),
     "crop-flip": Augmentation(_FLIP + 1, (random_crop, random_flip)),
-    "cifar": Augmentation(_CUTOUT_X + 1, (random_crop, random_flip, auto_augment), cutout),
+    "cifar": Augmentation(_CUTOUT_X + 1, (random_crop, random_flip, auto_augment), cutout, one_by_one=True),
 }

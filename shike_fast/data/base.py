@@ -24,10 +24,14 @@ class BatchSource(Protocol):
     Attributes:
         labels: int64 [N], the class of every sample.
         seed: the seed of its augmentation where the caller names no other.
+        one_by_one: its samples are decoded or augmented one after the other, so that worker processes pay off.
     """
 
     labels: NDArray[np.int64]
     seed: int
+
+    @property
+    def one_by_one(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
@@ -87,7 +91,6 @@ class DatasetInfo:
         default_imbalance_factor: None: the set is used as it is.
         augmentations: the training augmentations it accepts; the first is the default.
         resizable: accepts ``image_size``.
-        needs_data_dir: cannot be loaded without ``data_dir``.
         downloadable: ``download=True`` can fetch it.
     """
 
@@ -97,7 +100,6 @@ class DatasetInfo:
     default_imbalance_factor: float | None
     augmentations: tuple[str, ...]
     resizable: bool = False
-    needs_data_dir: bool = False
     downloadable: bool = False
 
 
@@ -112,6 +114,13 @@ class LoadOptions:
     verify: bool
     seed: int
     image_size: int | None
+
+
+def require_data_dir(info: DatasetInfo, options: LoadOptions) -> Path:
+    """``options.data_dir``, or DataError where the data set cannot be loaded without one."""
+    if options.data_dir is None:
+        raise DataError(f"{info.name}: needs --data-dir; {info.how_obtained}")
+    return options.data_dir
 
 
 LoadFunction = Callable[[DatasetInfo, LoadOptions], LongTailData]
@@ -178,8 +187,6 @@ def load_dataset(
         raise DataError(f"{name}: image_size must be at least 1, got {image_size}")
     if download and not info.downloadable:
         raise DataError(f"{name}: cannot be downloaded by this program; {info.how_obtained}")
-    if data_dir is None and info.needs_data_dir:
-        raise DataError(f"{name}: needs --data-dir; {info.how_obtained}")
     # A folder that is still to be downloaded into need not exist yet.
     if data_dir is not None and not download and not Path(data_dir).is_dir():
         raise DataError(f"{name}: --data-dir {data_dir} is not a folder; {info.how_obtained}")

@@ -11,7 +11,14 @@ from shike_fast.data._download import download
 from shike_fast.data._files import AGAIN, check_md5, read_file, read_tar_members
 from shike_fast.data._pickle import load_dictionary
 from shike_fast.data.arrays import build
-from shike_fast.data.base import DatasetInfo, LoadOptions, LongTailData, check_labels, register_dataset
+from shike_fast.data.base import (
+    DatasetInfo,
+    LoadOptions,
+    LongTailData,
+    check_labels,
+    register_dataset,
+    require_data_dir,
+)
 from shike_fast.errors import DataError
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -160,7 +167,6 @@ def _info(name: str, classes: int, cifar: Cifar) -> DatasetInfo:
         how_obtained=f"--data-dir DIR with {files}, or --data-dir DIR --download",
         default_imbalance_factor=100.0,
         augmentations=("cifar", "none", "shift", "crop-flip"),
-        needs_data_dir=True,
         downloadable=True,
     )
 
@@ -178,9 +184,7 @@ def load_cifar100(info: DatasetInfo, options: LoadOptions) -> LongTailData:
 
 
 def _load(cifar: Cifar, info: DatasetInfo, options: LoadOptions) -> LongTailData:
-    if options.data_dir is None:  # excluded by needs_data_dir
-        raise TypeError("data_dir is missing")
-    form, contents = _read_files(cifar, info, options.data_dir, options)
+    form, contents = _read_files(cifar, info, require_data_dir(info, options), options)
     return build(
         info,
         options,

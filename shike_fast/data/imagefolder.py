@@ -1,6 +1,8 @@
 """``imagefolder``: a user's own images, one folder a class."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,15 @@ from torch.utils.data import Dataset
 
 from shike_fast.data._random import STREAM_AUGMENTATION, draw_words
 from shike_fast.data.augment import Normalise
-from shike_fast.data.base import DatasetInfo, LoadOptions, LongTailData, count_classes, fingerprint, register_dataset
+from shike_fast.data.base import (
+    DatasetInfo,
+    LoadOptions,
+    LongTailData,
+    count_classes,
+    fingerprint,
+    register_dataset,
+    require_data_dir,
+)
 from shike_fast.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD, WORDS, evaluation_transform, train_transform
 from shike_fast.data.longtail import long_tail_indices
 from shike_fast.errors import DataError
@@ -27,7 +37,6 @@ INFO = DatasetInfo(
     default_imbalance_factor=None,
     augmentations=("rrc", "rrc-jitter", "none"),
     resizable=True,
-    needs_data_dir=True,
 )
 
 
@@ -60,6 +69,7 @@ class FolderDataset(Dataset[tuple[Tensor, int]]):
         augmentation: "none" (resize the short side to size · 256/224, centre crop), "rrc" or "rrc-jitter".
         size: side of the images in pixels.
         seed: seed of the augmentation where the caller names no other.
+        one_by_one: worker processes pay off.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class FolderDataset(Dataset[tuple[Tensor, int]]):
         self.augmentation = augmentation
         self.size = size
         self.seed = seed
+        self.one_by_one = True
         self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
 
     def __len__(self) -> int:
@@ -112,9 +123,7 @@ class FolderDataset(Dataset[tuple[Tensor, int]]):
 @register_dataset(INFO)
 def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
     """List the files of train/CLASS and val/CLASS (without a val: test/CLASS); classes in alphabetical order."""
-    if options.data_dir is None:  # excluded by needs_data_dir
-        raise TypeError("data_dir is missing")
-    root = options.data_dir
+    root = require_data_dir(info, options)
     train_dir = root / "train"
     test_dir = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
     if not train_dir.is_dir():
@@ -152,7 +161,8 @@ def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
 
 
 def _class_names(part: Path) -> tuple[str, ...]:
-    names = sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and not entry.name.startswith("."))
+    with _reading(part):
+        names = sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(
             f"{part}: no class folders; put the images of each class into a folder of its own, {part}/CLASS"
@@ -171,23 +181,33 @@ def _list_part(
         folder = part / name
         if not folder.is_dir():
             continue  # a class without test images: it counts in no test average
-        files = sorted(_image_files(folder))
+        with _reading(folder):
+            files = sorted(_image_files(folder))
+            sizes += [os.path.getsize(path) for path in files]
         if not files:
             raise DataError(
                 f"{folder}: no images of this class ({', '.join(EXTENSIONS)}); add some or remove the folder"
             )
         paths += [os.path.relpath(path, root) for path in files]
-        sizes += [os.path.getsize(path) for path in files]
         labels += [label] * len(files)
     return PathTable(paths), np.array(labels, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
 
 def _image_files(folder: Path) -> list[str]:
     def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise error  # os.walk would pass over a folder that it cannot list
 
     found = []
     for directory, _, names in os.walk(folder, onerror=fail):
         # Names that start with a dot are no images: macOS leaves "._x.jpg" beside "x.jpg".
         found += [os.path.join(directory, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
     return found
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn a failure to list ``folder`` into a DataError that names what cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error

@@ -1,6 +1,8 @@
 """Batches of an epoch, in this process or from worker processes, resumable at any batch."""
 
+import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +17,8 @@ from shike_fast.data.base import BatchSource
 from shike_fast.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
+
+_DEATH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,24 @@ def _identity(batch: Batch | _Failure) -> Batch | _Failure:
     return batch
 
 
+# Ctrl-C and a batch system's SIGTERM reach the whole process group. The main process finishes its step, saves and
+# closes the workers; a worker that died first would turn that clean exit into an error. Workers end without it, too.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def _start_worker(_worker: int) -> None:
-    # Ctrl-C and a batch system's SIGTERM reach the whole process group. The main process finishes its step, saves and
-    # closes the workers; a worker that died first would turn that clean exit into an error. Workers end by themselves
-    # when it is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _holding_stop_signals() -> Iterator[None]:
+    """Delay the stop signals; processes forked meanwhile never see them, not even before :func:`_start_worker`."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class Epoch:
@@ -186,7 +202,15 @@ class Loader:
 
     def _answers(self, pool: DataLoader[Batch]) -> Iterator[Batch | _Failure]:
         try:
-            yield from pool
+            try:
+                with _holding_stop_signals():
+                    answers = iter(pool)
+                yield from answers
+            except (OSError, EOFError):
+                # Fetching a batch that a dying worker has just announced fails like this. If so, the signal of its
+                # death, on which PyTorch raises the RuntimeError below, interrupts this sleep.
+                time.sleep(_DEATH_SECONDS)
+                raise
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise

@@ -11,6 +11,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_resumable(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+def find_resumable(
+    directory: Path, warn: Callable[[str], object] = warnings.warn
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run directory, or None if there never was one.
 
-    Falls back to the previous checkpoint, with a warning, where the newest is missing or damaged.
+    Falls back to the previous checkpoint where the newest is missing or damaged, and says so to ``warn``.
 
     Raises:
         CheckpointError: if there are checkpoints but none can be read.
@@ -115,7 +118,7 @@ def find_resumable(directory: Path) -> tuple[Path, dict[str, Any]] | None:
             failure = failure or error
             continue
         if failure is not None:
-            warnings.warn(f"{failure}; going on from {path}", stacklevel=2)
+            warn(f"{failure}; going on from {path}")
         return path, state
     if failure is not None:
         raise failure

@@ -36,6 +36,12 @@ def run_command(command: Callable[[], int]) -> int:
         return _fail(str(error), error.exit_status)
     except torch.OutOfMemoryError as error:
         return _fail(f"out of device memory ({_one_line(error)}); lower --batch-size or use --amp bf16", FAILURE)
+    except RuntimeError as error:
+        if not str(error).startswith(
+            "DataLoader worker"
+        ):  # torch has no type of its own for a loader process that died
+            raise
+        return _fail(f"a loader process died ({_one_line(error)}); lower --workers if memory ran out", FAILURE)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"cannot use file{where}: {error.strerror or _one_line(error)}", FAILURE)

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from shike_fast import data, models
 from shike_fast.engine.recipes import RECIPES
 from shike_fast.engine.schedule import cosine_with_warmup
@@ -17,7 +19,7 @@ Amp = Literal["off", "bf16", "fp16"]
 
 # What a resumed run may change: none of it alters the trajectory that the checkpoint began, beyond the rounding of
 # another device.
-CHANGEABLE = frozenset({"data_dir", "workers", "device", "save_every", "download", "verify"})
+CHANGEABLE = frozenset({"data_dir", "workers", "device", "threads", "save_every", "download", "verify"})
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class TrainConfig:
     verify: bool
     workers: int | None
     device: str | None
+    threads: int
     save_every: int
 
     @property
@@ -84,8 +87,6 @@ _DEFAULTS: dict[str, Any] = {
     "method": "shike",
     "num_experts": 3,
     "momentum": 0.9,
-    "hardest_weight": 10.0,
-    "mutual_weight": 1.0,
     "kl_reduction": "mean",
     "imbalance_factor": None,
     "augmentation": None,
@@ -126,6 +127,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         if given.get("num_experts", 1) != 1:
             raise ConfigError(f"--experts: method 'ce' is a single plain network, got {given['num_experts']} experts")
         values["num_experts"] = 1
+    if values["threads"] is None:
+        values["threads"] = torch.get_num_threads()  # a resumed run repeats the rounding of this one
     config = TrainConfig(**values)
     _check(config)
     return config
@@ -158,6 +161,7 @@ def _check(config: TrainConfig) -> None:
     _at_least("--warmup-epochs", config.warmup_epochs, 0)
     _at_least("--save-every", config.save_every, 0)
     _at_least("--seed", config.seed, 0)
+    _at_least("--threads", config.threads, 1)
     if config.workers is not None:
         _at_least("--workers", config.workers, 0)
     for flag, value in (("--lr", config.lr), ("--stage2-lr", config.stage2_lr)):

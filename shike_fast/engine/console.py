@@ -53,7 +53,7 @@ class RunConsole:
             )
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._progress.start()
-            self._task = self._progress.add_task("", total=self._batches, status="")
+            self._task = self._progress.add_task(self._label, total=self._batches, status="")
         if self._task is not None:
             self._progress.reset(self._task, description=self._label, completed=done, status="")
 
@@ -66,6 +66,11 @@ class RunConsole:
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
             self.note(f"{self._label}  {done}/{self._batches}  {status}")
+
+    def testing(self) -> None:
+        """Show that the epoch is trained and being tested."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, status="testing")
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         """Print the line of a finished epoch."""

@@ -68,7 +68,7 @@ def make_loader(config: TrainConfig, dataset: data.LongTailData, device: torch.d
     source = dataset.train if train else dataset.test
     workers = config.workers
     if workers is None:
-        workers = min(8, os.cpu_count() or 1) if getattr(source, "one_by_one", False) else 0  # FIXME
+        workers = min(8, os.cpu_count() or 1) if source.one_by_one else 0
     return data.Loader(
         source,
         batch_size=config.batch_size,
@@ -252,6 +252,7 @@ class Trainer:
 
     def _evaluate_epoch(self, stop: GracefulStop) -> dict[str, Any]:
         """Test the model; returns the metrics of the epoch."""
+        self.console.testing()
         try:
             self.evaluation = evaluate(
                 self.model,

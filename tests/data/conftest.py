@@ -116,7 +116,7 @@ def idx_bytes() -> Callable[[np.ndarray], bytes]:
 
 @pytest.fixture
 def fashion_dir(tmp_path: Path) -> Path:
-    """300 + 20 images in the layout of Fashion-MNIST; image ``i`` is filled with ``i % 251`` and labelled ``i % 10``."""
+    """300 + 20 images in the layout of Fashion-MNIST; image ``i`` is filled with ``i % 251``, label ``i % 10``."""
     folder = tmp_path / "fashion"
     folder.mkdir()
     for part, count in (("train", 300), ("t10k", 20)):

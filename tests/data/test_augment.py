@@ -178,6 +178,11 @@ def test_cutout_zeroes_one_clipped_square_with_a_uniform_centre():
     assert covered[16, 16] > 1.5 * covered[0, 0]
 
 
+def test_only_the_policy_asks_for_worker_processes():
+    assert make(augmentation="cifar").one_by_one
+    assert not any(make(augmentation=name).one_by_one for name in ("none", "shift", "crop-flip"))
+
+
 @pytest.mark.parametrize(
     ("images", "labels"),
     [

@@ -141,7 +141,7 @@ def test_translate(pixels, operation, sign):
 @pytest.mark.parametrize("operation", ["shear_x", "shear_y"])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_shear(operation, sign):
-    """Pillow's bicubic filter keeps a ramp to within a tenth of a pixel (6 grey levels a pixel here), then truncates."""
+    """Pillow's bicubic filter keeps a ramp to a tenth of a pixel (6 grey levels a pixel here), then truncates."""
     along = 1 if operation == "shear_x" else 0
     position = np.indices((SIDE, SIDE)).astype(float)
     ramp = np.repeat((10 + 6 * position[along])[..., None], 3, axis=2).astype(np.uint8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shike_fast.data import load_dataset
+from shike_fast.data import BatchSource, load_dataset
 from shike_fast.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform
 from shike_fast.data.imagefolder import PathTable
 
@@ -21,6 +21,8 @@ def test_classes_counts_and_files(image_dir):
     assert data.class_names == ("cat", "dog", "eel")
     assert data.class_counts.tolist() == [6, 4, 2]
     assert data.imbalance_factor is None
+    assert data.train.one_by_one
+    assert isinstance(data.train, BatchSource)
     assert (data.in_channels, data.image_size, data.augmentation) == (3, 32, "rrc")
     assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert [data.train.paths[i] for i in (0, 2, 11)] == ["train/cat/0.jpg", "train/cat/2.JPEG", "train/eel/1.png"]
@@ -205,11 +207,26 @@ def test_running_out_of_memory_is_not_blamed_on_the_file(image_dir, monkeypatch)
 
 
 def test_a_folder_that_cannot_be_listed(image_dir, monkeypatch, data_error):
-    def refuse(folder, onerror):
-        onerror(PermissionError(13, "Permission denied", str(folder)))
+    listed = os.scandir
+    refused = image_dir / "train" / "cat"
 
-    monkeypatch.setattr(os, "walk", refuse)
-    with data_error(image_dir / "train" / "cat", "cannot be read (Permission denied)"):
+    def refuse(folder):
+        if os.fspath(folder) == str(refused):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with data_error(f"{refused}: cannot be read (Permission denied)"):
+        load(image_dir)
+    refused = image_dir / "val"
+    with data_error(f"{refused}: cannot be read (Permission denied)"):
+        load(image_dir)
+
+
+def test_a_link_to_nowhere(image_dir, data_error):
+    link = image_dir / "train" / "dog" / "0z.jpg"
+    link.symlink_to(image_dir / "gone.jpg")
+    with data_error(f"{link}: cannot be read (No such file or directory)"):
         load(image_dir)
 
 

@@ -19,6 +19,11 @@ def raising(error):
         (DataError("file x is truncated"), 2, "error: file x is truncated\n"),
         (NonFiniteLossError("the loss is not finite"), 1, "error: the loss is not finite\n"),
         (FileNotFoundError(2, "No such file", "weights.pt"), 1, "error: cannot use file weights.pt: No such file\n"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed"),
+            1,
+            "error: a loader process died (DataLoader worker (pid 7)",
+        ),
         (OSError("no space"), 1, "error: cannot use file: no space\n"),
         (torch.OutOfMemoryError("CUDA out\nof memory"), 1, "error: out of device memory (CUDA out of memory); lower"),
     ],
@@ -33,6 +38,8 @@ def test_errors_become_one_line(error, status, line, capsys):
 def test_faults_of_the_library_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(raising(ZeroDivisionError()))
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_command(raising(RuntimeError("a fault")))
 
 
 def test_status_is_passed_on():

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from shike_fast.engine.config import resolve, resume_config
 from shike_fast.engine.recipes import RECIPES
@@ -10,6 +11,7 @@ from shike_fast.errors import CheckpointError, ConfigError
 def test_defaults_are_the_recipe():
     config = resolve({})
     recipe = dataclasses.asdict(RECIPES["digits-lt"])
+    assert recipe["threads"] == 1
     assert config.dataset == "digits-lt"
     assert config.method == "shike"
     assert config.num_experts == 3
@@ -20,6 +22,11 @@ def test_every_data_set_has_a_recipe():
     from shike_fast import data
 
     assert RECIPES.keys() == data.datasets().keys()
+
+
+def test_threads_are_settled_when_the_run_begins():
+    assert resolve({"dataset": "cifar10-lt"}).threads == torch.get_num_threads()
+    assert resolve({"dataset": "cifar10-lt", "threads": 3}).threads == 3
 
 
 def test_published_cifar_recipe():
@@ -85,6 +92,7 @@ def test_ce_is_one_plain_network_without_a_second_stage():
         ({"mutual_weight": -0.5}, "--mutual-weight: must be a number of at least 0, got -0.5"),
         ({"momentum": 1.0}, r"--momentum: must be in \[0, 1\), got 1.0"),
         ({"warmup_epochs": -1}, "--warmup-epochs: must be at least 0, got -1"),
+        ({"threads": 0}, "--threads: must be at least 1, got 0"),
         ({"workers": -1}, "--workers: must be at least 0, got -1"),
         ({"save_every": -1}, "--save-every: must be at least 0, got -1"),
         ({"seed": -1}, "--seed: must be at least 0, got -1"),

@@ -431,11 +431,14 @@ def test_resume_with_missing_weights(runs, tmp_path, finished, capsys):
     assert errors.count("\n") == 1
 
 
-def test_resume_falls_back_when_the_last_checkpoint_is_damaged(runs, tmp_path, monkeypatch, finished):
+def test_resume_falls_back_when_the_last_checkpoint_is_damaged(runs, tmp_path, finished, capsys):
     runs.train(*runs.small, "--output-dir", tmp_path / "run")
     os.truncate(tmp_path / "run" / "last.pt", 1000)
-    with pytest.warns(UserWarning, match="going on from"):
-        assert runs.train("--output-dir", tmp_path / "run", "--resume") == 0
+    capsys.readouterr()
+    assert runs.train("--output-dir", tmp_path / "run", "--resume") == 0
+    assert re.fullmatch(
+        r"warning: checkpoint \S+ is damaged .*; going on from .*last.previous.pt\n", capsys.readouterr().err
+    )
     runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
     assert runs.reproducible_metrics(tmp_path / "run") == runs.reproducible_metrics(finished)
 

@@ -14,7 +14,9 @@ def test_golden(golden_case, dtype, backend, device, assert_golden):
     target, counts = golden_case.target.to(device), golden_case.class_counts.to(device)
     loss = balanced_softmax_loss(logits, target, counts, backend=backend)
     loss.backward()
-    assert_golden(loss.detach(), logits.grad, golden_case.stage2_loss, golden_case.stage2_grad)
+    # The recorded values contain PyTorch's float32 logarithm on the CPU; that of a GPU may differ in the last bit.
+    tolerance = None if device.type == "cpu" else 1e-5
+    assert_golden(loss.detach(), logits.grad, golden_case.stage2_loss, golden_case.stage2_grad, tolerance)
 
 
 @pytest.mark.parametrize("counts_dtype", [torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float64])

@@ -100,7 +100,7 @@ OPCHECK = {
 
 
 @pytest.mark.parametrize("name", OPCHECK)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(name, dtype):
     for make, rest in OPCHECK[name]:
         inputs = tuple(t.to(dtype).requires_grad_() for t in make())
@@ -122,8 +122,8 @@ def test_compiles_with_inductor():
     inputs = tuple(t.requires_grad_() for t in (z, deep, shallow))
 
     def together(z, deep, shallow):
-        values = [function(z) for function, make in CALLS.values() if make is logits]
-        values += [function(deep, shallow).sum() for function, make in CALLS.values() if make is maps]
+        values = [CALLS[name][0](z) for name in ("dkt_loss", "expert_cross_entropy", "balanced_softmax_loss")]
+        values += [CALLS[name][0](deep, shallow).sum() for name in ("dkf_pool", "dkf_bn_pool")]
         return torch.stack(values)
 
     compiled = torch.compile(together, fullgraph=True)
