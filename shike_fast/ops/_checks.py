@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def describe(value: Any) -> str:
-    """``int32 [128]`` for a tensor, its type and value for anything else."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape, as in ``int32 [128]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def check_logits(op: str, logits: Tensor | Sequence[Tensor]) -> tuple[Tensor, tuple[int, int, int]]:

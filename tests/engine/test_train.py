@@ -12,7 +12,7 @@ import torch
 
 from shike_fast import data, models
 from shike_fast.engine import trainer as trainer_module
-from shike_fast.engine.checkpoint import find_resumable, previous_of
+from shike_fast.engine.checkpoint import find_resumable
 from shike_fast.train import make_parser
 
 # ---------------------------------------------------------------- a finished run
@@ -164,7 +164,7 @@ def test_command_line_overrides_the_recipe(runs, tmp_path):
         "--augmentation": "none",
     }
     flat = [item for pair in overrides.items() for item in pair]
-    assert runs.train(*runs.small, *flat, "--epochs", 1, "--output-dir", tmp_path / "run") == 0
+    assert runs.train(*runs.small, *flat, "--epochs", 1, "--stage2-epochs", 0, "--output-dir", tmp_path / "run") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     names = {"--experts": "num_experts"}
     for flag, value in overrides.items():
@@ -464,9 +464,13 @@ def test_two_processes_cannot_write_one_run(runs, tmp_path, finished):
         first.communicate()
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(path, process):
+    wait_until(path.exists, process)
+
+
+def wait_until(condition, process, seconds=120):
     end = time.monotonic() + seconds
-    while not path.exists():
+    while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -497,49 +501,53 @@ def running_commands():
 # ---------------------------------------------------------------- SIGKILL
 
 
+KILLS = 10
+KILLED_EPOCHS = 36
+
+
 def test_killed_ten_times_it_ends_bit_identical(runs, tmp_path):
     """SIGKILL at ten random moments, each followed by --resume auto, against one uninterrupted run.
 
     A run saves after every second step here, so that many of the kills hit a checkpoint that is being written.
     """
-    arguments = [*runs.small, "--epochs", 40, "--stage2-epochs", 10, "--save-every", 2]
+    arguments = [*runs.small, "--epochs", KILLED_EPOCHS, "--stage2-epochs", 8, "--save-every", 2, "--resume", "auto"]
     whole = runs.start(*arguments, "--output-dir", tmp_path / "whole", stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / "whole" / "metrics.jsonl", whole)
     began = time.monotonic()
-    wait_for(tmp_path / "whole" / "config.json", whole)
-    start_up = time.monotonic() - began
     _, errors = whole.communicate()
+    training = time.monotonic() - began
     assert whole.returncode == 0, errors
-    training = time.monotonic() - began - start_up
 
+    directory = tmp_path / "killed"
     generator = torch.Generator().manual_seed(0)
-    positions, kills = [], 0
-    while True:
-        process = runs.start(
-            *arguments, "--output-dir", tmp_path / "killed", "--resume", "auto", stdout=subprocess.DEVNULL
-        )
-        if kills == 10:
-            break
-        # between the start of training and a tenth of its length, so that ten kills fit into one run
-        moment = start_up + training * 0.1 * torch.rand((), generator=generator).item()
-        try:
-            process.communicate(timeout=moment)
-            pytest.fail(f"the run ended before kill {kills + 1}: {process.returncode}")
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-        found = find_resumable(tmp_path / "killed") if (tmp_path / "killed").exists() else None
-        if found is not None:
-            positions.append(found[1]["epoch"] * 6 + found[1]["batch"])
+    positions = []
+    for kill in range(KILLS):
+        # however fast the machine is at that moment, the run does not get to its end before the last kill
+        most_epochs = (kill + 1) * KILLED_EPOCHS // (KILLS + 1)
+        process = runs.start(*arguments, "--output-dir", directory, stdout=subprocess.DEVNULL)
+        wait_until(lambda process=process: writes_events(directory, process.pid), process)
+        moment = time.monotonic() + training / KILLS * torch.rand((), generator=generator).item()
+        while time.monotonic() < moment and len(runs.metrics(directory)) < most_epochs:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        found = find_resumable(directory)
+        positions.append(found[1]["epoch"] * 6 + found[1]["batch"] if found else 0)
+    assert positions == sorted(positions)  # no kill lost a finished checkpoint
+    assert 0 < positions[-1] < KILLED_EPOCHS * 6
+
+    process = runs.start(*arguments, "--output-dir", directory, stdout=subprocess.DEVNULL)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-
-    assert positions == sorted(positions)  # no kill ever lost a finished checkpoint
-    assert positions[-1] > 0
-    runs.assert_same_weights(tmp_path / "whole" / "last.pt", tmp_path / "killed" / "last.pt")
-    runs.assert_same_weights(tmp_path / "whole" / "best.pt", tmp_path / "killed" / "best.pt")
-    assert runs.reproducible_metrics(tmp_path / "whole") == runs.reproducible_metrics(tmp_path / "killed")
+    for name in ("last.pt", "best.pt"):
+        runs.assert_same_weights(tmp_path / "whole" / name, directory / name)
+    assert runs.reproducible_metrics(tmp_path / "whole") == runs.reproducible_metrics(directory)
     for name in ("per_class.csv", "config.json"):
-        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "killed" / name).read_text()
-    assert not list((tmp_path / "killed").glob(".*.tmp"))
-    assert previous_of(tmp_path / "killed" / "last.pt").exists()
+        assert (tmp_path / "whole" / name).read_text() == (directory / name).read_text()
+    assert not list(directory.glob(".*.tmp"))
+
+
+def writes_events(directory, process_id):
+    """Whether the process has opened its TensorBoard file, the last thing before the first step."""
+    return any(f".{process_id}." in path.name for path in directory.glob("events.out.tfevents.*"))
