@@ -39,7 +39,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Compiled kernels of shike_fast; raw pointers in, no checks: call them through shike_fast.ops.";
     module.def("build_info", &build_info,
-               "How this library was built: version, compiler, cxx_standard, flags, build_type, cuda (version or None), "
-               "cuda_reason (why there is no CUDA, or None), cuda_architectures, cuda_flags.");
+               "How this library was built: version, compiler, cxx_standard, flags, build_type, cuda (version or "
+               "None), cuda_reason (why there is no CUDA, or None), cuda_architectures, cuda_flags.");
     for (const shike::Binder binder : shike::binders()) binder(module);
 }

@@ -55,8 +55,8 @@ py::list describe_devices() {
 
 SHIKE_BINDINGS(module) {
     module.def("cuda_devices", &shike::describe_devices,
-               "CUDA devices: name, compute_capability, memory_bytes, driver_version (newest CUDA the driver supports), "
-               "runtime_version. Raises RuntimeError saying why if there is no CUDA, driver or device.");
+               "CUDA devices: name, compute_capability, memory_bytes, driver_version (newest CUDA the driver "
+               "supports), runtime_version. Raises RuntimeError saying why if there is no CUDA, driver or device.");
     module.def("cuda_self_test", &shike::cuda_self_test, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
                "Run a small kernel on this device and compare its output. Raises RuntimeError saying what failed.");
 }

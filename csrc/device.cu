@@ -14,7 +14,7 @@ std::string version_text(int version) {
     return version == 0 ? "none" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Throws if a CUDA call failed, and clears the runtime's sticky copy so that the next call does not report this error again.
+// Throws if a CUDA call failed, and clears the runtime's copy so that the next call does not report this error again.
 void check(cudaError_t status, const std::string& what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();
@@ -26,8 +26,8 @@ int device_count() {
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess) {
         const CudaVersions versions = cuda_versions();
-        check(status, "cudaGetDeviceCount (driver supports CUDA " + version_text(versions.driver) + ", this library uses CUDA " +
-                          version_text(versions.runtime) + ")");
+        check(status, "cudaGetDeviceCount (driver supports CUDA " + version_text(versions.driver) +
+                          ", this library uses CUDA " + version_text(versions.runtime) + ")");
     }
     return count;
 }
@@ -49,7 +49,9 @@ private:
 
 class Buffer {
 public:
-    explicit Buffer(std::size_t bytes) { check(cudaMalloc(&data_, bytes), "cudaMalloc(" + std::to_string(bytes) + " bytes)"); }
+    explicit Buffer(std::size_t bytes) {
+        check(cudaMalloc(&data_, bytes), "cudaMalloc(" + std::to_string(bytes) + " bytes)");
+    }
     ~Buffer() { cudaFree(data_); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -91,22 +93,24 @@ std::vector<CudaDevice> cuda_devices() {
 void cuda_self_test(int device) {
     const int count = device_count();
     if (device < 0 || device >= count) {
-        throw std::runtime_error("cuda_self_test: expected a device number in [0, " + std::to_string(count) + "), got " +
-                                 std::to_string(device));
+        throw std::runtime_error("cuda_self_test: expected a device number in [0, " + std::to_string(count) +
+                                 "), got " + std::to_string(device));
     }
     constexpr std::uint32_t kCount = 1000;  // not a multiple of the block, so that the bound is exercised
     constexpr std::uint32_t kBlock = 128;
     const CurrentDevice current(device);
     const Buffer buffer(kCount * sizeof(std::uint32_t));
     write_pattern<<<(kCount + kBlock - 1) / kBlock, kBlock>>>(buffer.data(), kCount);
-    check(cudaGetLastError(), std::string("launching a kernel on device ") + std::to_string(device) +
-                                  " (this library has code for " + build::kCudaArchitectures + "; SHIKE_CUDA_ARCHS chooses)");
+    check(cudaGetLastError(), "launching a kernel on device " + std::to_string(device) + " (this library has code for " +
+                                  build::kCudaArchitectures + "; SHIKE_CUDA_ARCHS chooses)");
     std::vector<std::uint32_t> host(kCount);
-    check(cudaMemcpy(host.data(), buffer.data(), kCount * sizeof(std::uint32_t), cudaMemcpyDeviceToHost), "cudaMemcpy to the host");
+    check(cudaMemcpy(host.data(), buffer.data(), kCount * sizeof(std::uint32_t), cudaMemcpyDeviceToHost),
+          "cudaMemcpy to the host");
     for (std::uint32_t index = 0; index < kCount; ++index) {
         if (host[index] != pattern(index)) {
-            throw std::runtime_error("cuda_self_test: device " + std::to_string(device) + " wrote " + std::to_string(host[index]) +
-                                     " at index " + std::to_string(index) + ", expected " + std::to_string(pattern(index)));
+            throw std::runtime_error("cuda_self_test: device " + std::to_string(device) + " wrote " +
+                                     std::to_string(host[index]) + " at index " + std::to_string(index) +
+                                     ", expected " + std::to_string(pattern(index)));
         }
     }
 }

@@ -22,7 +22,7 @@ from shike_fast.engine.console import RunConsole
 from shike_fast.engine.metrics import Evaluation, evaluate
 from shike_fast.engine.state import model_from_checkpoint
 from shike_fast.engine.trainer import make_autocast, make_loader
-from shike_fast.errors import CheckpointError
+from shike_fast.errors import CheckpointError, ConfigError
 
 
 def make_parser() -> ArgumentParser:
@@ -32,7 +32,7 @@ def make_parser() -> ArgumentParser:
     add("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pt or last.pt of a run directory")
     add("--data-dir", metavar="DIR", help="where the data set lies, if not where it was")
     add("--stage", type=int, choices=(1, 2), help="whose classifiers to use; default those the checkpoint was training")
-    add("--batch-size", type=int, metavar="B", help="default that of the run")
+    add("--batch-size", type=int, metavar="B", help="images at a time; default four times that of the run")
     add("--workers", type=int, metavar="N", help="loader processes")
     add("--threads", type=int, metavar="N", help="CPU threads; default that of the run")
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: dict[str, Any]) -> int:
     path: Path = arguments["checkpoint"]
+    batch_size: int | None = arguments["batch_size"]
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"--batch-size: must be at least 1, got {batch_size}")
     state = checkpoint.load_checkpoint(path)
     config = _config(state, arguments, path)
     torch.set_num_threads(config.threads)
@@ -75,7 +78,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
         raise CheckpointError(
             f"checkpoint {path} knows other classes than the {dataset.name} at hand; check --data-dir"
         )
-    loader = make_loader(config, dataset, device, train=False)
+    loader = make_loader(config, dataset, device, train=False, test_batch_size=batch_size)
     try:
         result = evaluate(
             model,
@@ -100,7 +103,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
 
 def _config(state: dict[str, Any], arguments: dict[str, Any], path: Path) -> TrainConfig:
     """Settings of the run, with those replaced that only concern the evaluation."""
-    names = ("data_dir", "workers", "device", "threads", "batch_size", "amp")
+    names = ("data_dir", "workers", "device", "threads", "amp")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
     return resume_config(state["config"] | given, {}, str(path))
 

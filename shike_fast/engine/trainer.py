@@ -59,8 +59,18 @@ def make_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContex
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
-def make_loader(config: TrainConfig, dataset: data.LongTailData, device: torch.device, *, train: bool) -> data.Loader:
+def make_loader(
+    config: TrainConfig,
+    dataset: data.LongTailData,
+    device: torch.device,
+    *,
+    train: bool,
+    test_batch_size: int | None = None,
+) -> data.Loader:
     """Loader of the training images (shuffled) or the test images of a run.
+
+    Test batches are four times as large as training batches unless ``test_batch_size`` says otherwise: a forward pass
+    that keeps nothing for a backward one has the memory for it.
 
     Where the user names no number of workers, images that are decoded or augmented one by one get up to eight
     processes, one a core; those that are prepared a whole batch at a time need none.
@@ -71,7 +81,7 @@ def make_loader(config: TrainConfig, dataset: data.LongTailData, device: torch.d
         workers = min(8, os.cpu_count() or 1) if source.one_by_one else 0
     return data.Loader(
         source,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size if train else test_batch_size or 4 * config.batch_size,
         seed=config.seed,
         shuffle=train,
         num_workers=workers,
