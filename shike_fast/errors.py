@@ -18,5 +18,11 @@ class DataError(ShikeError, ValueError):
     """A data set is missing, incomplete, corrupt or not what its format says."""
 
 
+class RunError(ShikeError):
+    """The input was accepted, but the work could not be finished."""
+
+    exit_status = 1
+
+
 class CheckpointError(ShikeError, ValueError):
     """A checkpoint or weight file is missing, damaged, or belongs to another model or run."""

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from shike_fast import data
 from shike_fast.engine import checkpoint, report
 from shike_fast.engine.cli import ArgumentParser, choose_device, run_command
 from shike_fast.engine.config import TrainConfig, resume_config
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.metrics import Evaluation, evaluate
-from shike_fast.engine.state import model_from_checkpoint
+from shike_fast.engine.state import load_data, model_from_checkpoint
 from shike_fast.engine.trainer import make_autocast, make_loader
 from shike_fast.errors import CheckpointError, ConfigError
 
@@ -58,6 +57,9 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     batch_size: int | None = arguments["batch_size"]
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size: must be at least 1, got {batch_size}")
+    table: Path = arguments["csv"] or path.with_name(f"{path.stem}.{report.CLASS_TABLE}")
+    if not table.parent.is_dir():
+        raise ConfigError(f"--csv: {table.parent} is not a folder; create it or name another file")
     state = checkpoint.load_checkpoint(path)
     config = _config(state, arguments, path)
     torch.set_num_threads(config.threads)
@@ -66,14 +68,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     stage = arguments["stage"] or state["stage"]
     if stage == 2 and config.method == "ce":
         raise CheckpointError(f"--stage: checkpoint {path} was trained with method 'ce', which has no stage 2")
-    dataset = data.load_dataset(
-        config.dataset,
-        data_dir=config.data_dir,
-        imbalance_factor=config.imbalance_factor,
-        augmentation=config.augmentation,
-        verify=config.verify,
-        seed=config.seed,
-    )
+    dataset = load_data(config)
     if list(dataset.class_names) != state["data"]["class_names"]:
         raise CheckpointError(
             f"checkpoint {path} knows other classes than the {dataset.name} at hand; check --data-dir"
@@ -91,7 +86,6 @@ def _evaluate(arguments: dict[str, Any]) -> int:
         )
     finally:
         loader.close()
-    table = arguments["csv"] or path.with_name(f"{path.stem}.{report.CLASS_TABLE}")
     report.write_class_table(table, result, dataset.class_names)
     summary = _summary(result) | {"stage": stage, "epoch": state["epoch"], "checkpoint": str(path), "csv": str(table)}
     if arguments["json"]:

@@ -68,7 +68,7 @@ class CosineClassifier(_ExpertClassifier):
     Raises:
         ValueError: an argument is out of range, or ``forward`` gets features of another shape.
 
-    Source: the published code's normalised linear layer and its factor 30; method section 1.
+    Source: the published code's normalised linear layer and its factor 30.
     """
 
     def __init__(self, num_experts: int, dim: int, num_classes: int, scale: float = 30.0) -> None:

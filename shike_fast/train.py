@@ -18,6 +18,7 @@ from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.cli import ArgumentParser, choose_device, make_deterministic, run_command
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.recipes import RECIPES
+from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, Trainer
 from shike_fast.errors import CheckpointError, ConfigError
 
@@ -105,66 +106,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(given: dict[str, Any]) -> int:
     resume: str | None = given.pop("resume", None)
     output_dir: Path | None = given.pop("output_dir", None)
-    found = _find_state(resume, output_dir)
-    if found is None:
-        state, config = None, resolve(given)
+    if resume is None:
+        config = resolve(given)
         output_dir = output_dir or rundir.default_directory(config.dataset, config.method)
-        rundir.check_unused(output_dir)
-    else:
-        source, state = found
-        config = resume_config(state["config"], given, str(source))
+        return _start(config, output_dir, None)
+    if resume not in (_AUTO, _MUST):
+        source = Path(resume)
         output_dir = output_dir or source.parent
-        if output_dir.resolve() != source.parent.resolve():
-            rundir.check_unused(output_dir)
+        if output_dir.resolve() != source.parent.resolve() or not source.is_file():
+            state = _load_training_state(source)
+            return _start(resume_config(state["config"], given, str(source)), output_dir, state)
+    elif output_dir is None:
+        raise ConfigError("--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE")
+    elif not checkpoint.has_checkpoint(output_dir):
+        if resume == _MUST:
+            raise ConfigError(
+                f"--resume: {output_dir} holds no checkpoint; leave --resume out or use --resume auto to start there"
+            )
+        return _start(resolve(given), output_dir, None)
+    with rundir.open_directory(output_dir):  # before reading: another process may still be writing
+        if resume in (_AUTO, _MUST):
+            source, state = _newest_state(output_dir)
+        else:
+            source, state = Path(resume), _load_training_state(Path(resume))
+        return _run(_prepare(resume_config(state["config"], given, str(source)), output_dir, state))
+
+
+def _start(config: TrainConfig, output_dir: Path, state: dict[str, Any] | None) -> int:
+    """Run in a directory of its own; whatever is wrong with the input shows before the directory is made."""
+    rundir.check_unused(output_dir)
+    trainer = _prepare(config, output_dir, state)
+    with rundir.open_directory(output_dir):
+        rundir.check_unused(output_dir)  # nobody else began there meanwhile
+        return _run(trainer)
+
+
+def _prepare(config: TrainConfig, output_dir: Path, state: dict[str, Any] | None) -> Trainer:
     make_deterministic(config.deterministic)
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    dataset = _load_dataset(config)
-    with rundir.open_directory(output_dir):
-        checkpoint.remove_leftovers(output_dir)
-        try:
-            trainer = Trainer(config, dataset, output_dir, device=device, state=state)
-            trainer.console.note(_headline(trainer))
-            trainer.run()
-        except Interrupted as interruption:
-            print(interruption, file=sys.stderr)
-            return interruption.exit_status
+    return Trainer(config, load_data(config), output_dir, device=device, state=state)
+
+
+def _run(trainer: Trainer) -> int:
+    checkpoint.remove_leftovers(trainer.output_dir)
+    trainer.console.note(_headline(trainer))
+    try:
+        trainer.run()
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return interruption.exit_status
     return 0
 
 
-def _find_state(resume: str | None, output_dir: Path | None) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, or None for a new run."""
-    if resume is None:
-        return None
-    if resume not in (_AUTO, _MUST):
-        path = Path(resume)
-        state = checkpoint.load_checkpoint(path)
-        if "optimizer" not in state:
-            raise CheckpointError(
-                f"checkpoint {path} holds a model but no training state; resume from {checkpoint.LAST}, use "
-                f"{path.name} with shike_fast.evaluate"
-            )
-        return path, state
-    if output_dir is None:
-        raise ConfigError("--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE")
+def _newest_state(output_dir: Path) -> tuple[Path, dict[str, Any]]:
     found = checkpoint.find_resumable(output_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
-    if found is None and resume == _MUST:
-        raise ConfigError(
-            f"--resume: {output_dir} holds no checkpoint; leave --resume out or use --resume auto to start there"
-        )
+    if found is None:
+        raise ConfigError(f"--resume: the checkpoint in {output_dir} has gone")
     return found
 
 
-def _load_dataset(config: TrainConfig) -> data.LongTailData:
-    return data.load_dataset(
-        config.dataset,
-        data_dir=config.data_dir,
-        imbalance_factor=config.imbalance_factor,
-        augmentation=config.augmentation,
-        download=config.download,
-        verify=config.verify,
-        seed=config.seed,
-    )
+def _load_training_state(path: Path) -> dict[str, Any]:
+    state = checkpoint.load_checkpoint(path)
+    if "optimizer" not in state:
+        raise CheckpointError(
+            f"checkpoint {path} holds a model but no training state; resume from {checkpoint.LAST}, use "
+            f"{path.name} with shike_fast.evaluate"
+        )
+    return state
 
 
 def _headline(trainer: Trainer) -> str:

@@ -6,7 +6,7 @@ Importing a module below registers the data set that it holds.
 
 from shike_fast.data import cifar, digits, fashion_mnist, imagefolder
 from shike_fast.data.base import BatchSource, DatasetInfo, LongTailData, datasets, load_dataset
-from shike_fast.data.loader import Loader, make_loader
+from shike_fast.data.loader import Loader
 from shike_fast.data.longtail import long_tail_counts
 
 __all__ = [
@@ -21,5 +21,4 @@ __all__ = [
     "imagefolder",
     "load_dataset",
     "long_tail_counts",
-    "make_loader",
 ]

@@ -131,6 +131,8 @@ def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
     if test_dir is None:
         raise DataError(f"{info.name}: neither {root / 'val'} nor {root / 'test'} is a folder; {info.how_obtained}")
     class_names = _class_names(train_dir)
+    if len(class_names) < 2:
+        raise DataError(f"{train_dir}: holds one class, {class_names[0]}; there must be two class folders or more")
     for name in _class_names(test_dir):
         if name not in class_names:
             raise DataError(

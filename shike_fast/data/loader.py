@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shike_fast.data._random import check_seed, permutation
 from shike_fast.data.base import BatchSource
-from shike_fast.errors import DataError
+from shike_fast.errors import DataError, RunError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -216,22 +216,4 @@ class Loader:
                 raise
             self.close()
             reason = " ".join(str(error).split()).rstrip(".")
-            raise DataError(f"{reason}; memory may have run out: use fewer workers (--num-workers), or 0") from error
-
-
-def make_loader(
-    dataset: BatchSource,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    seed: int | None = None,
-    epoch: int = 0,
-    num_workers: int = 0,
-    start_batch: int = 0,
-    pin_memory: bool = False,
-) -> Epoch:
-    """The batches of a single epoch; a :class:`Loader` keeps its workers over several. Arguments as there."""
-    loader = Loader(
-        dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers, pin_memory=pin_memory
-    )
-    return loader.epoch(epoch, start_batch)
+            raise RunError(f"{reason}; memory may have run out: use fewer --workers, or 0") from error

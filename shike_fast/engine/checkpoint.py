@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -26,7 +27,7 @@ BEST = "best.pt"
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` so that after a crash it holds the old content or the new, whole."""
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -45,13 +46,13 @@ def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous: bool = 
         path: the checkpoint file.
         keep_previous: keep the replaced file as ``<stem>.previous.pt``.
     """
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     with open(temporary, "wb") as file:
         torch.save({"format": FORMAT, **state}, file)
         file.flush()
         os.fsync(file.fileno())
     if keep_previous and path.exists():
-        os.replace(path, previous_of(path))
+        _link(path, previous_of(path))
     os.replace(temporary, path)
     _sync_directory(path.parent)
 
@@ -108,21 +109,23 @@ def find_resumable(
     Raises:
         CheckpointError: if there are checkpoints but none can be read.
     """
-    failure: CheckpointError | None = None
-    for path in (directory / LAST, previous_of(directory / LAST)):
-        if not path.exists():
-            continue
-        try:
-            state = load_checkpoint(path)
-        except CheckpointError as error:
-            failure = failure or error
-            continue
-        if failure is not None:
-            warn(f"{failure}; going on from {path}")
-        return path, state
-    if failure is not None:
-        raise failure
-    return None
+    if not has_checkpoint(directory):
+        return None
+    last = directory / LAST
+    try:
+        return last, load_checkpoint(last)
+    except CheckpointError as error:
+        previous = previous_of(last)
+        if not previous.exists():
+            raise
+        state = load_checkpoint(previous)
+        warn(f"{error}; going on from {previous}")
+        return previous, state
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a run in ``directory`` ever saved its state."""
+    return (directory / LAST).exists() or previous_of(directory / LAST).exists()
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -131,8 +134,19 @@ def remove_leftovers(directory: Path) -> None:
         path.unlink()
 
 
-def _temporary(path: Path) -> Path:
-    # one fixed name a target: a killed write leaves at most one file behind, which the next write replaces
+def _link(path: Path, target: Path) -> None:
+    """Make ``target`` another name of the file at ``path``, which stays where it is throughout."""
+    temporary = temporary_of(target)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, target)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a write to ``path`` begins: one fixed name, so that a killed write leaves at most one file behind."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -34,6 +35,8 @@ def run_command(command: Callable[[], int]) -> int:
         return command()
     except ShikeError as error:
         return _fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _fail("stopped by SIGINT; nothing to save", 128 + signal.SIGINT)
     except torch.OutOfMemoryError as error:
         return _fail(f"out of device memory ({_one_line(error)}); lower --batch-size or use --amp bf16", FAILURE)
     except RuntimeError as error:
@@ -41,7 +44,7 @@ def run_command(command: Callable[[], int]) -> int:
             "DataLoader worker"
         ):  # torch has no type of its own for a loader process that died
             raise
-        return _fail(f"a loader process died ({_one_line(error)}); lower --workers if memory ran out", FAILURE)
+        return _fail(f"{_one_line(error).rstrip('.')}; memory may have run out: use fewer --workers, or 0", FAILURE)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"cannot use file{where}: {error.strerror or _one_line(error)}", FAILURE)

@@ -43,7 +43,7 @@ class TrainConfig:
     mutual_weight: float
     kl_reduction: Literal["mean", "batchmean"]
     imbalance_factor: float | None
-    augmentation: str | None
+    augmentation: str
     pretrained: str | None
     amp: Amp
     seed: int
@@ -121,6 +121,11 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
             f"--dataset: unknown data set '{values['dataset']}'; choose from {', '.join(data.datasets())}"
         )
     recipe = dataclasses.asdict(RECIPES[values["dataset"]])
+    info = data.datasets()[values["dataset"]]
+    if values["imbalance_factor"] is None:
+        values["imbalance_factor"] = info.default_imbalance_factor
+    if values["augmentation"] is None:
+        values["augmentation"] = info.augmentations[0]
     _split_epochs(values, recipe)
     values = recipe | values
     if values["method"] == "ce":

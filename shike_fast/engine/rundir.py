@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shike_fast.engine.checkpoint import atomic_write
+from shike_fast.engine.checkpoint import LAST, atomic_write, temporary_of
 from shike_fast.errors import ConfigError
 
 CONFIG = "config.json"
@@ -36,7 +36,9 @@ def check_unused(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output-dir: {path} is a file; name a directory")
-    if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
+    # a run that was killed before its first checkpoint leaves nothing but these
+    leftovers = (_LOCK, temporary_of(path / LAST).name)
+    if path.is_dir() and any(entry.name not in leftovers for entry in path.iterdir()):
         raise ConfigError(
             f"--output-dir: {path} is not empty; add --resume to go on with the run in it, or name another"
         )

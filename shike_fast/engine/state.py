@@ -10,14 +10,36 @@ import torch
 from shike_fast import data, models
 from shike_fast._version import __version__
 from shike_fast.engine.config import TrainConfig
-from shike_fast.errors import CheckpointError
+from shike_fast.errors import CheckpointError, ConfigError
+
+
+def load_data(config: TrainConfig) -> data.LongTailData:
+    """The data set of a run."""
+    return data.load_dataset(
+        config.dataset,
+        data_dir=config.data_dir,
+        imbalance_factor=config.imbalance_factor,
+        augmentation=config.augmentation,
+        download=config.download,
+        verify=config.verify,
+        seed=config.seed,
+    )
 
 
 def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertResNet:
     """The network of a run, initialised at random; with ``pretrained`` also from the file ``config.pretrained``."""
-    model = models.create_model(
-        **config.model_arguments(), num_classes=dataset.num_classes, in_channels=dataset.in_channels
-    )
+    try:
+        model = models.create_model(
+            **config.model_arguments(), num_classes=dataset.num_classes, in_channels=dataset.in_channels
+        )
+    except ValueError as error:
+        raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}: {error}") from error
+    if dataset.image_size < model.min_image_size:
+        least, size = model.min_image_size, dataset.image_size
+        raise ConfigError(
+            f"--model: {config.model} needs images of at least {least}x{least}, {dataset.name} has {size}x{size}; "
+            "use resnet8, resnet20 or resnet32"
+        )
     if pretrained and config.pretrained is not None:
         models.load_pretrained(model, Path(config.pretrained))
     return model

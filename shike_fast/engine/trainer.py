@@ -23,7 +23,7 @@ from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, 
 from shike_fast.engine.report import write_report
 from shike_fast.engine.signals import GracefulStop
 from shike_fast.engine.state import build_model, data_description, restore_data, restore_model, rng_state, set_rng_state
-from shike_fast.errors import ShikeError
+from shike_fast.errors import DataError, RunError
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TERMS = ("cross_entropy", "hardest", "mutual")
@@ -31,10 +31,8 @@ _TERMS = ("cross_entropy", "hardest", "mutual")
 _LOSS, _CORRECT, _IMAGES, _FIRST_TERM = 0, 1, 2, 3
 
 
-class NonFiniteLossError(ShikeError):
-    """The loss became NaN or infinite."""
-
-    exit_status = 1  # the input was fine, the training was not
+class NonFiniteLossError(RunError):
+    """The loss or the weights became NaN or infinite."""
 
 
 class Interrupted(Exception):
@@ -154,10 +152,13 @@ class Trainer:
 
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, with the state saved.
-            NonFiniteLossError: when the loss is NaN or infinite; the last checkpoint stays as it was.
+            NonFiniteLossError: when the loss or a weight is NaN or infinite; the last checkpoint stays as it was.
+            RunError: when the data or a loader process fails under way.
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        if not (self.output_dir / checkpoint.LAST).exists():
+            self._save()  # from the first moment on there is something to resume from
         rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
         rundir.write_metrics(self.output_dir, self.history)
         writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
@@ -167,6 +168,8 @@ class Trainer:
                     self._train_epoch(stop)
                     row = self._evaluate_epoch(stop)
                     self._finish_epoch(row, writer)
+        except DataError as error:
+            raise RunError(str(error)) from error
         finally:
             self.console.close()
             writer.close()
@@ -252,16 +255,30 @@ class Trainer:
         """
         sums = self.sums.tolist()
         if not math.isfinite(sums[_LOSS]):
-            saved = self.output_dir / checkpoint.LAST
-            remedy = f"; the last good state is in {saved}" if saved.exists() else ""
-            raise NonFiniteLossError(
-                f"the loss is not finite at step {int(self.bad_step)} of {self.batches} in epoch {self.epoch + 1}; "
-                f"try a lower --lr, or --amp bf16 or off{remedy}"
-            )
+            raise self._not_finite("loss is", int(self.bad_step))
         return sums[_LOSS] / sums[_IMAGES], 100 * sums[_CORRECT] / sums[_IMAGES]
+
+    def _not_finite(self, what: str, step: int) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"the {what} not finite at step {step} of {self.batches} in epoch {self.epoch + 1}; try a lower --lr, or "
+            f"--amp bf16 or off; the last good state is in {self.output_dir / checkpoint.LAST}"
+        )
+
+    def _require_finite(self) -> None:
+        """Refuse to go on from, or to save over a good state, weights that the next loss would show to be lost.
+
+        Raises:
+            NonFiniteLossError: if a weight, a statistic of BatchNorm or the loss of a step so far is NaN or infinite.
+        """
+        if self.batch:
+            self._running_means()
+        values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            raise self._not_finite("weights are", self.batch)
 
     def _evaluate_epoch(self, stop: GracefulStop) -> dict[str, Any]:
         """Test the model; returns the metrics of the epoch."""
+        self._require_finite()
         self.console.testing()
         try:
             self.evaluation = evaluate(
@@ -328,8 +345,7 @@ class Trainer:
         raise Interrupted(stop, self.output_dir / checkpoint.LAST)
 
     def _save(self) -> None:
-        if self.batch:
-            self._running_means()  # never let a state behind a non-finite loss replace a good one
+        self._require_finite()
         state = self._model_state() | {
             "batch": self.batch,
             "sums": self.sums.tolist(),

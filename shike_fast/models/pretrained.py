@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import dataclass
 from os import PathLike
@@ -70,10 +71,16 @@ def load_pretrained(model: MultiExpertResNet, path: str | PathLike[str]) -> Pret
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"--pretrained: {path} is not a file; name weights in .pth or .safetensors format")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors, or is no weight file; loading it could execute code. Save its state_dict"
+        ) from error
     except Exception as error:  # on damaged bytes the two readers raise a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be read as weights ({reason}); is the file complete?") from error

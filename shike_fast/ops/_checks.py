@@ -39,6 +39,11 @@ def check_logits(op: str, logits: Tensor | Sequence[Tensor]) -> tuple[Tensor, tu
     return first, shape
 
 
+def stacked(logits: Tensor | Sequence[Tensor]) -> Tensor:
+    """Checked logits as one tensor [K, B, C]; a copy where they came as a sequence."""
+    return logits if isinstance(logits, Tensor) else torch.stack(list(logits))
+
+
 def _check_sequence(op: str, logits: Sequence[Tensor]) -> tuple[Tensor, tuple[int, int, int]]:
     if len(logits) == 0:
         raise ValueError(f"{op}: logits must have K >= 1 experts, got an empty {type(logits).__name__}")

@@ -13,7 +13,7 @@ def define_composite(schema: str, function: Callable[..., Any]) -> Callable[...,
 
     The function is a composition of PyTorch operators, so autograd, ``torch.compile``, ``torch.export`` and
     ``torch.func`` see through it and it needs no derivative or shape rule of its own. ``Library.define`` and ``impl``
-    cost about 5 µs a call, ``torch.library.custom_op`` 22 µs.
+    cost a fraction of the time of a call through ``torch.library.custom_op``.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

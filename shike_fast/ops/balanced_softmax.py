@@ -13,6 +13,7 @@ from shike_fast.ops._checks import (
     check_logits,
     check_target,
     describe,
+    stacked,
     values_are_readable,
 )
 from shike_fast.ops._library import define_composite
@@ -98,7 +99,7 @@ _op = define_composite(f"{_NAME}(Tensor logits, Tensor target, Tensor class_coun
 
 
 def _reference(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor) -> Tensor:
-    loss: Tensor = _op(logits if isinstance(logits, Tensor) else torch.stack(list(logits)), target, class_counts)
+    loss: Tensor = _op(stacked(logits), target, class_counts)
     return loss
 
 

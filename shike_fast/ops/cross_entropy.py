@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from shike_fast.ops import _backend
@@ -14,6 +13,7 @@ from shike_fast.ops._checks import (
     check_logits,
     check_target,
     describe,
+    stacked,
 )
 from shike_fast.ops._library import define_composite
 
@@ -107,7 +107,7 @@ _op = define_composite(
 
 
 def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> Tensor:
-    loss: Tensor = _op(logits if isinstance(logits, Tensor) else torch.stack(list(logits)), *args)
+    loss: Tensor = _op(stacked(logits), *args)
     return loss
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shike_fast.ops import _backend
-from shike_fast.ops._checks import accumulation_dtype, check_finite, check_logits, check_target
+from shike_fast.ops._checks import accumulation_dtype, check_finite, check_logits, check_target, stacked
 from shike_fast.ops._library import define_composite
 
 _NAME = "dkt_loss"
@@ -174,7 +174,7 @@ _op = define_composite(
 
 
 def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> tuple[Tensor, Tensor]:
-    loss, terms = _op(logits if isinstance(logits, Tensor) else torch.stack(list(logits)), *args)
+    loss, terms = _op(stacked(logits), *args)
     return loss, terms
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from shike_fast.data import Loader, load_dataset, make_loader
+from shike_fast.data import Loader, load_dataset
 from shike_fast.data.arrays import ArrayDataset
-from shike_fast.errors import DataError
+from shike_fast.errors import DataError, RunError
 
 
 def make(count=50, augmentation="crop-flip", side=8, seed=0):
@@ -216,23 +216,12 @@ def test_a_runtime_error_of_a_data_set_is_not_taken_for_a_dead_worker():
     loader.close()
 
 
-def test_a_killed_worker_is_reported(data_error):
+def test_a_killed_worker_is_reported():
     loader = Loader(Troubled(die), batch_size=4, shuffle=False, num_workers=1)
-    with data_error("DataLoader worker", "use fewer workers (--num-workers), or 0"):
+    with pytest.raises(RunError, match=r"DataLoader worker .*use fewer --workers, or 0"):
         list(loader.epoch(0))
     assert multiprocessing.active_children() == []
     loader.close()
-
-
-def test_make_loader_is_one_epoch():
-    data = make()
-    batches = make_loader(data, batch_size=8, shuffle=True, seed=3, epoch=2, start_batch=4)
-    assert len(batches) == 3
-    assert_same(list(batches), list(Loader(data, batch_size=8, shuffle=True, seed=3).epoch(2))[4:])
-    assert_same(
-        list(make_loader(data, batch_size=8, shuffle=True, seed=3, epoch=2, start_batch=4, num_workers=1)),
-        list(batches),
-    )
 
 
 def test_a_real_data_set_through_workers(image_dir):

@@ -33,6 +33,18 @@ def test_the_replaced_checkpoint_is_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_without_hard_links_the_replaced_checkpoint_is_kept_too(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "last.pt"
+    for value in (1.0, 2.0):
+        save_checkpoint(state(value), path)
+    assert load_checkpoint(previous_of(path))["model"]["weight"][0] == 1
+    assert load_checkpoint(path)["model"]["weight"][0] == 2
+
+
 def test_without_keep_previous_only_the_new_one_stays(tmp_path):
     path = tmp_path / "best.pt"
     save_checkpoint(state(1.0), path, keep_previous=False)
@@ -116,10 +128,11 @@ def test_find_resumable_falls_back_to_the_previous(tmp_path):
     assert found["model"]["weight"][0] == 1
 
 
-def test_find_resumable_between_the_two_renames(tmp_path):
+def test_find_resumable_without_the_newest(tmp_path):
     save_checkpoint(state(1.0), tmp_path / "last.pt")
     os.replace(tmp_path / "last.pt", previous_of(tmp_path / "last.pt"))
-    _, found = find_resumable(tmp_path)
+    with pytest.warns(UserWarning, match=r"last\.pt does not exist.*; going on from .*last\.previous\.pt"):
+        _, found = find_resumable(tmp_path)
     assert found["model"]["weight"][0] == 1
 
 

@@ -22,8 +22,9 @@ def raising(error):
         (
             RuntimeError("DataLoader worker (pid 7) is killed"),
             1,
-            "error: a loader process died (DataLoader worker (pid 7)",
+            "error: DataLoader worker (pid 7) is killed; memory may",
         ),
+        (KeyboardInterrupt(), 130, "error: stopped by SIGINT; nothing to save\n"),
         (OSError("no space"), 1, "error: cannot use file: no space\n"),
         (torch.OutOfMemoryError("CUDA out\nof memory"), 1, "error: out of device memory (CUDA out of memory); lower"),
     ],

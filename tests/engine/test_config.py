@@ -24,6 +24,14 @@ def test_every_data_set_has_a_recipe():
     assert RECIPES.keys() == data.datasets().keys()
 
 
+def test_data_settings_are_those_of_the_data_set():
+    config = resolve({})
+    assert (config.imbalance_factor, config.augmentation) == (20.0, "shift")
+    assert resolve({"dataset": "imagefolder"}).imbalance_factor is None
+    stored = dataclasses.asdict(config)
+    assert resume_config(stored, {"imbalance_factor": 20.0, "augmentation": "shift"}, "last.pt") == config
+
+
 def test_threads_are_settled_when_the_run_begins():
     assert resolve({"dataset": "cifar10-lt"}).threads == torch.get_num_threads()
     assert resolve({"dataset": "cifar10-lt", "threads": 3}).threads == 3

@@ -100,6 +100,11 @@ def test_bad_values(checkpoint, capsys):
     assert "gone is not a folder" in capsys.readouterr().err
 
 
+def test_a_csv_in_no_folder(checkpoint, tmp_path, capsys):
+    assert run("--checkpoint", checkpoint, "--csv", tmp_path / "gone" / "table.csv") == 2
+    assert capsys.readouterr().err.startswith(f"error: --csv: {tmp_path / 'gone'} is not a folder")
+
+
 def test_other_classes(checkpoint, monkeypatch, capsys):
     import dataclasses
 

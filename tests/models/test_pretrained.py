@@ -132,7 +132,7 @@ def test_truncated_file(tmp_path, suffix, kept):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_missing_file(tmp_path, suffix):
     model = models.create_model("resnet8", num_classes=10)
-    with pytest.raises(CheckpointError, match=f"absent{suffix}: cannot be read"):
+    with pytest.raises(CheckpointError, match=rf"--pretrained: .*absent{suffix} is not a file"):
         models.load_pretrained(model, tmp_path / f"absent{suffix}")
 
 
@@ -154,7 +154,7 @@ class Payload:
 def test_no_pickled_code_runs(tmp_path, writer):
     file, mark = tmp_path / "weights.pth", tmp_path / "executed"
     writer({"conv1.weight": Payload(mark)}, file)
-    with pytest.raises(CheckpointError, match=r"weights.pth: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"weights\.pth: holds more than tensors, or is no weight file"):
         models.load_pretrained(models.create_model("resnet8", num_classes=10), file)
     assert not mark.exists()
 

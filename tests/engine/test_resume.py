@@ -1,0 +1,288 @@
+"""Stop a run, kill it, go on with it: it ends as if nothing had happened."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from shike_fast import data
+from shike_fast.engine import trainer as trainer_module
+from shike_fast.engine.checkpoint import find_resumable
+
+
+def wait_until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_resume_of_a_finished_run_changes_nothing(runs, tmp_path, capsys):
+    runs.train(*runs.small, "--output-dir", tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    table = (tmp_path / "run" / "per_class.csv").read_text()
+    capsys.readouterr()
+    assert runs.train("--output-dir", tmp_path / "run", "--resume") == 0
+    assert "best, epoch" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert (tmp_path / "run" / "per_class.csv").read_text() == table
+    assert len(runs.metrics(tmp_path / "run")) == 3
+
+
+def test_auto_starts_where_there_is_nothing(runs, tmp_path, finished):
+    assert runs.train(*runs.small, "--output-dir", tmp_path / "run", "--resume", "auto") == 0
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+
+
+def test_auto_still_refuses_a_directory_of_something_else(runs, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert runs.train(*runs.small, "--output-dir", tmp_path, "--resume", "auto") == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+class StopAfter:
+    """Sends a signal to this process once the given number of steps is done."""
+
+    def __init__(self, monkeypatch, steps, number=signal.SIGTERM, method="_step"):
+        self.left = steps
+        plain = getattr(trainer_module.Trainer, method)
+
+        def counted(trainer, *arguments):
+            result = plain(trainer, *arguments)
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), number)
+            return result
+
+        monkeypatch.setattr(trainer_module.Trainer, method, counted)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 7, 12, 14, 17])
+def test_stopped_at_any_step_and_resumed_it_ends_the_same(runs, tmp_path, monkeypatch, capsys, finished, steps):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, steps)
+        assert runs.train(*runs.small, "--output-dir", tmp_path / "run") == 128 + signal.SIGTERM
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"stopped by SIGTERM; state saved in {tmp_path / 'run' / 'last.pt'}; go on with")
+    state = runs.checkpoint(tmp_path / "run" / "last.pt")
+    assert state["epoch"] * 6 + state["batch"] == steps
+    assert runs.train("--output-dir", tmp_path / "run", "--resume") == 0
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+    runs.assert_same_weights(finished / "best.pt", tmp_path / "run" / "best.pt")
+    assert runs.reproducible_metrics(tmp_path / "run") == runs.reproducible_metrics(finished)
+    assert (tmp_path / "run" / "per_class.csv").read_text() == (finished / "per_class.csv").read_text()
+
+
+def test_stopped_after_the_last_step_it_is_simply_finished(runs, tmp_path, monkeypatch, finished):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3, method="_finish_epoch")
+        assert runs.train(*runs.small, "--output-dir", tmp_path / "run") == 0
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+
+
+def test_ctrl_c_saves_too(runs, tmp_path, monkeypatch, capsys):
+    StopAfter(monkeypatch, 3, signal.SIGINT)
+    assert runs.train(*runs.small, "--output-dir", tmp_path / "run") == 130
+    assert "stopped by SIGINT" in capsys.readouterr().err
+    assert runs.checkpoint(tmp_path / "run" / "last.pt")["batch"] == 3
+
+
+def test_resume_from_a_file_into_a_new_directory(runs, tmp_path, monkeypatch, finished):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 8)
+        runs.train(*runs.small, "--output-dir", tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    source = tmp_path / "run" / "last.pt"
+    assert runs.train("--resume", source, "--output-dir", tmp_path / "branch") == 0
+    assert source.read_bytes() == before
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "branch" / "last.pt")
+    assert runs.reproducible_metrics(tmp_path / "branch") == runs.reproducible_metrics(finished)
+
+
+def test_resume_from_a_file_goes_on_in_its_directory(runs, tmp_path, monkeypatch, finished):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 8)
+        runs.train(*runs.small, "--output-dir", tmp_path / "run")
+    assert runs.train("--resume", tmp_path / "run" / "last.pt") == 0
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+
+
+def test_resume_into_a_used_directory_is_refused(runs, tmp_path, finished, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    assert runs.train("--resume", finished / "last.pt", "--output-dir", tmp_path / "used") == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_resume_of_another_model(runs, tmp_path, finished, capsys):
+    assert runs.train("--resume", finished / "last.pt", "--model", "resnet32", "--output-dir", tmp_path / "x") == 2
+    assert "model is 'resnet8', the command line says 'resnet32'" in capsys.readouterr().err
+
+
+def test_resume_of_the_best_checkpoint_is_explained(runs, tmp_path, finished, capsys):
+    assert runs.train("--resume", finished / "best.pt", "--output-dir", tmp_path / "x") == 2
+    assert "holds a model but no training state; resume from last.pt" in capsys.readouterr().err
+
+
+def test_resume_with_other_images(runs, tmp_path, finished, monkeypatch, capsys):
+    plain = data.load_dataset
+
+    def other(*arguments, **options):
+        return dataclasses.replace(plain(*arguments, **options), fingerprint="other")
+
+    monkeypatch.setattr(data, "load_dataset", other)
+    assert runs.train("--resume", finished / "last.pt", "--output-dir", tmp_path / "x") == 2
+    assert "was trained on other images than this digits-lt holds" in capsys.readouterr().err
+
+
+def test_resume_with_a_description_that_does_not_match(runs, tmp_path, finished, capsys):
+    state = runs.checkpoint(finished / "last.pt")
+    state["model_description"]["scale"] = 12.0
+    torch.save(state, tmp_path / "last.pt")
+    assert runs.train("--resume", tmp_path / "last.pt", "--output-dir", tmp_path / "x") == 2
+    assert "the checkpoint holds another model: scale is 12.0 there and 30.0 here" in capsys.readouterr().err
+
+
+def test_resume_with_missing_weights(runs, tmp_path, finished, capsys):
+    state = runs.checkpoint(finished / "last.pt")
+    del state["model"]["conv1.weight"]
+    torch.save(state, tmp_path / "last.pt")
+    assert runs.train("--resume", tmp_path / "last.pt", "--output-dir", tmp_path / "x") == 2
+    errors = capsys.readouterr().err
+    assert "do not fit its model" in errors
+    assert "conv1.weight" in errors
+    assert errors.count("\n") == 1
+
+
+def test_resume_falls_back_when_the_last_checkpoint_is_damaged(runs, tmp_path, finished, capsys):
+    runs.train(*runs.small, "--output-dir", tmp_path / "run")
+    os.truncate(tmp_path / "run" / "last.pt", 1000)
+    capsys.readouterr()
+    assert runs.train("--output-dir", tmp_path / "run", "--resume") == 0
+    assert re.fullmatch(
+        r"warning: checkpoint \S+ is damaged .*; going on from .*last.previous.pt\n", capsys.readouterr().err
+    )
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+    assert runs.reproducible_metrics(tmp_path / "run") == runs.reproducible_metrics(finished)
+
+
+def test_save_every_saves_within_an_epoch(runs, tmp_path, monkeypatch):
+    saved = []
+    plain = trainer_module.Trainer._save
+    monkeypatch.setattr(trainer_module.Trainer, "_save", lambda t: (saved.append((t.epoch, t.batch)), plain(t))[1])
+    runs.train(*runs.small, "--epochs", 2, "--save-every", 4, "--output-dir", tmp_path / "run")
+    assert saved == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0)]
+
+
+def test_two_processes_cannot_write_one_run(runs, tmp_path, finished):
+    first = runs.start(*runs.small, "--epochs", 200, "--output-dir", tmp_path / "run")
+    try:
+        wait_until((tmp_path / "run" / "last.pt").exists, first)
+        second = runs.start("--output-dir", tmp_path / "run", "--resume", "auto")
+        _, errors = second.communicate()
+        assert second.returncode == 2
+        assert "another process is writing to" in errors
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_from_outside_with_workers(runs, tmp_path, number):
+    """The whole process group gets the signal, as from a terminal or a batch system."""
+    process = runs.start(
+        *runs.small, "--epochs", 500, "--workers", 2, "--output-dir", tmp_path / "run", start_new_session=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and runs.metrics(metrics.parent), process)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.startswith(f"stopped by {number.name}; state saved in")
+    assert errors.count("\n") == 1
+    path, state = find_resumable(tmp_path / "run")
+    assert path.name == "last.pt"
+    assert state["epoch"] >= 1
+    assert not [line for line in running_commands() if str(tmp_path) in line]
+
+
+def running_commands():
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+KILLS = 10
+KILLED_EPOCHS = 36
+
+
+def test_killed_ten_times_it_ends_bit_identical(runs, tmp_path):
+    """SIGKILL at ten random moments, each followed by --resume auto, against one uninterrupted run.
+
+    A run saves after every second step here, so that many of the kills hit a checkpoint that is being written.
+    """
+    arguments = [*runs.small, "--epochs", KILLED_EPOCHS, "--stage2-epochs", 8, "--save-every", 2, "--resume", "auto"]
+    whole = runs.start(*arguments, "--output-dir", tmp_path / "whole", stdout=subprocess.DEVNULL)
+    wait_until((tmp_path / "whole" / "metrics.jsonl").exists, whole)
+    began = time.monotonic()
+    _, errors = whole.communicate()
+    training = time.monotonic() - began
+    assert whole.returncode == 0, errors
+
+    directory = tmp_path / "killed"
+    generator = torch.Generator().manual_seed(0)
+    positions = []
+    for kill in range(KILLS):
+        # however fast the machine is at that moment, the run does not get to its end before the last kill
+        most_epochs = (kill + 1) * KILLED_EPOCHS // (KILLS + 1)
+        process = runs.start(*arguments, "--output-dir", directory, stdout=subprocess.DEVNULL)
+        wait_until(lambda process=process: writes_events(directory, process.pid), process)
+        moment = time.monotonic() + training / KILLS * torch.rand((), generator=generator).item()
+        while time.monotonic() < moment and len(runs.metrics(directory)) < most_epochs:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        found = find_resumable(directory)
+        positions.append(found[1]["epoch"] * 6 + found[1]["batch"] if found else 0)
+    assert positions == sorted(positions)  # no kill lost a finished checkpoint
+    assert 0 < positions[-1] < KILLED_EPOCHS * 6
+
+    process = runs.start(*arguments, "--output-dir", directory, stdout=subprocess.DEVNULL)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    for name in ("last.pt", "best.pt"):
+        runs.assert_same_weights(tmp_path / "whole" / name, directory / name)
+    assert runs.reproducible_metrics(tmp_path / "whole") == runs.reproducible_metrics(directory)
+    for name in ("per_class.csv", "config.json"):
+        assert (tmp_path / "whole" / name).read_text() == (directory / name).read_text()
+    assert not list(directory.glob(".*.tmp"))
+
+
+def writes_events(directory, process_id):
+    """Whether the process has opened its TensorBoard file, the last thing before the first step."""
+    return any(f".{process_id}." in path.name for path in directory.glob("events.out.tfevents.*"))
+
+
+def test_killed_in_the_first_epoch(runs, tmp_path, finished):
+    directory = tmp_path / "run"
+    process = runs.start(*runs.small, "--output-dir", directory, stdout=subprocess.DEVNULL)
+    wait_until((directory / "config.json").exists, process)
+    process.kill()
+    process.communicate()
+    assert runs.metrics(directory) == []
+    assert runs.train("--output-dir", directory, "--resume") == 0
+    runs.assert_same_weights(finished / "last.pt", directory / "last.pt")
+
+
+def test_killed_while_the_first_checkpoint_was_written(runs, tmp_path, finished):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".last.pt.tmp").write_bytes(b"half a checkpoint")
+    assert runs.train(*runs.small, "--output-dir", tmp_path / "run", "--resume", "auto") == 0
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+    assert not (tmp_path / "run" / ".last.pt.tmp").exists()
