@@ -58,8 +58,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size: must be at least 1, got {batch_size}")
     table: Path = arguments["csv"] or path.with_name(f"{path.stem}.{report.CLASS_TABLE}")
-    if not table.parent.is_dir():
-        raise ConfigError(f"--csv: {table.parent} is not a folder; create it or name another file")
+    _check_table(table)
     state = checkpoint.load_checkpoint(path)
     config = _config(state, arguments, path)
     torch.set_num_threads(config.threads)
@@ -93,6 +92,16 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     else:
         _print(summary, config)
     return 0
+
+
+def _check_table(table: Path) -> None:
+    """Refuse a file that cannot be written, or that holds something other than an earlier table of classes."""
+    if table.is_dir() or not table.name:
+        raise ConfigError(f"--csv: {table} is a folder; name a file")
+    if not table.parent.is_dir():
+        raise ConfigError(f"--csv: {table.parent} is not a folder; create it or name another file")
+    if table.exists() and not report.is_class_table(table):
+        raise ConfigError(f"--csv: {table} exists and is no table of classes; name another file")
 
 
 def _config(state: dict[str, Any], arguments: dict[str, Any], path: Path) -> TrainConfig:

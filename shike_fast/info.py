@@ -1,6 +1,5 @@
 """``python -m shike_fast.info``: versions, devices, the compiled library, and each backend with why it is missing."""
 
-import argparse
 import importlib
 import json
 import os
@@ -17,6 +16,7 @@ import torch
 from shike_fast import ops
 from shike_fast._native_loader import native, native_error
 from shike_fast._version import __version__
+from shike_fast.engine.cli import ArgumentParser
 
 
 def collect() -> dict[str, Any]:
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0. What is missing is reported, and is no failure of this command.
     """
-    parser = argparse.ArgumentParser(prog="python -m shike_fast.info", description="Show versions, devices, backends.")
+    parser = ArgumentParser(prog="python -m shike_fast.info", description="Show versions, devices, backends.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     info = collect()

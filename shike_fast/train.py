@@ -20,10 +20,10 @@ from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.recipes import RECIPES
 from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, Trainer
-from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.errors import ConfigError
 
 _AUTO = "auto"
-_MUST = ""  # --resume without a value
+_MUST = "\0"  # --resume without a value: no file is called this
 
 
 def make_parser() -> ArgumentParser:
@@ -74,16 +74,27 @@ def make_parser() -> ArgumentParser:
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output-dir", type=Path, metavar="DIR", help="default runs/DATASET-METHOD-TIME")
+    add("--output-dir", type=_path, metavar="DIR", help="default runs/DATASET-METHOD-TIME")
     add(
         "--resume",
         nargs="?",
+        type=_text,
         const=_MUST,
         metavar="auto|FILE",
         help="go on with the run in --output-dir; auto: if there is one; FILE: from that checkpoint",
     )
     add("--save-every", type=int, metavar="STEPS", help="also save within an epoch, every so many steps")
     return parser
+
+
+def _text(value: str) -> str:
+    if not value:  # an unset variable of the user's script
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
+def _path(value: str) -> Path:
+    return Path(_text(value))
 
 
 def _recipe_table() -> str:
@@ -109,13 +120,14 @@ def _train(given: dict[str, Any]) -> int:
     if resume is None:
         config = resolve(given)
         output_dir = output_dir or rundir.default_directory(config.dataset, config.method)
-        return _start(config, output_dir, None)
+        return _start(config, output_dir)
     if resume not in (_AUTO, _MUST):
         source = Path(resume)
+        own = source.name in (checkpoint.LAST, checkpoint.previous_of(Path(checkpoint.LAST)).name)
         output_dir = output_dir or source.parent
-        if output_dir.resolve() != source.parent.resolve() or not source.is_file():
-            state = _load_training_state(source)
-            return _start(resume_config(state["config"], given, str(source)), output_dir, state)
+        if not (own and source.is_file() and output_dir.resolve() == source.parent.resolve()):
+            state = checkpoint.load_checkpoint(source, to_resume=True)
+            return _start(resume_config(state["config"], given, str(source)), output_dir, state, source)
     elif output_dir is None:
         raise ConfigError("--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE")
     elif not checkpoint.has_checkpoint(output_dir):
@@ -123,29 +135,33 @@ def _train(given: dict[str, Any]) -> int:
             raise ConfigError(
                 f"--resume: {output_dir} holds no checkpoint; leave --resume out or use --resume auto to start there"
             )
-        return _start(resolve(given), output_dir, None)
+        return _start(resolve(given), output_dir)
     with rundir.open_directory(output_dir):  # before reading: another process may still be writing
         if resume in (_AUTO, _MUST):
             source, state = _newest_state(output_dir)
         else:
-            source, state = Path(resume), _load_training_state(Path(resume))
+            source, state = Path(resume), checkpoint.load_checkpoint(Path(resume), to_resume=True)
         return _run(_prepare(resume_config(state["config"], given, str(source)), output_dir, state))
 
 
-def _start(config: TrainConfig, output_dir: Path, state: dict[str, Any] | None) -> int:
+def _start(
+    config: TrainConfig, output_dir: Path, state: dict[str, Any] | None = None, source: Path | None = None
+) -> int:
     """Run in a directory of its own; whatever is wrong with the input shows before the directory is made."""
     rundir.check_unused(output_dir)
-    trainer = _prepare(config, output_dir, state)
+    trainer = _prepare(config, output_dir, state, source and source.with_name(checkpoint.BEST))
     with rundir.open_directory(output_dir):
         rundir.check_unused(output_dir)  # nobody else began there meanwhile
         return _run(trainer)
 
 
-def _prepare(config: TrainConfig, output_dir: Path, state: dict[str, Any] | None) -> Trainer:
+def _prepare(
+    config: TrainConfig, output_dir: Path, state: dict[str, Any] | None, best_file: Path | None = None
+) -> Trainer:
     make_deterministic(config.deterministic)
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    return Trainer(config, load_data(config), output_dir, device=device, state=state)
+    return Trainer(config, load_data(config), output_dir, device=device, state=state, best_file=best_file)
 
 
 def _run(trainer: Trainer) -> int:
@@ -164,16 +180,6 @@ def _newest_state(output_dir: Path) -> tuple[Path, dict[str, Any]]:
     if found is None:
         raise ConfigError(f"--resume: the checkpoint in {output_dir} has gone")
     return found
-
-
-def _load_training_state(path: Path) -> dict[str, Any]:
-    state = checkpoint.load_checkpoint(path)
-    if "optimizer" not in state:
-        raise CheckpointError(
-            f"checkpoint {path} holds a model but no training state; resume from {checkpoint.LAST}, use "
-            f"{path.name} with shike_fast.evaluate"
-        )
-    return state
 
 
 def _headline(trainer: Trainer) -> str:

@@ -203,7 +203,8 @@ def _image_files(folder: Path) -> list[str]:
     for directory, _, names in os.walk(folder, onerror=fail):
         # Names that start with a dot are no images: macOS leaves "._x.jpg" beside "x.jpg".
         found += [os.path.join(directory, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
-    return found
+    # Opening a pipe or a device would wait for ever. A link to nowhere stays, to be named as unreadable.
+    return [path for path in found if os.path.isfile(path) or not os.path.exists(path)]
 
 
 @contextlib.contextmanager

@@ -7,18 +7,19 @@ and never executes a pickle (``weights_only=True``).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from shike_fast.errors import CheckpointError
+from shike_fast.errors import CheckpointError, RunError
 
 FORMAT = 1
 LAST = "last.pt"
@@ -27,12 +28,9 @@ BEST = "best.pt"
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` so that after a crash it holds the old content or the new, whole."""
-    temporary = temporary_of(path)
-    with open(temporary, "wb") as file:
+    with _writing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(temporary_of(path), path)
     _sync_directory(path.parent)
 
 
@@ -46,15 +44,29 @@ def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous: bool = 
         path: the checkpoint file.
         keep_previous: keep the replaced file as ``<stem>.previous.pt``.
     """
-    temporary = temporary_of(path)
-    with open(temporary, "wb") as file:
+    with _writing(path) as file:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
     if keep_previous and path.exists():
         _link(path, previous_of(path))
-    os.replace(temporary, path)
+    os.replace(temporary_of(path), path)
     _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[IO[bytes]]:
+    """Write the temporary file of ``path`` through to the disk; without leaving it behind if that fails."""
+    temporary = temporary_of(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        # torch hides a failed write behind an error of its archive writer
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else _first_line(cause)
+        raise RunError(f"cannot write {path}: {reason}; make room or choose another folder") from error
 
 
 def previous_of(path: Path) -> Path:
@@ -62,13 +74,19 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
+
+    Args:
+        path: the file.
+        to_resume: it must hold the state of a run, not just a model.
 
     Raises:
         CheckpointError: if the file is missing, damaged, holds anything but tensors and plain values, or is no
             checkpoint of this library.
     """
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is a folder; name the file, such as {path / LAST}")
     if not path.is_file():
         raise CheckpointError(
             f"checkpoint {path} does not exist; name an existing file such as RUN/{LAST} or RUN/{BEST}"
@@ -96,7 +114,33 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has format {state['format']}, this version of shike_fast reads format {FORMAT}; "
             "use the version that wrote it"
         )
+    _check_content(state, path, to_resume)
     return state
+
+
+_MODEL_CONTENT = {
+    "config": dict,
+    "data": dict,
+    "model_description": dict,
+    "model": dict,
+    "stage": int,
+    "epoch": int,
+}
+_RUN_CONTENT = {"batch": int, "sums": list, "optimizer": dict, "scaler": dict, "history": list, "rng": dict}
+
+
+def _check_content(state: dict[str, Any], path: Path, to_resume: bool) -> None:
+    if to_resume and "optimizer" not in state:
+        raise CheckpointError(
+            f"checkpoint {path} holds a model but no training state; resume from {LAST}, use {path.name} with "
+            "shike_fast.evaluate"
+        )
+    for name, kind in (_MODEL_CONTENT | _RUN_CONTENT if to_resume else _MODEL_CONTENT).items():
+        if not isinstance(state.get(name), kind):
+            got = type(state[name]).__name__ if name in state else "nothing"
+            raise CheckpointError(
+                f"checkpoint {path} is incomplete: {name} must be {kind.__name__}, got {got}; use another checkpoint"
+            )
 
 
 def find_resumable(
@@ -113,12 +157,12 @@ def find_resumable(
         return None
     last = directory / LAST
     try:
-        return last, load_checkpoint(last)
+        return last, load_checkpoint(last, to_resume=True)
     except CheckpointError as error:
         previous = previous_of(last)
         if not previous.exists():
             raise
-        state = load_checkpoint(previous)
+        state = load_checkpoint(previous, to_resume=True)
         warn(f"{error}; going on from {previous}")
         return previous, state
 

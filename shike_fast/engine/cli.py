@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,8 +20,15 @@ USAGE_ERROR = 2  # bad input: nothing was done
 FAILURE = 1  # the work began and could not be finished
 
 
+class Terminated(BaseException):
+    """SIGTERM came where there is nothing to save."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """Parser whose errors are one line."""
+    """Parser whose errors are one line and whose options cannot be abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         """Print ``error: <message>`` and exit with status 2."""
@@ -32,22 +42,46 @@ def run_command(command: Callable[[], int]) -> int:
     traceback.
     """
     try:
-        return command()
+        with _sigterm_raises():
+            return command()
     except ShikeError as error:
         return _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
-        return _fail("stopped by SIGINT; nothing to save", 128 + signal.SIGINT)
-    except torch.OutOfMemoryError as error:
-        return _fail(f"out of device memory ({_one_line(error)}); lower --batch-size or use --amp bf16", FAILURE)
+        return _fail("stopped by SIGINT", 128 + signal.SIGINT)
+    except Terminated:
+        return _fail("stopped by SIGTERM", 128 + signal.SIGTERM)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _fail(_out_of_memory(error), FAILURE)
     except RuntimeError as error:
-        if not str(error).startswith(
-            "DataLoader worker"
-        ):  # torch has no type of its own for a loader process that died
+        # torch has no types of their own for a full main memory and for a loader process that died
+        if "DefaultCPUAllocator" in str(error):
+            return _fail(_out_of_memory(error), FAILURE)
+        if not str(error).startswith("DataLoader worker"):
             raise
         return _fail(f"{_one_line(error).rstrip('.')}; memory may have run out: use fewer --workers, or 0", FAILURE)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"cannot use file{where}: {error.strerror or _one_line(error)}", FAILURE)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    return f"out of memory ({_one_line(error) or 'no details'}); lower --batch-size or use --amp bf16"
 
 
 def _fail(message: str, status: int) -> int:

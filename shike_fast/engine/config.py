@@ -82,6 +82,7 @@ class TrainConfig:
         return {"name": self.model, "num_experts": self.num_experts}
 
 
+_MOST_THREADS = 1024
 _DEFAULTS: dict[str, Any] = {
     "dataset": "digits-lt",
     "method": "shike",
@@ -167,6 +168,8 @@ def _check(config: TrainConfig) -> None:
     _at_least("--save-every", config.save_every, 0)
     _at_least("--seed", config.seed, 0)
     _at_least("--threads", config.threads, 1)
+    if config.threads > _MOST_THREADS:
+        raise ConfigError(f"--threads: must be at most {_MOST_THREADS}, got {config.threads}")
     if config.workers is not None:
         _at_least("--workers", config.workers, 0)
     for flag, value in (("--lr", config.lr), ("--stage2-lr", config.stage2_lr)):
@@ -206,7 +209,8 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
     """
     try:
         config = TrainConfig(**stored)
-    except TypeError as error:
+        _check(config)
+    except (TypeError, ConfigError) as error:
         raise CheckpointError(f"checkpoint {source} was written by another version of shike_fast ({error})") from error
     for name, value in given.items():
         if name not in CHANGEABLE and getattr(config, name) != value:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from typing import Any
 
@@ -14,6 +16,14 @@ from shike_fast.engine.metrics import SHOTS
 _LINE_EVERY = 60.0  # seconds between lines within an epoch where there is no terminal
 
 
+class _Output(RichConsole):
+    """Standard output; a run goes on, silently, when whoever read it has gone (``... | head``)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at exit fail
+
+
 class RunConsole:
     """Progress of one run.
 
@@ -24,7 +34,7 @@ class RunConsole:
     """
 
     def __init__(self, epochs: int, batches: int, console: RichConsole | None = None) -> None:
-        self.console = console or RichConsole(highlight=False, soft_wrap=True)
+        self.console = console or _Output(highlight=False, soft_wrap=True)
         self._epochs = epochs
         self._batches = batches
         self._progress: Progress | None = None
@@ -92,7 +102,7 @@ class RunConsole:
         table = Table(title=title)
         table.add_column("")
         for name in ("top-1", *SHOTS):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for label, metrics in rows:
             table.add_row(label, *(_figure(metrics[name], digits=2) for name in ("top1", *SHOTS)))
         self.console.print(table)

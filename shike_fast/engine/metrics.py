@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from shike_fast.errors import RunError
+
 MANY_SHOT_ABOVE = 100  # many: more than 100 training images
 FEW_SHOT_BELOW = 20  # few: fewer than 20; medium: what lies between, 20 to 100
 CALIBRATION_BINS = 15
@@ -107,6 +109,7 @@ def evaluate(
     Raises:
         EvaluationInterrupted: when ``should_stop()`` becomes true.
         ValueError: if there is not a single batch.
+        RunError: if a logit is NaN or infinite.
     """
     num_classes = len(class_counts)
     calibration_error = None
@@ -116,6 +119,7 @@ def evaluate(
         calibration_error = MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1").to(device)
     correct = torch.zeros(num_classes, dtype=torch.int64, device=device)
     support = torch.zeros_like(correct)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     expert_correct: Tensor | None = None
     was_training = model.training
     model.eval()
@@ -129,6 +133,7 @@ def evaluate(
                 logits = model(images, stage=stage)  # [K, B, C]
             logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
             mean_logits = logits.mean(0)  # [B, C]
+            finite &= mean_logits.isfinite().all()
             correct += torch.bincount(labels[mean_logits.argmax(-1) == labels], minlength=num_classes)
             support += torch.bincount(labels, minlength=num_classes)
             hits = (logits.argmax(-1) == labels).sum(-1)  # [K]
@@ -139,6 +144,8 @@ def evaluate(
         model.train(was_training)
     if expert_correct is None:
         raise ValueError("evaluate: batches must hold at least one batch, got none")
+    if not finite:
+        raise RunError("the model's logits on the test images are not finite: its weights or statistics are lost")
     return Evaluation(
         correct.cpu(),
         support.cpu(),

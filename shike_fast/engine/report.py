@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ CURVES = "curves.png"
 CLASS_ACCURACY = "accuracy_per_class.png"
 CLASS_TABLE = "per_class.csv"
 
+_COLUMNS = ("class", "name", "train_images", "test_images", "correct", "accuracy", "shot")
 _MOST_NAMED_CLASSES = 20
 _SHOT_COLOURS = {"many": "tab:blue", "medium": "tab:orange", "few": "tab:red"}
 
@@ -39,20 +41,27 @@ def write_report(
         config: settings of the run.
         dataset: its data set.
         history: metrics of every epoch.
-        best: metrics of the best epoch.
+        best: metrics of the best epoch, if its model is there.
         last: evaluation after the last epoch.
     """
-    if not history or best is None or last is None:
+    if not history or last is None:
         raise ValueError("write_report: the run has no finished epoch")
     title = f"{config.dataset} {config.method} {config.model}"
     ends = {row["stage"]: row for row in history}  # the last epoch of each stage
     rows = [(f"stage {stage}, epoch {row['epoch']}", row) for stage, row in ends.items()]
-    rows.append((f"best, epoch {best['epoch']}", best))
+    if best is not None:
+        rows.append((f"best, epoch {best['epoch']}", best))
     console.table(f"{title}: test accuracy (%)", rows)
     write_class_table(directory / CLASS_TABLE, last, dataset.class_names)
     plot_class_accuracy(directory / CLASS_ACCURACY, last, dataset.class_names, title)
     plot_curves(directory / CURVES, history, title)
     console.note(f"run directory: {directory}")
+
+
+def is_class_table(path: Path) -> bool:
+    """Whether the file at ``path`` was written by :func:`write_class_table`."""
+    with open(path, "rb") as file:
+        return file.readline().strip() == ",".join(_COLUMNS).encode()
 
 
 def write_class_table(path: Path, evaluation: Evaluation, class_names: Sequence[str]) -> None:
@@ -63,7 +72,7 @@ def write_class_table(path: Path, evaluation: Evaluation, class_names: Sequence[
     shot_of = _shot_of(evaluation)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["class", "name", "train_images", "test_images", "correct", "accuracy", "shot"])
+    writer.writerow(_COLUMNS)
     for label, name in enumerate(class_names):
         accuracy = evaluation.class_accuracy[label]
         writer.writerow(
@@ -77,7 +86,7 @@ def write_class_table(path: Path, evaluation: Evaluation, class_names: Sequence[
                 shot_of[label],
             ]
         )
-    atomic_write(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue().encode("utf-8", "backslashreplace"))  # file names need not be UTF-8
 
 
 def _shot_of(evaluation: Evaluation) -> list[str]:
@@ -90,6 +99,8 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
 
     Classes are named where they are few enough to tell their names apart.
     """
+    from matplotlib.ticker import LogFormatter
+
     figure, axes = _subplots(1)
     shot_of = _shot_of(evaluation)
     means = evaluation.shots()
@@ -109,8 +120,12 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
     if len(class_names) <= _MOST_NAMED_CLASSES:
         for count, accuracy, name in zip(evaluation.class_counts, evaluation.class_accuracy, class_names, strict=True):
             if accuracy is not None:
-                axes[0].annotate(name, (int(count), accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
+                text = name.encode("utf-8", "backslashreplace").decode()
+                place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+                axes[0].annotate(text, (int(count), accuracy), parse_math=False, **place)
     axes[0].set_xscale("log")
+    for set_formatter in (axes[0].xaxis.set_major_formatter, axes[0].xaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, not powers of ten
     axes[0].invert_xaxis()  # head classes first, as the field draws it
     axes[0].set_ylim(-4, 107)
     axes[0].set_xlabel("training images of the class")
@@ -122,6 +137,8 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
 
 def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
     """Draw the training loss and the test accuracy of every epoch; stage 2, if any, begins at the dotted line."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, (loss_axes, accuracy_axes) = _subplots(2)
     epochs = [row["epoch"] for row in history]
     for stage, style in ((1, "-"), (2, "--")):
@@ -143,13 +160,15 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
         values = [row[name] for row in history]
         if any(value is not None for value in values):
             colour = _SHOT_COLOURS.get(name, "black")
-            accuracy_axes.plot(epochs, values, marker=".", color=colour, label=label)
+            order = 3 if name == "top1" else 2  # the mean stays visible where a shot coincides with it
+            accuracy_axes.plot(epochs, values, marker=".", color=colour, label=label, zorder=order)
     accuracy_axes.set_ylim(-3, 103)
     accuracy_axes.set_ylabel("test accuracy (%)")
     accuracy_axes.legend()
     second = [row["epoch"] for row in history if row["stage"] == 2]
     for axes in (loss_axes, accuracy_axes):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if second and second[0] > epochs[0]:
             axes.axvline(second[0] - 0.5, color="gray", linestyle=":", linewidth=1)
     figure.suptitle(title)
@@ -170,5 +189,8 @@ def _subplots(columns: int) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    with warnings.catch_warnings():
+        # a class name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(image, format="png", dpi=120)
     atomic_write(path, image.getvalue())

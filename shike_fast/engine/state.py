@@ -12,6 +12,8 @@ from shike_fast._version import __version__
 from shike_fast.engine.config import TrainConfig
 from shike_fast.errors import CheckpointError, ConfigError
 
+_MOST_CHARACTERS = 400  # of torch's list of keys
+
 
 def load_data(config: TrainConfig) -> data.LongTailData:
     """The data set of a run."""
@@ -74,10 +76,10 @@ def restore_model(state: dict[str, Any], model: models.MultiExpertResNet) -> Non
         )
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the checkpoint's weights do not fit its model: {' '.join(str(error).split())}"
-        ) from error
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= _MOST_CHARACTERS else reason[:_MOST_CHARACTERS] + " ..."
+        raise CheckpointError(f"the checkpoint's weights do not fit its model: {reason}") from error
 
 
 def data_description(dataset: data.LongTailData) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def restore_data(state: dict[str, Any], dataset: data.LongTailData) -> None:
     Raises:
         CheckpointError: if it does not.
     """
-    if state["data"]["fingerprint"] != dataset.fingerprint:
+    if state["data"].get("fingerprint") != dataset.fingerprint:
         raise CheckpointError(
             f"the checkpoint was trained on other images than this {dataset.name} holds; "
             "point --data-dir at the data of that run, or start a new one"

@@ -23,7 +23,7 @@ from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, 
 from shike_fast.engine.report import write_report
 from shike_fast.engine.signals import GracefulStop
 from shike_fast.engine.state import build_model, data_description, restore_data, restore_model, rng_state, set_rng_state
-from shike_fast.errors import DataError, RunError
+from shike_fast.errors import CheckpointError, DataError, RunError
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TERMS = ("cross_entropy", "hardest", "mutual")
@@ -97,6 +97,7 @@ class Trainer:
         device: where to train.
         console: where to report.
         state: checkpoint to go on from, or None for a new run.
+        best_file: best checkpoint of the run that ``state`` comes from, copied if ``output_dir`` has none.
 
     Raises:
         CheckpointError: if ``state`` was made with another data set or model, or ``config.pretrained`` does not fit.
@@ -111,11 +112,13 @@ class Trainer:
         device: torch.device,
         console: RunConsole | None = None,
         state: dict[str, Any] | None = None,
+        best_file: Path | None = None,
     ) -> None:
         self.config = config
         self.dataset = dataset
         self.output_dir = output_dir
         self.device = device
+        self.best_file = best_file
         self.train_loader = make_loader(config, dataset, device, train=True)
         self.test_loader = make_loader(config, dataset, device, train=False)
         self.batches = self.train_loader.batches_per_epoch
@@ -143,9 +146,12 @@ class Trainer:
         )  # first step of the epoch with a non-finite loss
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            set_rng_state(state["rng"], device)
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scaler.load_state_dict(state["scaler"])
+                set_rng_state(state["rng"], device)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(f"the checkpoint's training state does not fit its model: {error}") from error
 
     def run(self) -> None:
         """Train to the last epoch, saving after each, then write the reports.
@@ -157,6 +163,7 @@ class Trainer:
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        self._adopt_best()
         if not (self.output_dir / checkpoint.LAST).exists():
             self._save()  # from the first moment on there is something to resume from
         rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
@@ -176,6 +183,17 @@ class Trainer:
             self.train_loader.close()
             self.test_loader.close()
         write_report(self.output_dir, self.console, self.config, self.dataset, self.history, self.best, self.evaluation)
+
+    def _adopt_best(self) -> None:
+        """Bring the best checkpoint of an earlier directory along; without it the search for the best starts anew."""
+        best = self.output_dir / checkpoint.BEST
+        if self.best is None or best.exists():
+            return
+        if self.best_file is not None and self.best_file.is_file():
+            checkpoint.atomic_write(best, self.best_file.read_bytes())
+        else:
+            self.console.note(f"no {checkpoint.BEST} of epochs 1 to {self.epoch} at hand: the best of the rest is kept")
+            self.best = None
 
     def _train_epoch(self, stop: GracefulStop) -> None:
         """Train what is left of the present epoch."""

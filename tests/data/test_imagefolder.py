@@ -251,3 +251,9 @@ def test_path_table_keeps_names_in_flat_arrays():
     # Names and offsets, nothing per entry beside them.
     assert len(pickle.dumps(table, protocol=5)) < sum(map(len, names)) + 8 * 5001 + 1000
     assert len(PathTable([])) == 0
+
+
+def test_a_pipe_is_no_image(image_dir):
+    before = len(load(image_dir).train)
+    os.mkfifo(image_dir / "train" / "dog" / "pipe.jpg")
+    assert len(load(image_dir).train) == before

@@ -43,7 +43,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(runs, tmp_path, monkeypatch, c
     assert list(tmp_path.rglob("*")) == []
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "ten"], ["--colour", "red"], ["extra"]])
+@pytest.mark.parametrize(
+    "arguments", [["--resume", ""], ["--output-dir", ""], ["--epochs", "ten"], ["--colour", "red"], ["extra"]]
+)
 def test_unusable_command_lines(runs, capsys, arguments):
     with pytest.raises(SystemExit) as exit_:
         runs.train(*arguments)

@@ -8,11 +8,13 @@ import torch
 
 from shike_fast.engine import checkpoint
 from shike_fast.engine.checkpoint import find_resumable, load_checkpoint, previous_of, save_checkpoint
-from shike_fast.errors import CheckpointError
+from shike_fast.errors import CheckpointError, RunError
 
 
 def state(value: float = 1.0) -> dict:
-    return {"model": {"weight": torch.full((300,), value)}, "epoch": 3, "history": [{"top1": 50.0, "few": None}]}
+    model = {"config": {}, "data": {}, "model_description": {}, "model": {"weight": torch.full((300,), value)}}
+    run = {"batch": 0, "sums": [], "optimizer": {}, "scaler": {}, "rng": {}}
+    return model | run | {"stage": 1, "epoch": 3, "history": [{"top1": 50.0, "few": None}]}
 
 
 def test_round_trip(tmp_path):
@@ -151,13 +153,54 @@ def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", cut_short)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match=r"cannot write .*last\.pt: No space left on device; make room") as error:
         save_checkpoint(state(2.0), path)
+    assert error.value.exit_status == 1
     monkeypatch.undo()
     assert load_checkpoint(path)["model"]["weight"][0] == 1
-    assert (tmp_path / ".last.pt.tmp").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """torch turns a failed write into an error of its own archive writer, which says nothing of the disk."""
+    monkeypatch.setattr(checkpoint, "temporary_of", lambda path: tmp_path / "full")
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"cannot write .*last\.pt: No space left on device"):
+        save_checkpoint(state(), tmp_path / "last.pt")
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path):
+    save_checkpoint(state(), tmp_path / "last.pt")
+    (tmp_path / ".last.pt.tmp").write_bytes(b"half")
     checkpoint.remove_leftovers(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a folder; name the file, such as .*last\.pt"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "to_resume", "message"),
+    [
+        ("config", None, False, "config must be dict, got nothing"),
+        ("data", 3, False, "data must be dict, got int"),
+        ("model", "weights", False, "model must be dict, got str"),
+        ("stage", "one", False, "stage must be int, got str"),
+        ("batch", None, True, "batch must be int, got nothing"),
+        ("optimizer", None, True, "holds a model but no training state; resume from last.pt"),
+        ("rng", [], True, "rng must be dict, got list"),
+    ],
+)
+def test_incomplete_checkpoints(tmp_path, name, value, to_resume, message):
+    content = {"format": checkpoint.FORMAT} | state() | {name: value}
+    if value is None and name != "model":
+        del content[name]
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "x.pt", to_resume=to_resume)
 
 
 _WRITE_FOREVER = """
@@ -165,9 +208,12 @@ import sys, torch
 from pathlib import Path
 from shike_fast.engine.checkpoint import save_checkpoint
 value = 0
+state = {"config": {}, "data": {}, "model_description": {}, "stage": 1}
+state |= {"batch": 0, "sums": [], "optimizer": {}, "scaler": {}, "history": [], "rng": {}}
 while True:
     value += 1
-    save_checkpoint({"model": {"weight": torch.full((200_000,), float(value))}, "epoch": value}, Path(sys.argv[1]))
+    state["model"] = {"weight": torch.full((200_000,), float(value))}
+    save_checkpoint(state | {"epoch": value}, Path(sys.argv[1]))
     print(value, flush=True)
 """
 

@@ -1,3 +1,7 @@
+import os
+import signal
+import threading
+
 import pytest
 import torch
 
@@ -24,9 +28,11 @@ def raising(error):
             1,
             "error: DataLoader worker (pid 7) is killed; memory may",
         ),
-        (KeyboardInterrupt(), 130, "error: stopped by SIGINT; nothing to save\n"),
+        (KeyboardInterrupt(), 130, "error: stopped by SIGINT\n"),
+        (MemoryError(), 1, "error: out of memory (no details); lower --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "error: out of memory (DefaultCPUAllocator: can't"),
         (OSError("no space"), 1, "error: cannot use file: no space\n"),
-        (torch.OutOfMemoryError("CUDA out\nof memory"), 1, "error: out of device memory (CUDA out of memory); lower"),
+        (torch.OutOfMemoryError("CUDA out\nof memory"), 1, "error: out of memory (CUDA out of memory); lower"),
     ],
 )
 def test_errors_become_one_line(error, status, line, capsys):
@@ -41,6 +47,29 @@ def test_faults_of_the_library_keep_their_traceback():
         run_command(raising(ZeroDivisionError()))
     with pytest.raises(RuntimeError, match="a fault"):
         run_command(raising(RuntimeError("a fault")))
+
+
+def test_sigterm_where_there_is_nothing_to_save(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_the_main_thread_a_command_runs_without_handlers():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run_command(lambda: 0)))
+    thread.start()
+    thread.join()
+    assert results == [0]
+
+
+def test_options_are_not_abbreviated(capsys):
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--epochs", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--ep", "3"])
+    assert "unrecognized arguments: --ep 3" in capsys.readouterr().err
 
 
 def test_status_is_passed_on():

@@ -101,6 +101,7 @@ def test_ce_is_one_plain_network_without_a_second_stage():
         ({"momentum": 1.0}, r"--momentum: must be in \[0, 1\), got 1.0"),
         ({"warmup_epochs": -1}, "--warmup-epochs: must be at least 0, got -1"),
         ({"threads": 0}, "--threads: must be at least 1, got 0"),
+        ({"threads": 10**12}, "--threads: must be at most 1024, got 1000000000000"),
         ({"workers": -1}, "--workers: must be at least 0, got -1"),
         ({"save_every": -1}, "--save-every: must be at least 0, got -1"),
         ({"seed": -1}, "--seed: must be at least 0, got -1"),
@@ -128,6 +129,12 @@ def test_resume_checks_what_may_change():
     stored = dataclasses.asdict(resolve({}))
     with pytest.raises(ConfigError, match="--workers: must be at least 0"):
         resume_config(stored, {"workers": -2}, "last.pt")
+
+
+def test_resume_refuses_settings_of_the_wrong_type():
+    stored = dataclasses.asdict(resolve({})) | {"epochs": "2"}
+    with pytest.raises(CheckpointError, match=r"last\.pt was written by another version of shike_fast"):
+        resume_config(stored, {}, "last.pt")
 
 
 def test_resume_refuses_settings_of_another_version():

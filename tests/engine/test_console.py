@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 import time
 
 import pytest
@@ -69,6 +71,24 @@ def test_time_left_is_unknown_before_the_first_step():
     console.start_epoch(0, 1, 10)
     console.end_epoch(ROW)
     assert output.getvalue().endswith("left ?\n")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    script = (
+        "import sys\n"
+        "from shike_fast.engine.console import RunConsole\n"
+        "console = RunConsole(1, 1)\n"
+        "for line in range(100_000): console.note('a line of the run')\n"
+        "print('finished', file=sys.stderr)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "finished\n"
+    assert process.wait() == 0
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("terminal", [False, True])

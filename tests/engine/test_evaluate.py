@@ -105,6 +105,15 @@ def test_a_csv_in_no_folder(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: --csv: {tmp_path / 'gone'} is not a folder")
 
 
+def test_a_csv_never_replaces_anything_else(checkpoint, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert run("--checkpoint", checkpoint, "--csv", tmp_path / "metrics.jsonl") == 2
+    assert "exists and is no table of classes; name another file" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
+    assert run("--checkpoint", checkpoint, "--csv", tmp_path) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
+
+
 def test_other_classes(checkpoint, monkeypatch, capsys):
     import dataclasses
 

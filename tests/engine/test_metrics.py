@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from shike_fast.engine.metrics import EvaluationInterrupted, evaluate, shot_masks
+from shike_fast.errors import RunError
 
 
 class Scripted(nn.Module):
@@ -94,6 +95,12 @@ def test_stop_request():
     with pytest.raises(EvaluationInterrupted):
         evaluate(model, one, stage=1, class_counts=torch.tensor([1, 1]), device=CPU, should_stop=lambda: True)
     assert model.training
+
+
+def test_logits_that_are_not_finite():
+    logits = torch.tensor([[[1.0, float("nan")]]])
+    with pytest.raises(RunError, match="logits on the test images are not finite"):
+        evaluate(Scripted(), batches(logits, torch.tensor([0])), stage=1, class_counts=torch.tensor([1, 1]), device=CPU)
 
 
 def test_no_batches():

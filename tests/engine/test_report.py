@@ -54,6 +54,15 @@ def test_class_picture_shows_every_shot(tmp_path):
     assert {(31, 119, 180), (255, 127, 14), (214, 39, 40)} <= colours(tmp_path / "classes.png")  # blue, orange, red
 
 
+@pytest.mark.parametrize("name", ["$x^{$", "\udcff.jpg", "\u72d7"])
+def test_any_folder_name_can_be_a_class(tmp_path, name):
+    names = [name, "b", "c", "d"]
+    report.plot_class_accuracy(tmp_path / "classes.png", EVALUATION, names, "title")
+    report.write_class_table(tmp_path / "table.csv", EVALUATION, names)
+    assert (tmp_path / "classes.png").stat().st_size > 1000
+    assert report.is_class_table(tmp_path / "table.csv")
+
+
 def test_class_picture_of_many_classes(tmp_path):
     many = Evaluation(torch.ones(40), torch.ones(40), torch.full((40,), 30), torch.tensor([40]))
     report.plot_class_accuracy(tmp_path / "classes.png", many, [str(c) for c in range(40)], "title")

@@ -113,6 +113,38 @@ def test_resume_from_a_file_goes_on_in_its_directory(runs, tmp_path, monkeypatch
     runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
 
 
+def test_resume_from_a_file_brings_the_best_model_along(runs, tmp_path, finished):
+    assert runs.train("--resume", finished / "last.pt", "--output-dir", tmp_path / "copy") == 0
+    assert (tmp_path / "copy" / "best.pt").read_bytes() == (finished / "best.pt").read_bytes()
+    assert runs.metrics(tmp_path / "copy") == runs.metrics(finished)
+    runs.assert_same_weights(tmp_path / "copy" / "last.pt", finished / "last.pt")
+
+
+def test_resume_without_the_best_model_says_so(runs, tmp_path, finished, capsys):
+    (tmp_path / "last.pt").write_bytes((finished / "last.pt").read_bytes())
+    assert runs.train("--resume", tmp_path / "last.pt", "--output-dir", tmp_path / "copy") == 0
+    printed = capsys.readouterr().out
+    assert "no best.pt of epochs 1 to 3 at hand" in printed
+    assert "best, epoch" not in printed
+
+
+def test_resume_from_a_renamed_file_needs_a_directory(runs, tmp_path, finished, capsys):
+    """Its folder may be anybody's."""
+    (tmp_path / "model.pt").write_bytes((finished / "last.pt").read_bytes())
+    (tmp_path / "config.json").write_text("precious")
+    assert runs.train("--resume", tmp_path / "model.pt") == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == "precious"
+
+
+def test_resume_with_a_training_state_that_does_not_fit(runs, tmp_path, finished, capsys):
+    state = runs.checkpoint(finished / "last.pt")
+    state["optimizer"] = {"state": {}}
+    torch.save(state, tmp_path / "last.pt")
+    assert runs.train("--resume", tmp_path / "last.pt", "--output-dir", tmp_path / "x") == 2
+    assert "the checkpoint's training state does not fit its model" in capsys.readouterr().err
+
+
 def test_resume_into_a_used_directory_is_refused(runs, tmp_path, finished, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
@@ -274,7 +306,7 @@ def test_killed_in_the_first_epoch(runs, tmp_path, finished):
     wait_until((directory / "config.json").exists, process)
     process.kill()
     process.communicate()
-    assert runs.metrics(directory) == []
+    assert runs.checkpoint(directory / "last.pt")["epoch"] == 0
     assert runs.train("--output-dir", directory, "--resume") == 0
     runs.assert_same_weights(finished / "last.pt", directory / "last.pt")
 
