@@ -56,6 +56,7 @@ def make_parser() -> ArgumentParser:
     add("--pretrained", metavar="FILE", help="torchvision-named weights to start from (.pth or .safetensors)")
     add("--hardest-weight", type=float, metavar="ALPHA", help="weight of the hardest-negative term")
     add("--mutual-weight", type=float, metavar="BETA", help="weight of the mutual term")
+    add("--scale", type=float, metavar="S", help="factor of the cosine classifiers")
     add("--kl-reduction", metavar="mean|batchmean", help="divide both by B*C (default) or by B")
 
     add = parser.add_argument_group("schedule").add_argument
@@ -98,12 +99,12 @@ def _path(value: str) -> Path:
 
 
 def _recipe_table() -> str:
-    lines = ["defaults by data set:", f"  {'':18}model     epochs  batch  lr    weight decay  alpha  beta"]
+    lines = ["defaults by data set:", f"  {'':18}model     epochs  batch  lr    weight decay  alpha  beta  scale"]
     for name, recipe in RECIPES.items():
         epochs = f"{recipe.epochs - recipe.stage2_epochs}+{recipe.stage2_epochs}"
         lines.append(
             f"  {name:18}{recipe.model:10}{epochs:8}{recipe.batch_size:<7}{recipe.lr:<6g}{recipe.weight_decay:<14g}"
-            f"{recipe.hardest_weight:<7g}{recipe.mutual_weight:g}"
+            f"{recipe.hardest_weight:<7g}{recipe.mutual_weight:<6g}{recipe.scale:g}"
         )
     return "\n".join(lines)
 

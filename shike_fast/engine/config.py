@@ -41,6 +41,7 @@ class TrainConfig:
     stage2_start_lr_factor: float
     hardest_weight: float
     mutual_weight: float
+    scale: float
     kl_reduction: Literal["mean", "batchmean"]
     imbalance_factor: float | None
     augmentation: str
@@ -79,7 +80,7 @@ class TrainConfig:
         """Arguments of ``models.create_model`` that the method implies: ``ce`` is the backbone as a plain network."""
         if self.method == "ce":
             return {"name": self.model, "num_experts": 1, "fusion": False, "classifier": "linear"}
-        return {"name": self.model, "num_experts": self.num_experts}
+        return {"name": self.model, "num_experts": self.num_experts, "scale": self.scale}
 
 
 _MOST_THREADS = 1024
@@ -172,7 +173,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"--threads: must be at most {_MOST_THREADS}, got {config.threads}")
     if config.workers is not None:
         _at_least("--workers", config.workers, 0)
-    for flag, value in (("--lr", config.lr), ("--stage2-lr", config.stage2_lr)):
+    for flag, value in (("--lr", config.lr), ("--stage2-lr", config.stage2_lr), ("--scale", config.scale)):
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{flag}: must be a positive number, got {value}")
     for flag, value in (

@@ -94,6 +94,7 @@ def test_ce_is_one_plain_network_without_a_second_stage():
         ({"method": "ce", "stage2_epochs": 3}, "--stage2-epochs: method 'ce' has no second stage, got 3"),
         ({"lr": 0.0}, "--lr: must be a positive number, got 0.0"),
         ({"lr": float("nan")}, "--lr: must be a positive number, got nan"),
+        ({"scale": 0.0}, "--scale: must be a positive number, got 0.0"),
         ({"stage2_lr": -1.0}, "--stage2-lr: must be a positive number, got -1.0"),
         ({"weight_decay": -1.0}, "--weight-decay: must be a number of at least 0, got -1.0"),
         ({"hardest_weight": float("inf")}, "--hardest-weight: must be a number of at least 0, got inf"),

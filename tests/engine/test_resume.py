@@ -178,7 +178,7 @@ def test_resume_with_a_description_that_does_not_match(runs, tmp_path, finished,
     state["model_description"]["scale"] = 12.0
     torch.save(state, tmp_path / "last.pt")
     assert runs.train("--resume", tmp_path / "last.pt", "--output-dir", tmp_path / "x") == 2
-    assert "the checkpoint holds another model: scale is 12.0 there and 30.0 here" in capsys.readouterr().err
+    assert "the checkpoint holds another model: scale is 12.0 there and 16.0 here" in capsys.readouterr().err
 
 
 def test_resume_with_missing_weights(runs, tmp_path, finished, capsys):

@@ -151,6 +151,7 @@ def test_command_line_overrides_the_recipe(runs, tmp_path):
         "--warmup-epochs": 0,
         "--hardest-weight": 2,
         "--mutual-weight": 3,
+        "--scale": 20,
         "--kl-reduction": "batchmean",
         "--imbalance-factor": 50,
         "--augmentation": "none",
@@ -163,6 +164,7 @@ def test_command_line_overrides_the_recipe(runs, tmp_path):
         assert config[names.get(flag, flag[2:].replace("-", "_"))] == value
     state = runs.checkpoint(tmp_path / "run" / "last.pt")
     assert state["model"]["classifiers.weight"].shape[0] == 2
+    assert state["model_description"]["scale"] == 20
     assert int(state["data"]["class_counts"].min()) == 114 // 50
     (group,) = state["optimizer"]["param_groups"]
     assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.5, 0.001, 0.01)
