@@ -58,7 +58,7 @@ CIFAR10_POLICY: tuple[tuple[Step, Step], ...] = (
     (Step("brightness", 0.9, 6), Step("color", 0.2, 8)),
     (Step("solarize", 0.5, 2), Step("invert", 0.0, 3)),
     (Step("equalize", 0.2, 0), Step("autocontrast", 0.6, 0)),
-    (Step("equalize", 0.2, 8), Step("equalize", 0.6, 4)),
+    (Step("equalize", 0.2, 8), Step("equalize", 0.6, 4)),  # 0.6 as in the published code; some ports have 0.8
     (Step("color", 0.9, 9), Step("equalize", 0.6, 6)),
     (Step("autocontrast", 0.8, 4), Step("solarize", 0.2, 8)),
     (Step("brightness", 0.1, 3), Step("color", 0.7, 0)),

@@ -11,9 +11,9 @@ from shike_fast.errors import DataError
 def check_imbalance_factor(imbalance_factor: float) -> float:
     """Return the factor as a float, or raise DataError unless it is a finite number of at least 1."""
     if isinstance(imbalance_factor, bool) or not isinstance(imbalance_factor, int | float):
-        raise DataError(f"imbalance factor must be a number, got {imbalance_factor!r}")
+        raise DataError(f"imbalance_factor must be a number, got {imbalance_factor!r}")
     if not math.isfinite(imbalance_factor) or imbalance_factor < 1:
-        raise DataError(f"imbalance factor must be finite and at least 1 (1 = balanced), got {imbalance_factor}")
+        raise DataError(f"imbalance_factor must be finite and at least 1 (1 = balanced), got {imbalance_factor}")
     return float(imbalance_factor)
 
 
@@ -36,7 +36,7 @@ def long_tail_counts(largest: int, num_classes: int, imbalance_factor: float) ->
     counts = [int(largest * (1 / factor) ** (c / max(num_classes - 1.0, 1.0))) for c in range(num_classes)]
     if counts[-1] < 1:
         raise DataError(
-            f"imbalance factor {imbalance_factor:g} leaves class {counts.index(0)} without training images; "
+            f"imbalance_factor {imbalance_factor:g} leaves class {counts.index(0)} without training images; "
             f"the largest class has {largest}, so use at most {largest}"
         )
     return np.array(counts, dtype=np.int64)

@@ -42,7 +42,7 @@ def test_unknown_augmentation(data_error):
 
 @pytest.mark.parametrize("factor", [0.99, math.nan, math.inf])
 def test_unusable_imbalance_factor(factor, data_error):
-    with data_error("imbalance factor", "at least 1"):
+    with data_error("imbalance_factor", "at least 1"):
         load_dataset("digits-lt", imbalance_factor=factor)
 
 

@@ -66,7 +66,7 @@ def test_the_fingerprint_follows_the_training_set(digits):
 
 
 def test_a_tail_without_images_is_refused(data_error):
-    with data_error("imbalance factor 200 leaves class 9 without", "at most 114"):
+    with data_error("imbalance_factor 200 leaves class 9 without", "at most 114"):
         load_dataset("digits-lt", imbalance_factor=200)
 
 

@@ -41,18 +41,18 @@ def test_a_single_class_keeps_all_images():
 
 @pytest.mark.parametrize("factor", [0.5, 0, -3, math.inf, math.nan])
 def test_factors_below_one_or_not_finite(factor, data_error):
-    with data_error("imbalance factor must be finite and at least 1", factor):
+    with data_error("imbalance_factor must be finite and at least 1", factor):
         long_tail_counts(500, 10, factor)
 
 
 @pytest.mark.parametrize("factor", ["100", True, None])
 def test_factors_that_are_no_numbers(factor, data_error):
-    with data_error("imbalance factor must be a number", repr(factor)):
+    with data_error("imbalance_factor must be a number", repr(factor)):
         check_imbalance_factor(factor)
 
 
 def test_a_factor_that_empties_the_last_class(data_error):
-    with data_error("imbalance factor 600 leaves class 9 without", "use at most 500"):
+    with data_error("imbalance_factor 600 leaves class 9 without", "use at most 500"):
         long_tail_counts(500, 10, 600)
 
 
