@@ -22,6 +22,10 @@ class EvaluationInterrupted(Exception):
     """``should_stop`` asked for an end before the last batch."""
 
 
+class NonFiniteLogitsError(RunError):
+    """The model answers with NaN or infinite logits."""
+
+
 def shot_masks(class_counts: Tensor) -> dict[str, Tensor]:
     """Boolean masks [C] of the many-, medium- and few-shot classes.
 
@@ -109,7 +113,7 @@ def evaluate(
     Raises:
         EvaluationInterrupted: when ``should_stop()`` becomes true.
         ValueError: if there is not a single batch.
-        RunError: if a logit is NaN or infinite.
+        NonFiniteLogitsError: if a logit is NaN or infinite.
     """
     num_classes = len(class_counts)
     calibration_error = None
@@ -145,7 +149,7 @@ def evaluate(
     if expert_correct is None:
         raise ValueError("evaluate: batches must hold at least one batch, got none")
     if not finite:
-        raise RunError("the model's logits on the test images are not finite: its weights or statistics are lost")
+        raise NonFiniteLogitsError("the model's logits on the test images are not finite: its weights are lost")
     return Evaluation(
         correct.cpu(),
         support.cpu(),

@@ -19,7 +19,7 @@ from shike_fast import data, ops
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
-from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, evaluate
+from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, NonFiniteLogitsError, evaluate
 from shike_fast.engine.report import write_report
 from shike_fast.engine.signals import GracefulStop
 from shike_fast.engine.state import build_model, data_description, restore_data, restore_model, rng_state, set_rng_state
@@ -310,6 +310,8 @@ class Trainer:
             )
         except EvaluationInterrupted:
             self._save_and_stop(stop)
+        except NonFiniteLogitsError as error:
+            raise self._not_finite("logits on the test images are", self.batch) from error
         loss, accuracy = self._running_means()
         row = {
             "epoch": self.epoch + 1,

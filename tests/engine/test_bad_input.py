@@ -101,16 +101,46 @@ def test_a_non_finite_loss_in_the_first_epoch_keeps_the_initial_one(runs, tmp_pa
     assert (state["epoch"], state["batch"]) == (0, 0)
 
 
-def test_weights_that_overflow_are_never_saved(runs, tmp_path, capsys):
-    """One huge step gives a finite loss and infinite weights; only the next loss would show it."""
+def assert_every_checkpoint_is_finite(directory, runs):
+    for path in directory.glob("*.pt"):
+        assert all(value.isfinite().all() for value in runs.checkpoint(path)["model"].values())
+
+
+def test_one_huge_step(runs, tmp_path, capsys):
+    """Its own loss is finite; only what comes after shows that the weights are lost."""
     huge = ["--batch-size", 400, "--lr", 3e38, "--warmup-epochs", 0, "--momentum", 0]
     assert runs.train("--model", "resnet8", "--epochs", 4, *huge, "--output-dir", tmp_path / "run") == 1
     errors = capsys.readouterr().err
-    assert re.match(r"error: the weights are not finite at step 1 of 1 in epoch 1; try a lower --lr", errors)
+    assert re.match(
+        r"error: the (weights|logits on the test images) are not finite at step 1 of 1 in epoch 1; ", errors
+    )
     assert errors.count("\n") == 1
-    for path in (tmp_path / "run").glob("*.pt"):
-        assert all(value.isfinite().all() for value in runs.checkpoint(path)["model"].values())
+    assert_every_checkpoint_is_finite(tmp_path / "run", runs)
     assert not (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "what"),
+    [("conv1.weight", float("inf"), "weights"), ("bn1.weight", 3e38, "logits on the test images")],
+)
+def test_lost_weights_are_never_saved(runs, tmp_path, monkeypatch, capsys, parameter, value, what):
+    plain = trainer_module.Trainer._step
+
+    def overflowing(trainer, images, labels):
+        plain(trainer, images, labels)
+        if (trainer.epoch, trainer.batch) == (1, 5):
+            with torch.no_grad():
+                trainer.model.get_parameter(parameter).fill_(value)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", overflowing)
+    assert runs.train(*runs.small, "--output-dir", tmp_path / "run") == 1
+    last = tmp_path / "run" / "last.pt"
+    assert capsys.readouterr().err == (
+        f"error: the {what} are not finite at step 6 of 6 in epoch 2; try a lower --lr, or --amp bf16 or off; "
+        f"the last good state is in {last}\n"
+    )
+    assert runs.checkpoint(last)["epoch"] == 1
+    assert_every_checkpoint_is_finite(tmp_path / "run", runs)
 
 
 def test_a_broken_image_ends_a_run_with_its_name(runs, tmp_path, capsys):
