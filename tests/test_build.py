@@ -1,4 +1,4 @@
-"""The build: sdist, wheel and editable install, the compiled library, and what CMake decides about CUDA.
+"""The build: sdist, wheel and editable install, and what CMake decides about CUDA.
 
 Nothing here touches the network: the build requirements are part of the test extra. The native library is compiled
 once, for the CPU only, from the unpacked sdist.
@@ -21,12 +21,10 @@ import cmake
 import ninja
 import pybind11
 import pytest
-import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import shike_fast
-from shike_fast._native_loader import native
 
 ROOT = Path(__file__).resolve().parents[1]
 CMAKE = shutil.which("cmake", path=cmake.CMAKE_BIN_DIR)
@@ -235,59 +233,6 @@ def test_constraints_pin_every_requirement():
 
 def test_citation_names_this_version():
     assert f"\nversion: {shike_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-# --- the compiled library that is installed --------------------------------------------------------------------------
-
-
-def test_build_info():
-    build = native().build_info()
-    assert build["version"] == shike_fast.__version__
-    assert re.fullmatch(r"\w+ \d+(\.\d+)+", build["compiler"])
-    assert build["cxx_standard"] >= 17
-    assert "-O3" in build["flags"].split()
-    assert build["build_type"] == "Release"
-    assert (build["cuda"] is None) == bool(build["cuda_reason"]) == (not build["cuda_architectures"])
-    assert (build["cuda"] is None) == (build["cuda_flags"] is None)
-
-
-def cuda_error():
-    """Why the installed library sees no CUDA device, or None if it sees one."""
-    try:
-        return None if native().cuda_devices() else "no device"
-    except RuntimeError as error:
-        return str(error)
-
-
-def test_no_device_is_an_error_with_the_reason():
-    error = cuda_error()
-    if error is None:
-        pytest.skip("there is a CUDA device")
-    wanted = (
-        "built without CUDA: ."
-        if native().build_info()["cuda"] is None
-        else r"^cudaGetDeviceCount \(.*\): .*driver|device"
-    )
-    assert re.search(wanted, error)
-    with pytest.raises(RuntimeError, match=re.escape(error)):
-        native().cuda_self_test(0)
-
-
-@pytest.mark.gpu
-def test_devices_and_self_test():
-    if native().build_info()["cuda"] is None:
-        pytest.skip("built without CUDA")
-    devices = native().cuda_devices()
-    assert len(devices) == torch.cuda.device_count()
-    for index, device in enumerate(devices):
-        properties = torch.cuda.get_device_properties(index)
-        assert device["name"] == properties.name
-        assert device["compute_capability"] == (properties.major, properties.minor)
-        assert device["memory_bytes"] == properties.total_memory
-        assert device["driver_version"] >= device["runtime_version"] > (0, 0)
-        native().cuda_self_test(index)
-    with pytest.raises(RuntimeError, match=rf"expected a device number in \[0, {len(devices)}\), got {len(devices)}"):
-        native().cuda_self_test(len(devices))
 
 
 # --- what CMake decides about CUDA -----------------------------------------------------------------------------------

@@ -141,9 +141,8 @@ class Trainer:
         self.images_per_second: float = state.get("images_per_second", 0.0)  # of the present epoch
         no_sums = [0.0] * (_FIRST_TERM + len(_TERMS))
         self.sums = torch.tensor(state.get("sums", no_sums), dtype=torch.float64, device=device)
-        self.bad_step = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # first step of the epoch with a non-finite loss
+        # first step of the epoch with a non-finite loss, 0 for none
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
             try:
@@ -163,9 +162,9 @@ class Trainer:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._adopt_best()
         if not (self.output_dir / checkpoint.LAST).exists():
             self._save()  # from the first moment on there is something to resume from
+        self._adopt_best()
         rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
         rundir.write_metrics(self.output_dir, self.history)
         writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
