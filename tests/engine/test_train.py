@@ -69,6 +69,10 @@ def test_stage_2_trains_the_second_classifiers_alone(runs, tmp_path):
     changed = {name for name, value in after["model"].items() if not torch.equal(value, before["model"][name])}
     weights = {name for name in changed if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     assert weights == {"rt_classifiers.weight"}
+    # each optimizer holds what its stage trains and no more: a frozen parameter is not even decayed
+    parameters = dict(models.create_model(**after["model_description"]).named_parameters())
+    held = [len(state["optimizer"]["param_groups"][0]["params"]) for state in (before, after)]
+    assert held == [len(parameters) - 1, 1]
     # as published, BatchNorm goes on averaging its statistics
     assert any(name.endswith("running_mean") for name in changed)
 
