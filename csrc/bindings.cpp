@@ -26,6 +26,7 @@ py::dict build_info() {
     info["compiler"] = shike::build::kCompiler;
     info["cxx_standard"] = (__cplusplus / 100) % 100;  // 201703 -> 17
     info["flags"] = shike::build::kFlags;
+    info["openmp"] = text_or_none(shike::build::kOpenMp);
     info["build_type"] = shike::build::kBuildType;
     info["cuda"] = text_or_none(shike::build::kCudaVersion);
     info["cuda_reason"] = text_or_none(shike::build::kCudaReason);
@@ -39,7 +40,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Compiled kernels of shike_fast; raw pointers in, no checks: call them through shike_fast.ops.";
     module.def("build_info", &build_info,
-               "How this library was built: version, compiler, cxx_standard, flags, build_type, cuda (version or "
+               "How this library was built: version, compiler, cxx_standard, flags, openmp (version or "
+               "None), build_type, cuda (version or "
                "None), cuda_reason (why there is no CUDA, or None), cuda_architectures, cuda_flags.");
     for (const shike::Binder binder : shike::binders()) binder(module);
 }

@@ -25,7 +25,7 @@ class _Implementation:
 
 
 _implementations: dict[str, dict[str, _Implementation]] = {}  # op -> backend, fastest first
-_unavailable: dict[str, str] = {}  # backend -> why none of its implementations is there
+_missing: dict[str, Callable[[], str | None]] = {}  # backend -> asks why it cannot run in this process
 
 
 def register(
@@ -44,13 +44,12 @@ def register(
     _check_name("register", backend)
     known = {**_implementations.get(op, {}), backend: _Implementation(function, refuses, verified)}
     _implementations[op] = {name: known[name] for name in _PREFERENCE if name in known}
-    _unavailable.pop(backend, None)
 
 
-def mark_unavailable(backend: str, reason: str) -> None:
-    """Record why a backend is missing: one clause, shown by ``backend_reasons`` and when the backend is asked for."""
-    _check_name("mark_unavailable", backend)
-    _unavailable[backend] = reason
+def register_missing(backend: str, missing: Callable[[], str | None]) -> None:
+    """Let ``missing`` tell, in one clause, why ``backend`` cannot run in this process; None: it can."""
+    _check_name("register_missing", backend)
+    _missing[backend] = missing
 
 
 def run(op: str, backend: str | None, *args: Any) -> Any:
@@ -67,11 +66,10 @@ def run(op: str, backend: str | None, *args: Any) -> Any:
 def _named(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     _check_name(op, backend)
     implementation = _implementations[op].get(backend)
-    reason: str | None = None
     if implementation is None:
-        reason = _unavailable.get(backend, "it does not implement this op")
-    elif implementation.refuses is not None:
-        reason = implementation.refuses(*args)
+        reason: str | None = "it does not implement this op"
+    else:
+        reason = None if implementation.refuses is None else implementation.refuses(*args)
     if implementation is None or reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
     return implementation.function
@@ -84,23 +82,27 @@ def _check_name(op: str, backend: str) -> None:
 
 
 def backends() -> dict[str, bool]:
-    """Tell which backends are present.
+    """Tell which backends can run in this process.
 
     Returns:
-        ``{"reference": True, "cpu": ..., "triton": ..., "cuda": ...}``: whether at least one op has an implementation
-        there. ``backend_reasons`` says why the others are missing.
+        ``{"reference": True, "cpu": ..., "triton": ..., "cuda": ...}``. ``backend_reasons`` says why the others cannot.
     """
-    return {name: name not in _unavailable for name in reversed(_PREFERENCE)}
+    reasons = backend_reasons()
+    return {name: name not in reasons for name in reversed(_PREFERENCE)}
 
 
 def backend_reasons() -> dict[str, str]:
-    """Tell why backends are missing.
+    """Tell why backends cannot run in this process.
 
     Returns:
         One clause for every backend that ``backends`` reports as ``False``.
     """
-    return {name: _unavailable[name] for name in reversed(_PREFERENCE) if name in _unavailable}
+    reasons = {name: _missing[name]() for name in reversed(_PREFERENCE) if name in _missing}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-for _name in ("cpu", "triton", "cuda"):
-    mark_unavailable(_name, "this version of shike_fast has no kernels for it")
+def unverified(backend: str) -> list[str]:
+    """The ops whose implementation on ``backend`` has not passed its tests on a device, and so runs by name only."""
+    return [
+        op for op, known in _implementations.items() if backend in known and not known[backend].verified
+    ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shike_fast.ops import _backend
+from shike_fast.ops import _backend, _fused
 from shike_fast.ops._checks import (
     FLOAT_DTYPES,
     accumulation_dtype,
@@ -17,7 +17,7 @@ from shike_fast.ops._checks import (
     values_are_readable,
 )
 from shike_fast.ops._library import define_composite
-from shike_fast.ops.cross_entropy import composite_cross_entropy
+from shike_fast.ops.cross_entropy import composite_cross_entropy, fused_cross_entropy
 
 _NAME = "balanced_softmax_loss"
 _INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -103,4 +103,11 @@ def _reference(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: 
     return loss
 
 
+def _fused_loss(
+    logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor, backend: str
+) -> Tensor:
+    return fused_cross_entropy(logits, target, log_counts(class_counts), 0.0, backend)
+
+
 _backend.register(_NAME, "reference", _reference)
+_fused.register_fused(_NAME, _fused_loss)

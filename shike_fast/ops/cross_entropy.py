@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from shike_fast.ops import _backend
+from shike_fast.ops import _backend, _fused, _native_loss
 from shike_fast.ops._checks import (
     FLOAT_DTYPES,
     accumulation_dtype,
@@ -15,7 +16,7 @@ from shike_fast.ops._checks import (
     describe,
     stacked,
 )
-from shike_fast.ops._library import define_composite
+from shike_fast.ops._library import define_composite, define_fused_loss
 
 _NAME = "expert_cross_entropy"
 
@@ -105,10 +106,37 @@ _op = define_composite(
     f"{_NAME}(Tensor logits, Tensor target, Tensor? bias, float label_smoothing) -> Tensor", composite_cross_entropy
 )
 
+_fused_op = define_fused_loss(
+    f"{_NAME}_fused",
+    "Tensor target, Tensor? bias",
+    "float label_smoothing",
+    2,
+    forward=lambda *args: _fused.kernels(args[-1]).cross_entropy_forward(*args[:-1]),
+    backward=lambda *args: _fused.kernels(args[-1]).cross_entropy_backward(*args[:-1]),
+    fake_forward=_native_loss.new_cross_entropy_results,
+)
+
 
 def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> Tensor:
     loss: Tensor = _op(stacked(logits), *args)
     return loss
 
 
+def fused_cross_entropy(
+    logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float, backend: str
+) -> Tensor:
+    """The fused computation, also behind ``balanced_softmax_loss``; the bias counts as a constant."""
+    experts = _fused.as_list(logits)
+    if bias is not None:
+        bias = bias.to(accumulation_dtype(experts[0].dtype)).contiguous()
+    return _fused_op(experts, target, bias, label_smoothing, backend)[0]
+
+
+def _refuses(logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float) -> str | None:
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return "the bias requires a gradient, which only the reference computes"
+    return None
+
+
 _backend.register(_NAME, "reference", _reference)
+_fused.register_fused(_NAME, fused_cross_entropy, _refuses)

@@ -6,9 +6,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from shike_fast.ops import _backend
+from shike_fast.ops import _backend, _fused, _native_loss
 from shike_fast.ops._checks import accumulation_dtype, check_finite, check_logits, check_target, stacked
-from shike_fast.ops._library import define_composite
+from shike_fast.ops._library import define_composite, define_fused_loss
 
 _NAME = "dkt_loss"
 
@@ -166,10 +166,19 @@ def _reformed_teacher(z: Tensor, y: Tensor, target_logit: float) -> Tensor:
 
 
 # The weights are Scalars because torch.compile keeps those symbolic: a schedule of weights does not recompile.
-_op = define_composite(
-    f"{_NAME}(Tensor logits, Tensor target, Scalar hardest_weight, Scalar mutual_weight, str kl_reduction, "
-    "float teacher_target_logit, float student_target_logit, bool detach_teacher) -> (Tensor, Tensor)",
-    _composite,
+_OPTIONS = (
+    "Scalar hardest_weight, Scalar mutual_weight, str kl_reduction, "
+    "float teacher_target_logit, float student_target_logit, bool detach_teacher"
+)
+_op = define_composite(f"{_NAME}(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)", _composite)
+_fused_op = define_fused_loss(
+    f"{_NAME}_fused",
+    "Tensor target",
+    _OPTIONS,
+    3,
+    forward=lambda *args: _fused.kernels(args[-1]).dkt_forward(*args[:-1]),
+    backward=lambda *args: _fused.kernels(args[-1]).dkt_backward(*args[:-1]),
+    fake_forward=_native_loss.new_dkt_results,
 )
 
 
@@ -178,4 +187,10 @@ def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> tuple[Tensor
     return loss, terms
 
 
+def _fused_loss(logits: Tensor | Sequence[Tensor], *args: object) -> tuple[Tensor, Tensor]:
+    loss, terms, _ = _fused_op(_fused.as_list(logits), *args)
+    return loss, terms
+
+
 _backend.register(_NAME, "reference", _reference)
+_fused.register_fused(_NAME, _fused_loss)

@@ -1,0 +1,55 @@
+// What a call of the expert losses consists of, for the CPU and the CUDA kernels. No pointer is owned here.
+#pragma once
+
+#include <cstdint>
+
+namespace shike {
+
+constexpr int kMaxExperts = 8;
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// The logits or the gradient [B, C] of one expert; strides in elements.
+struct Matrix {
+    void* data;
+    std::int64_t row_stride;
+    std::int64_t class_stride;
+};
+
+// [K, B, C], one matrix an expert.
+struct Experts {
+    Matrix expert[kMaxExperts];
+    int count;  // K
+    std::int64_t batch;
+    std::int64_t classes;
+    DType dtype;
+};
+
+struct Targets {  // int64 [B]
+    const std::int64_t* data;
+    std::int64_t stride;
+};
+
+// The accumulation dtype, of the state and the losses, is float64 for float64 logits, else float32.
+
+struct DktCall {
+    Experts logits;
+    Targets target;
+    double hardest_weight;  // with the reduction's 1 / (B C) or 1 / B
+    double mutual_weight;
+    double teacher_target_logit;
+    double student_target_logit;
+    bool detach_teacher;
+    void* state;  // [B, 5 K + 4]: DktSaved (row_state.h) of each row
+};
+
+struct CrossEntropyCall {
+    Experts logits;
+    Targets target;
+    const void* bias;          // [C] or [K, C], contiguous, in the accumulation dtype; null: none
+    std::int64_t bias_stride;  // from expert to expert: 0 or C
+    double label_smoothing;
+    void* state;  // [B, 2 K]: the K maxima, then the K inverse sums of exponentials
+};
+
+}  // namespace shike

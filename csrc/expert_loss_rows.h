@@ -1,0 +1,262 @@
+// The CPU kernels of the expert losses. Each of expert_loss_{generic,avx2,avx512}.cpp includes this once and is compiled
+// for its instruction set; the SIMD lanes are streams of classes (see row_state.h), merged at the end of the row.
+#pragma once
+
+#include <utility>
+
+#include "expert_loss_cpu.h"
+#include "simd.h"  // before row_state.h
+//
+#include "row_state.h"
+#include "tile.h"
+
+namespace shike {
+namespace {
+
+constexpr int smaller(std::int64_t a, int b) { return a < b ? int(a) : b; }
+
+template <class T>
+DktOptions<T> options_of(const DktCall& call) {
+    DktOptions<T> options;
+    options.inverse_batch = T(1.0 / double(call.logits.batch));
+    options.hardest_weight = T(call.hardest_weight);
+    options.mutual_weight = T(call.mutual_weight);
+    options.teacher_gradient = T(call.detach_teacher ? 0 : 1);
+    options.teacher_target_logit = T(call.teacher_target_logit);
+    options.student_target_logit = T(call.student_target_logit);
+    options.hardest_term = call.hardest_weight != 0;
+    options.mutual_term = call.mutual_weight != 0;
+    return options;
+}
+
+template <class State, class T>
+State rotated_state(const State& state, int by) {
+    static_assert(sizeof(State) % sizeof(Vector<T>) == 0, "a state is an array of vectors");
+    Vector<T> vectors[sizeof(State) / sizeof(Vector<T>)];
+    std::memcpy(vectors, &state, sizeof(state));
+    for (Vector<T>& vector : vectors) vector = rotated<T>(vector, by);
+    State result;
+    std::memcpy(&result, vectors, sizeof(result));
+    return result;
+}
+
+// The first lane of each vector of a state.
+template <class Scalar, class State, class T>
+Scalar first_lane(const State& state) {
+    static_assert(sizeof(State) / sizeof(Vector<T>) == sizeof(Scalar) / sizeof(T), "the same members");
+    Scalar result;
+    for (std::size_t i = 0; i < sizeof(Scalar) / sizeof(T); ++i) {
+        std::memcpy(reinterpret_cast<char*>(&result) + i * sizeof(T),
+                    reinterpret_cast<const char*>(&state) + i * sizeof(Vector<T>), sizeof(T));
+    }
+    return result;
+}
+
+template <class T, int K>
+void dkt_forward_rows(const DktCall& call, double* terms, std::int64_t first_row, std::int64_t last_row) {
+    using V = Vector<T>;
+    const DktOptions<T> options = options_of<T>(call);
+    const std::int64_t classes = call.logits.classes;
+    constexpr int kStep = kTile * kLanes<T>;
+    V tile[kTile][K];
+    for (std::int64_t b = first_row; b < last_row; ++b) {
+        const std::int64_t y = call.target.data[b * call.target.stride];
+        DktState<V, K> lanes;
+        lanes.clear();
+        T z_y[K] = {};
+        for (std::int64_t c = 0; c < classes; c += kStep) {
+            const int count = smaller(classes - c, kStep);
+            for (int k = 0; k < K; ++k) {
+                load_tile<T>(call.logits.dtype, call.logits.expert[k], b, c, count, &tile[0][k], K, T(kAbsent));
+            }
+            if (c <= y && y < c + count) {
+                const int i = int(y - c) / kLanes<T>, lane = int(y - c) % kLanes<T>;
+                for (int k = 0; k < K; ++k) {
+                    z_y[k] = tile[i][k][lane];
+                    tile[i][k][lane] = T(kAbsent);
+                }
+            }
+            lanes.add(tile, lane_numbers<T>() + T(c), float(kLanes<T>), options.hardest_term, options.mutual_term,
+                      (count + kLanes<T> - 1) / kLanes<T>);
+        }
+        for (int by = kLanes<T> / 2; by > 0; by /= 2) {
+            lanes.merge(rotated_state<DktState<V, K>, T>(lanes, by), options.hardest_term, options.mutual_term);
+        }
+        const auto state = first_lane<DktState<T, K>, DktState<V, K>, T>(lanes);
+        T z_h[K] = {};
+        if (state.hardest.number < T(classes)) {  // not so where the term is off, or NaN logits left no candidate
+            for (int k = 0; k < K; ++k) {
+                z_h[k] = load_one<T>(call.logits.dtype, call.logits.expert[k], b, std::int64_t(state.hardest.number));
+            }
+        }
+        const DktTerms<T> row = finish(state, z_y, z_h, options, static_cast<DktSaved<T, K>*>(call.state)[b]);
+        terms[3 * b] = double(row.cross_entropy);
+        terms[3 * b + 1] = double(row.hardest);
+        terms[3 * b + 2] = double(row.mutual);
+    }
+}
+
+template <class T, int K>
+void dkt_backward_rows(const DktCall& call, const Experts& gradient, double incoming, std::int64_t first_row,
+                       std::int64_t last_row) {
+    using V = Vector<T>;
+    const DktOptions<T> options = options_of<T>(call);
+    const std::int64_t classes = call.logits.classes;
+    constexpr int kStep = kTile * kLanes<T>;
+    V tile[kTile][K];
+    for (std::int64_t b = first_row; b < last_row; ++b) {
+        const std::int64_t y = call.target.data[b * call.target.stride];
+        const DktSaved<T, K>& saved = static_cast<const DktSaved<T, K>*>(call.state)[b];
+        const std::int64_t h = std::int64_t(saved.hardest);
+        const auto row = DktGradient<V, K>::of(saved, options, T(incoming));
+        const auto row_at_hardest = DktGradient<T, K>::of(saved, options, T(incoming));
+        for (std::int64_t c = 0; c < classes; c += kStep) {
+            const int count = smaller(classes - c, kStep);
+            for (int k = 0; k < K; ++k) {
+                load_tile<T>(call.logits.dtype, call.logits.expert[k], b, c, count, &tile[0][k], K, T(kAbsent));
+            }
+            const bool has_hardest = c <= h && h < c + count;
+            T at_hardest[K] = {};
+            if (has_hardest) {
+                for (int k = 0; k < K; ++k) at_hardest[k] = tile[(h - c) / kLanes<T>][k][(h - c) % kLanes<T>];
+                row_at_hardest.apply_at_hardest(at_hardest, options.mutual_term);
+            }
+            for (int i = 0; i * kLanes<T> < count; ++i) row.apply(tile[i], options.hardest_term, options.mutual_term);
+            if (has_hardest) {
+                for (int k = 0; k < K; ++k) tile[(h - c) / kLanes<T>][k][(h - c) % kLanes<T>] = at_hardest[k];
+            }
+            if (c <= y && y < c + count) {
+                for (int k = 0; k < K; ++k) {
+                    tile[(y - c) / kLanes<T>][k][(y - c) % kLanes<T>] = T(incoming) * saved.target_gradient[k];
+                }
+            }
+            for (int k = 0; k < K; ++k) {
+                store_tile<T>(gradient.dtype, gradient.expert[k], b, c, count, &tile[0][k], K);
+            }
+        }
+    }
+}
+
+// Logits plus bias of one expert, one tile.
+template <class T>
+void load_biased(const CrossEntropyCall& call, int k, std::int64_t b, std::int64_t c, int count, Vector<T>* tile) {
+    load_tile<T>(call.logits.dtype, call.logits.expert[k], b, c, count, tile, 1, T(kAbsent));
+    if (call.bias == nullptr) return;
+    Vector<T> bias[kTile];
+    const Matrix from{const_cast<void*>(call.bias), call.bias_stride, 1};
+    load_as<T, T>(from, k, c, count, bias, 1, T(0));
+    for (int i = 0; i * kLanes<T> < count; ++i) tile[i] += bias[i];
+}
+
+template <class T>
+void cross_entropy_forward_rows(const CrossEntropyCall& call, double* terms, std::int64_t first_row,
+                                std::int64_t last_row) {
+    using V = Vector<T>;
+    const std::int64_t classes = call.logits.classes;
+    const int experts = call.logits.count;
+    const bool smoothing = call.label_smoothing != 0;
+    constexpr int kStep = kTile * kLanes<T>;
+    V tile[kTile];
+    for (std::int64_t b = first_row; b < last_row; ++b) {
+        const std::int64_t y = call.target.data[b * call.target.stride];
+        T* saved = static_cast<T*>(call.state) + b * 2 * experts;
+        terms[b] = 0;
+        for (int k = 0; k < experts; ++k) {
+            SoftmaxState<V> lanes;
+            lanes.clear();
+            T z_y = 0;
+            for (std::int64_t c = 0; c < classes; c += kStep) {
+                const int count = smaller(classes - c, kStep);
+                load_biased<T>(call, k, b, c, count, tile);
+                if (c <= y && y < c + count) z_y = tile[(y - c) / kLanes<T>][(y - c) % kLanes<T>];
+                lanes.add(tile, lane_numbers<T>(), float(kLanes<T>), float(count), smoothing,
+                          (count + kLanes<T> - 1) / kLanes<T>);
+            }
+            for (int by = kLanes<T> / 2; by > 0; by /= 2) {
+                lanes.merge(rotated_state<SoftmaxState<V>, T>(lanes, by));
+            }
+            const auto state = first_lane<SoftmaxState<T>, SoftmaxState<V>, T>(lanes);
+            saved[k] = state.pivot;
+            saved[experts + k] = 1 / state.sum;
+            terms[b] += double(finish(state, z_y, T(call.label_smoothing), T(classes)));
+        }
+    }
+}
+
+template <class T>
+void cross_entropy_backward_rows(const CrossEntropyCall& call, const Experts& gradient, double incoming,
+                                 std::int64_t first_row, std::int64_t last_row) {
+    using V = Vector<T>;
+    const std::int64_t classes = call.logits.classes;
+    const int experts = call.logits.count;
+    const T scale = T(incoming / double(call.logits.batch));
+    const T everywhere = scale * T(call.label_smoothing / double(classes));
+    const T at_target = scale * T(1 - call.label_smoothing);
+    constexpr int kStep = kTile * kLanes<T>;
+    V tile[kTile];
+    for (std::int64_t b = first_row; b < last_row; ++b) {
+        const std::int64_t y = call.target.data[b * call.target.stride];
+        const T* saved = static_cast<const T*>(call.state) + b * 2 * experts;
+        for (int k = 0; k < experts; ++k) {
+            const T pivot = saved[k], p_scale = scale * saved[experts + k];
+            for (std::int64_t c = 0; c < classes; c += kStep) {
+                const int count = smaller(classes - c, kStep);
+                load_biased<T>(call, k, b, c, count, tile);
+                for (int i = 0; i * kLanes<T> < count; ++i) {
+                    tile[i] = p_scale * exponential(tile[i] - pivot) - everywhere;
+                }
+                if (c <= y && y < c + count) tile[(y - c) / kLanes<T>][(y - c) % kLanes<T>] -= at_target;
+                store_tile<T>(gradient.dtype, gradient.expert[k], b, c, count, tile, 1);
+            }
+        }
+    }
+}
+
+// Chooses the instance for K experts: `table` holds those for 1, 2, ..., kMaxExperts.
+template <class T, std::size_t... I>
+void dkt_forward_of(std::index_sequence<I...>, const DktCall& call, double* terms, std::int64_t first,
+                    std::int64_t last) {
+    static constexpr decltype(&dkt_forward_rows<T, 1>) table[] = {&dkt_forward_rows<T, int(I) + 1>...};
+    table[call.logits.count - 1](call, terms, first, last);
+}
+
+template <class T, std::size_t... I>
+void dkt_backward_of(std::index_sequence<I...>, const DktCall& call, const Experts& gradient, double incoming,
+                     std::int64_t first, std::int64_t last) {
+    static constexpr decltype(&dkt_backward_rows<T, 1>) table[] = {&dkt_backward_rows<T, int(I) + 1>...};
+    table[call.logits.count - 1](call, gradient, incoming, first, last);
+}
+
+using ExpertCounts = std::make_index_sequence<kMaxExperts>;
+
+void dkt_forward(const DktCall& call, double* terms, std::int64_t first, std::int64_t last) {
+    call.logits.dtype == DType::kFloat64 ? dkt_forward_of<double>(ExpertCounts{}, call, terms, first, last)
+                                         : dkt_forward_of<float>(ExpertCounts{}, call, terms, first, last);
+}
+
+void dkt_backward(const DktCall& call, const Experts& gradient, double incoming, std::int64_t first,
+                  std::int64_t last) {
+    call.logits.dtype == DType::kFloat64
+        ? dkt_backward_of<double>(ExpertCounts{}, call, gradient, incoming, first, last)
+        : dkt_backward_of<float>(ExpertCounts{}, call, gradient, incoming, first, last);
+}
+
+void cross_entropy_forward(const CrossEntropyCall& call, double* terms, std::int64_t first, std::int64_t last) {
+    call.logits.dtype == DType::kFloat64 ? cross_entropy_forward_rows<double>(call, terms, first, last)
+                                         : cross_entropy_forward_rows<float>(call, terms, first, last);
+}
+
+void cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, double incoming,
+                            std::int64_t first, std::int64_t last) {
+    call.logits.dtype == DType::kFloat64
+        ? cross_entropy_backward_rows<double>(call, gradient, incoming, first, last)
+        : cross_entropy_backward_rows<float>(call, gradient, incoming, first, last);
+}
+
+const CpuKernels* kernels_named(const char* name) {
+    static CpuKernels kernels{name, dkt_forward, dkt_backward, cross_entropy_forward, cross_entropy_backward};
+    return &kernels;
+}
+
+}  // namespace
+}  // namespace shike

@@ -1,0 +1,509 @@
+// The mathematics of one row (one sample) of the expert losses, compiled for host and device; docs/kernels.md derives it.
+//
+// V is a stream of classes: one float or double (a CUDA thread, the end of a row), or a SIMD vector whose lanes are as
+// many streams (the CPU). Streams that saw different classes of a row are merged in any grouping. Nothing here knows how
+// the logits are stored.
+//
+// For SIMD vectors include simd.h first: it brings their overloads of the functions used here.
+//
+// Every function lives in an unnamed namespace, because the files that include this are compiled for different
+// instruction sets: a function with external linkage could be taken from the wrong one.
+#pragma once
+
+#include <math.h>
+
+#ifdef __CUDACC__
+#define SHIKE_HD __host__ __device__ __forceinline__
+#define SHIKE_UNROLL _Pragma("unroll")
+#else
+#define SHIKE_HD inline __attribute__((always_inline))
+#define SHIKE_UNROLL
+#endif
+
+namespace shike {
+namespace {
+
+// Finite stand-ins for minus infinity, so that no difference of two infinities arises. A class that is left out (the
+// target, padding behind the last class) has the logit kAbsent; a maximum over nothing is kFloor; exp(kAbsent - kFloor)
+// is exactly 0.
+constexpr float kAbsent = -1e30f;
+constexpr float kFloor = -1e29f;
+constexpr float kWorst = -3e38f;       // the sum of logits of a hardest negative not found yet: below 8 * kAbsent
+constexpr float kNoClass = 16777216.f;  // 2^24: class numbers are kept as floating-point numbers, exact below this
+
+SHIKE_HD float exponential(float x) {
+#ifdef __CUDA_ARCH__
+    float result;  // 2 ulp; a result below 2^-126 is flushed to 0
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504088896341f));
+    return result;
+#else
+    return __builtin_expf(x);
+#endif
+}
+SHIKE_HD double exponential(double x) { return ::exp(x); }
+SHIKE_HD float logarithm(float x) { return ::logf(x); }
+SHIKE_HD double logarithm(double x) { return ::log(x); }
+SHIKE_HD float logarithm_1p(float x) { return ::log1pf(x); }
+SHIKE_HD double logarithm_1p(double x) { return ::log1p(x); }
+
+template <class V>
+SHIKE_HD V larger(V a, V b) {
+    return a > b ? a : b;
+}
+#ifdef __CUDA_ARCH__
+SHIKE_HD float larger(float a, float b) { return fmaxf(a, b); }  // one instruction
+#endif
+
+// The same number in every stream.
+template <class V>
+SHIKE_HD V all(float value) {
+    return V{} + value;
+}
+
+// Whether a rare update may be skipped. Overloaded for vectors, where the test would cost more than the update.
+SHIKE_HD bool may_hold(bool condition) { return condition; }
+
+template <class Mask, class V>
+SHIKE_HD void exchange_if(Mask condition, V& a, V& b) {
+    const V former = a;
+    a = condition ? b : a;
+    b = condition ? former : b;
+}
+
+// One class in the teacher's eyes.
+template <class V>
+struct Candidate {
+    V total;     // sum_k z_k, expert 0 first: the larger, the harder a negative
+    V strongest; // max_k z_k: the teacher's logit, unless the class is the hardest negative
+    V gap;       // sum_k (max - z_k): what the divergences need; a sum of differences, so that nothing cancels
+    V number;    // the class
+
+    SHIKE_HD static Candidate none() { return {all<V>(kWorst), all<V>(kAbsent), V{}, all<V>(kNoClass)}; }
+
+    template <class Mask>
+    SHIKE_HD void exchange_if(Mask condition, Candidate& other) {
+        shike::exchange_if(condition, total, other.total);
+        shike::exchange_if(condition, strongest, other.strongest);
+        shike::exchange_if(condition, gap, other.gap);
+        shike::exchange_if(condition, number, other.number);
+    }
+};
+
+// The class whose logits are z, without its number.
+template <class V, int K>
+SHIKE_HD Candidate<V> candidate(const V (&z)[K]) {
+    Candidate<V> result{z[0], z[0], V{}, V{}};
+    SHIKE_UNROLL
+    for (int k = 1; k < K; ++k) {
+        result.total += z[k];
+        result.strongest = larger(result.strongest, z[k]);
+    }
+    SHIKE_UNROLL
+    for (int k = 0; k < K; ++k) result.gap += result.strongest - z[k];
+    return result;
+}
+
+// What a stream knows of the classes it saw, the target left out.
+template <class V, int K>
+struct DktState {
+    V pivot[K];  // M_k = max z_k
+    V sum[K];    // sum of e_k = exp(x_k), x_k = z_k - M_k
+    V cross[K];  // sum of e_k (K x_k - X), X = sum_i x_i
+    // The teacher's sums leave out the hardest negative found so far: its logit is the experts' mean, not their maximum,
+    // and taking a term out of a finished sum would cancel all digits where that term dominates.
+    Candidate<V> hardest;
+    V teacher_pivot;  // max of r
+    V teacher_sum;    // sum of exp(r - pivot)
+    V teacher_gap;    // sum of exp(r - pivot) gap
+
+    SHIKE_HD void clear() {
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            pivot[k] = all<V>(kFloor);
+            sum[k] = cross[k] = V{};
+        }
+        hardest = Candidate<V>::none();
+        teacher_pivot = all<V>(kFloor);
+        teacher_sum = teacher_gap = V{};
+    }
+
+    // Adds the first n of N classes with the logits z; entry i is the class first + i * step. Terms that are switched
+    // off cost nothing and leave their sums undefined.
+    template <int N>
+    SHIKE_HD void add(const V (&z)[N][K], V first, float step, bool hardest_term, bool mutual_term, int n = N) {
+        V next[K];
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) next[k] = pivot[k];
+        SHIKE_UNROLL
+        for (int i = 0; i < n; ++i) {
+            SHIKE_UNROLL
+            for (int k = 0; k < K; ++k) next[k] = larger(next[k], z[i][k]);
+        }
+        move_pivots(next, mutual_term);
+        V new_sum[K] = {}, new_cross[K] = {};  // apart first: adding one class at a time to a long sum rounds more
+        SHIKE_UNROLL
+        for (int i = 0; i < n; ++i) {
+            V x[K], total = V{};
+            SHIKE_UNROLL
+            for (int k = 0; k < K; ++k) {
+                x[k] = z[i][k] - pivot[k];
+                total += x[k];
+            }
+            SHIKE_UNROLL
+            for (int k = 0; k < K; ++k) {
+                const V e = exponential(x[k]);
+                new_sum[k] += e;
+                if (mutual_term) new_cross[k] += e * (x[k] * float(K) - total);
+            }
+        }
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            sum[k] += new_sum[k];
+            if (mutual_term) cross[k] += new_cross[k];
+        }
+        if (hardest_term) add_to_teacher(z, first, step, n);
+    }
+
+    // Adds all that another stream of the same row knows.
+    SHIKE_HD void merge(DktState other, bool hardest_term, bool mutual_term) {
+        V next[K];
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) next[k] = larger(pivot[k], other.pivot[k]);
+        move_pivots(next, mutual_term);
+        other.move_pivots(next, mutual_term);
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            sum[k] += other.sum[k];
+            if (mutual_term) cross[k] += other.cross[k];
+        }
+        if (!hardest_term) return;
+        Candidate<V>& loser = other.hardest;
+        hardest.exchange_if(
+            (loser.total > hardest.total) | ((loser.total == hardest.total) & (loser.number < hardest.number)), loser);
+        const V next_teacher = larger(larger(teacher_pivot, other.teacher_pivot), loser.strongest);
+        move_teacher_pivot(next_teacher);
+        other.move_teacher_pivot(next_teacher);
+        const V weight = exponential(loser.strongest - next_teacher);
+        teacher_sum += other.teacher_sum + weight;
+        teacher_gap += other.teacher_gap + weight * loser.gap;
+    }
+
+private:
+    // Expresses the sums relative to new pivots, none of them smaller than the present one.
+    SHIKE_HD void move_pivots(const V (&next)[K], bool mutual_term) {
+        V move[K], moves = V{};
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            move[k] = pivot[k] - next[k];
+            moves += move[k];
+            pivot[k] = next[k];
+        }
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            const V factor = exponential(move[k]);
+            if (mutual_term) cross[k] = factor * (cross[k] + sum[k] * (move[k] * float(K) - moves));
+            sum[k] *= factor;
+        }
+    }
+
+    SHIKE_HD void move_teacher_pivot(V next) {
+        const V factor = exponential(teacher_pivot - next);
+        teacher_sum *= factor;
+        teacher_gap *= factor;
+        teacher_pivot = next;
+    }
+
+    template <int N>
+    SHIKE_HD void add_to_teacher(const V (&z)[N][K], V first, float step, int n) {
+        V strongest[N], gap[N];
+        V next = teacher_pivot;
+        SHIKE_UNROLL
+        for (int i = 0; i < n; ++i) {
+            Candidate<V> entry = candidate(z[i]);
+            // A harder negative takes the candidate's place, and the former candidate its place among the others. A tie
+            // changes nothing: classes come in ascending order, and the lowest one stays.
+            const auto harder = entry.total > hardest.total;
+            if (may_hold(harder)) {
+                entry.number = first + step * float(i);
+                hardest.exchange_if(harder, entry);
+            }
+            strongest[i] = entry.strongest;
+            gap[i] = entry.gap;
+            next = larger(next, entry.strongest);
+        }
+        move_teacher_pivot(next);
+        V new_sum = V{}, new_gap = V{};
+        SHIKE_UNROLL
+        for (int i = 0; i < n; ++i) {
+            const V weight = exponential(strongest[i] - teacher_pivot);
+            new_sum += weight;
+            new_gap += weight * gap[i];
+        }
+        teacher_sum += new_sum;
+        teacher_gap += new_gap;
+    }
+};
+
+// The constants of a loss. A divergence's weight is 1 / (B C) or 1 / B times the user's.
+template <class T>
+struct DktOptions {
+    T inverse_batch;         // 1 / B
+    T hardest_weight;        // w
+    T mutual_weight;         // v
+    T teacher_gradient;      // 1, or 0 where the teachers are detached
+    T teacher_target_logit;  // r[y]
+    T student_target_logit;  // replaces z_k[y] in the student
+    bool hardest_term;       // w != 0
+    bool mutual_term;        // v != 0
+};
+
+// What the forward leaves for the backward, 5 K + 4 numbers a row; PyTorch holds them as one tensor [B, 5 K + 4].
+template <class T, int K>
+struct DktSaved {
+    T pivot[K];            // M_k
+    T p_scale[K];          // p_k[c] = p_scale_k exp(z_k - M_k), c != y
+    T s_scale[K];          // s_k[c] = s_scale_k exp(z_k - M_k), c != y: the student
+    T cross_mean[K];       // K x_k - X - cross_mean_k = sum_i (log p_k - log p_i) - sum_i KL(p_k || p_i)
+    T target_gradient[K];  // d(loss) / d z_k[y]
+    T teacher_pivot;       // q[c] = q_scale exp(r - teacher_pivot)
+    T q_scale;
+    T gap_mean;            // E_q[gap]
+    T hardest;             // the class h
+};
+
+template <class T>
+struct DktTerms {  // of one row, without the weights
+    T cross_entropy;  // sum_k -log p_k[y]
+    T hardest;        // sum_k KL(q || s_k)
+    T mutual;         // sum_{i != j} KL(p_j || p_i)
+};
+
+// Ends a row: the logits at the target, z_y, and at the hardest negative, z_h (any finite numbers if the term is off).
+template <class T, int K>
+SHIKE_HD DktTerms<T> finish(const DktState<T, K>& state, const T (&z_y)[K], const T (&z_h)[K],
+                            const DktOptions<T>& options, DktSaved<T, K>& saved) {
+    DktTerms<T> terms{};
+
+    T cross_entropy[K];  // -log p_k[y]
+    T log_sum[K];        // log sum exp(z_k - M_k) over all classes
+    T p_others[K];       // 1 - p_k[y], without cancellation
+    T log_sums = 0, others = 0;
+    SHIKE_UNROLL
+    for (int k = 0; k < K; ++k) {
+        const T margin = z_y[k] - state.pivot[k];
+        if (margin >= 0) {
+            cross_entropy[k] = logarithm_1p(state.sum[k] * exponential(-margin));
+            log_sum[k] = margin + cross_entropy[k];
+        } else {
+            log_sum[k] = logarithm(state.sum[k] + exponential(margin));
+            cross_entropy[k] = log_sum[k] - margin;
+        }
+        terms.cross_entropy += cross_entropy[k];
+        log_sums += log_sum[k];
+        saved.pivot[k] = state.pivot[k];
+        saved.p_scale[k] = exponential(-log_sum[k]);
+        p_others[k] = state.sum[k] * saved.p_scale[k];
+        others += p_others[k];
+    }
+
+    SHIKE_UNROLL
+    for (int k = 0; k < K; ++k) {
+        saved.target_gradient[k] = -p_others[k] * options.inverse_batch;
+        saved.cross_mean[k] = 0;
+        if (!options.mutual_term) continue;
+        const T offset = log_sum[k] * K - log_sums;
+        const T at_target = terms.cross_entropy - cross_entropy[k] * K;  // sum_i (log p_k[y] - log p_i[y])
+        const T p_target = exponential(-cross_entropy[k]);
+        const T divergence = saved.p_scale[k] * state.cross[k] - p_others[k] * offset + p_target * at_target;
+        terms.mutual += divergence;
+        saved.cross_mean[k] = divergence + offset;
+        // d/dz_k[y] = v (sum_j (p_k - p_j) + p_k (sum_i (log p_k - log p_i) - divergence))
+        saved.target_gradient[k] +=
+            options.mutual_weight * (others - p_others[k] * K +
+                                     options.teacher_gradient * p_target * (at_target - divergence));
+    }
+
+    SHIKE_UNROLL
+    for (int k = 0; k < K; ++k) saved.s_scale[k] = 0;
+    saved.teacher_pivot = saved.q_scale = saved.gap_mean = 0;
+    saved.hardest = kNoClass;
+    if (options.hardest_term) {
+        const T mean = state.hardest.total / K;
+        T gap = 0;  // the rounding of the mean: it has to cancel below
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) gap += mean - z_h[k];
+        const T target = options.teacher_target_logit;
+        const T pivot = larger(larger(state.teacher_pivot, mean), target);
+        const T of_others = exponential(state.teacher_pivot - pivot);
+        const T of_hardest = exponential(mean - pivot);
+        const T of_target = exponential(target - pivot);
+        const T sum = state.teacher_sum * of_others + of_hardest + of_target;
+        saved.teacher_pivot = pivot;
+        saved.q_scale = 1 / sum;
+        saved.gap_mean = (state.teacher_gap * of_others + of_hardest * gap +
+                          of_target * (K * (target - options.student_target_logit))) / sum;
+        saved.hardest = state.hardest.number;
+        terms.hardest = saved.gap_mean;
+        const T log_teacher_sum = logarithm(sum);
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            const T top = larger(state.pivot[k], options.student_target_logit);
+            const T log_student = top - state.pivot[k] + logarithm(state.sum[k] * exponential(state.pivot[k] - top) +
+                                                                   exponential(options.student_target_logit - top));
+            saved.s_scale[k] = exponential(-log_student);
+            terms.hardest -= pivot - state.pivot[k] + log_teacher_sum - log_student;
+        }
+    }
+    return terms;
+}
+
+// The gradient of one row, times the incoming gradient of the loss.
+template <class V, int K>
+struct DktGradient {
+    V pivot[K];
+    V slope[K];      // d z_k = e_k (slope_k + bend_k (K x_k - X)) - sum_j share_j e_j - ...
+    V bend[K];
+    V share[K];
+    V teacher_pivot;
+    V q_scale;       // w q_scale
+    V teacher_slope;  // 1 or 0, the teacher's gradient
+    V gap_mean;
+
+    template <class T>
+    SHIKE_HD static DktGradient of(const DktSaved<T, K>& saved, const DktOptions<T>& options, T incoming) {
+        DktGradient row;
+        const T mutual = incoming * (options.mutual_term ? options.mutual_weight : T(0));
+        const T hardest = incoming * (options.hardest_term ? options.hardest_weight : T(0));
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            const T p = saved.p_scale[k];
+            row.pivot[k] = V{} + saved.pivot[k];
+            row.share[k] = V{} + mutual * p;
+            row.bend[k] = V{} + options.teacher_gradient * mutual * p;
+            row.slope[k] = V{} + (p * (incoming * options.inverse_batch +
+                                       mutual * (K - options.teacher_gradient * saved.cross_mean[k])) +
+                                  hardest * saved.s_scale[k]);
+        }
+        row.teacher_pivot = V{} + saved.teacher_pivot;
+        row.q_scale = V{} + hardest * saved.q_scale;
+        row.teacher_slope = V{} + options.teacher_gradient;
+        row.gap_mean = V{} + saved.gap_mean;
+        return row;
+    }
+
+    // z -> gradient at a class that is neither the target nor the hardest negative.
+    SHIKE_HD void apply(V (&z)[K], bool hardest_term, bool mutual_term) const {
+        V share_of_all = V{}, to_strongest = V{}, strongest = V{};
+        if (hardest_term) {
+            const Candidate<V> entry = candidate(z);
+            strongest = entry.strongest;
+            const V q = q_scale * exponential(strongest - teacher_pivot);
+            share_of_all = q;
+            to_strongest = q * teacher_slope * (entry.gap - gap_mean);
+        }
+        V gradient[K];
+        students(z, gradient, share_of_all, mutual_term);
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            if (hardest_term) {  // all of it to the first expert that attains the maximum
+                const auto wins = z[k] == strongest;
+                gradient[k] += wins ? to_strongest : V{};
+                to_strongest = wins ? V{} : to_strongest;
+            }
+        }
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) z[k] = gradient[k];
+    }
+
+    // z -> gradient at the hardest negative: the teacher's logit is the mean of the experts.
+    SHIKE_HD void apply_at_hardest(V (&z)[K], bool mutual_term) const {
+        V mean = candidate(z).total / float(K), gap = V{};
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) gap += mean - z[k];
+        const V q = q_scale * exponential(mean - teacher_pivot);
+        const V to_each = q * teacher_slope * (gap - gap_mean) / float(K);
+        V gradient[K];
+        students(z, gradient, q, mutual_term);
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) z[k] = gradient[k] + to_each;
+    }
+
+private:
+    SHIKE_HD void students(const V (&z)[K], V (&gradient)[K], V share_of_all, bool mutual_term) const {
+        V x[K], total = V{};
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            x[k] = z[k] - pivot[k];
+            total += x[k];
+        }
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            const V e = exponential(x[k]);
+            gradient[k] = e * (mutual_term ? slope[k] + bend[k] * (x[k] * float(K) - total) : slope[k]);
+            if (mutual_term) share_of_all += share[k] * e;
+        }
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) gradient[k] -= share_of_all;
+    }
+};
+
+// Cross-entropy of one expert's row. Here logits and biases of minus infinity are legal: such a class has p = 0.
+template <class V>
+struct SoftmaxState {
+    V pivot;   // M = max z
+    V sum;     // sum of exp(z - M)
+    V linear;  // sum of z - M, for label smoothing
+    V count;   // classes seen, for label smoothing
+
+    SHIKE_HD void clear() {
+        pivot = all<V>(kFloor);
+        sum = linear = count = V{};
+    }
+
+    SHIKE_HD void move_pivot(V next) {
+        sum *= exponential(pivot - next);
+        linear += count * (pivot - next);
+        pivot = next;
+    }
+
+    // Adds the first n of N classes. `linear` takes the classes below `end` only: there is padding behind them.
+    template <int N>
+    SHIKE_HD void add(const V (&z)[N], V first, float step, float end, bool smoothing, int n = N) {
+        V next = pivot;
+        SHIKE_UNROLL
+        for (int i = 0; i < n; ++i) next = larger(next, z[i]);
+        move_pivot(next);
+        V new_sum = V{};
+        SHIKE_UNROLL
+        for (int i = 0; i < n; ++i) {
+            const V x = z[i] - pivot;
+            new_sum += exponential(x);
+            if (!smoothing) continue;
+            const auto present = first + step * float(i) < end;
+            linear += present ? x : V{};
+            count += present ? all<V>(1) : V{};
+        }
+        sum += new_sum;
+    }
+
+    SHIKE_HD void merge(SoftmaxState other) {
+        const V next = larger(pivot, other.pivot);
+        move_pivot(next);
+        other.move_pivot(next);
+        sum += other.sum;
+        linear += other.linear;
+        count += other.count;
+    }
+};
+
+// Ends a row: -(1 - smoothing) log p[y] - smoothing / C sum_c log p[c].
+template <class T>
+SHIKE_HD T finish(const SoftmaxState<T>& state, T z_y, T smoothing, T classes) {
+    const T log_sum = logarithm(state.sum);
+    const T at_target = log_sum - (z_y - state.pivot);
+    if (smoothing == 0) return at_target;
+    return (1 - smoothing) * at_target + smoothing * (log_sum - state.linear / classes);
+}
+
+}  // namespace
+}  // namespace shike

@@ -1,0 +1,77 @@
+// SIMD vectors as GCC and Clang provide them, as wide as the instruction set that the including file is compiled for.
+// Operators, comparisons and `mask ? a : b` work as for numbers.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(__GNUC__)
+#error "the CPU kernels use the vector extensions of GCC and Clang"
+#endif
+
+namespace shike {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    typedef float type __attribute__((vector_size(kVectorBytes)));
+    typedef std::int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+    typedef double type __attribute__((vector_size(kVectorBytes)));
+    typedef std::int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+using Mask = typename VectorOf<T>::mask;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+#define SHIKE_SIMD inline __attribute__((always_inline))
+
+// A rare update is done in all lanes rather than looked for in each.
+SHIKE_SIMD bool may_hold(Mask<float>) { return true; }
+SHIKE_SIMD bool may_hold(Mask<double>) { return true; }
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, by a Taylor polynomial of the given degree; below the
+// smallest normal number 0, and NaN stays NaN. The arguments here do not exceed 0 by more than a rounding.
+template <class T, class Bits, int kMantissa, int kDegree>
+SHIKE_SIMD Vector<T> exponential_of(Vector<T> x, T high, T low, T smallest) {
+    const Vector<T> magic = Vector<T>{} + T(Bits(3) << (kMantissa - 1));  // adding it rounds to an integer
+    const Vector<T> shifted = x * T(1.44269504088896340736) + magic;
+    const Vector<T> n = shifted - magic;
+    const Vector<T> r = (x - n * high) - n * low;  // ln 2 in two parts: n * high is exact
+    T coefficient[kDegree + 1] = {1};
+    for (int i = 1; i <= kDegree; ++i) coefficient[i] = coefficient[i - 1] / T(i);
+    Vector<T> value = Vector<T>{} + coefficient[kDegree];
+    for (int i = kDegree - 1; i >= 0; --i) value = value * r + coefficient[i];
+    Mask<T> bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    const Mask<T> exponent = (bits + ((Bits(1) << (sizeof(T) == 4 ? 7 : 10)) - 1)) << kMantissa;  // the magic number's bits shift out
+    Vector<T> scale;
+    std::memcpy(&scale, &exponent, sizeof(scale));
+    return x < Vector<T>{} + smallest ? Vector<T>{} : value * scale;
+}
+
+SHIKE_SIMD Vector<float> exponential(Vector<float> x) {
+    return exponential_of<float, std::int32_t, 23, 7>(x, 0.693359375f, -2.12194440e-4f, -87.33f);
+}
+SHIKE_SIMD Vector<double> exponential(Vector<double> x) {
+    return exponential_of<double, std::int64_t, 52, 13>(x, 0.693147180369123816490, 1.90821492927058770002e-10, -708.3);
+}
+
+}  // namespace
+}  // namespace shike

@@ -1,0 +1,111 @@
+"""The backends of the expert losses beside the reference: which kernels they run, and what they refuse."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shike_fast._native_loader import native, native_error
+from shike_fast.ops import _backend, _native_loss
+
+MAX_EXPERTS = 8
+MAX_CLASSES = 2**24  # the kernels keep class numbers in float32
+
+# Evaluated once: torch.compile traces the choice of a backend and must meet constants.
+_NATIVE_ERROR = native_error()
+_NATIVE_MISSING = None if _NATIVE_ERROR is None else f"the compiled library is missing: {_NATIVE_ERROR}"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cpu_missing() -> str | None:
+    """Why there is no C++ backend for the CPU, or None."""
+    return _NATIVE_MISSING
+
+
+def triton_missing() -> str | None:
+    """Why the Triton backend cannot run in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None if _INTERPRETED or torch.cuda.is_available() else "PyTorch finds no GPU"
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA backend cannot run in this process, or None."""
+    if _NATIVE_MISSING is not None:
+        return _NATIVE_MISSING
+    build = native().build_info()
+    if build["cuda"] is None:
+        return f"the compiled library was built without CUDA: {build['cuda_reason']}"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm"
+    return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+
+
+def kernels(backend: str) -> ModuleType:
+    """The module with the backend's dkt and cross-entropy functions."""
+    if backend != "triton":
+        return _native_loss
+    try:
+        return importlib.import_module("shike_fast.kernels.expert_loss")
+    except Exception as error:  # a broken Triton raises anything; say whose failure it is
+        raise RuntimeError(f"backend 'triton' cannot run: {type(error).__name__}: {error}") from error
+
+
+def as_list(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Checked logits as the fused ops take them."""
+    return [logits] if isinstance(logits, Tensor) else list(logits)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def register_fused(
+    op: str, function: Callable[..., Any], refuses_more: Callable[..., str | None] = _nothing
+) -> None:
+    """Make ``function(*args, backend)`` the implementation of ``op`` on the three backends.
+
+    ``refuses_more(*args)`` says what no fused kernel of this op takes, beside what follows from the logits.
+    """
+    # Neither has passed its tests on a device yet, so neither is the default there.
+    for backend, verified in (("cpu", True), ("triton", False), ("cuda", False)):
+        _backend.register(
+            op,
+            backend,
+            lambda *args, _backend=backend: function(*args, _backend),
+            refuses=lambda *args, _backend=backend: _refusal(_backend, args[0]) or refuses_more(*args),
+            verified=verified,
+        )
+
+
+def _refusal(backend: str, logits: Tensor | Sequence[Tensor]) -> str | None:
+    first, count = (logits, logits.shape[0]) if isinstance(logits, Tensor) else (logits[0], len(logits))
+    device = first.device.type
+    if backend == "cpu":
+        if device != "cpu":
+            return f"the logits are on {first.device}, not on the CPU"
+        if _NATIVE_MISSING is not None:
+            return _NATIVE_MISSING
+    elif device != "cuda" and not (backend == "triton" and _INTERPRETED):
+        return f"the logits are on {first.device}, not on a GPU"
+    elif (missing := triton_missing() if backend == "triton" else cuda_missing()) is not None:
+        return missing
+    elif first.dtype == torch.float64:
+        return "it has no float64 kernels"
+    if count > MAX_EXPERTS:
+        return f"it takes at most {MAX_EXPERTS} experts, got {count}"
+    if first.shape[-1] > MAX_CLASSES:
+        return f"it takes at most {MAX_CLASSES} classes, got {first.shape[-1]}"
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(first):
+        return "it has no rule for torch.func.vmap"
+    return None
+
+
+_backend.register_missing("cpu", cpu_missing)
+_backend.register_missing("triton", triton_missing)
+_backend.register_missing("cuda", cuda_missing)

@@ -1,0 +1,168 @@
+"""The expert losses in the compiled library, on the CPU and on CUDA devices.
+
+The functions have the signatures that ``shike_fast.kernels.expert_loss`` has in Triton. The logits come as a list of one
+tensor [K, B, C] or of K tensors [B, C], the options as ``shike_fast::dkt_loss_fused`` takes them, the bias contiguous
+and in the accumulation dtype.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shike_fast._native_loader import native
+from shike_fast.ops._checks import accumulation_dtype
+from shike_fast.ops._library import gradient_like
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/expert_loss.h
+
+
+def shape_of(logits: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(K, B, C) of one tensor [K, B, C] or K tensors [B, C]."""
+    first = logits[0]
+    return (first.shape[0] if first.dim() == 3 else len(logits), first.shape[-2], first.shape[-1])
+
+
+def new_floats(logits: Sequence[Tensor], *shape: int) -> Tensor:
+    """Uninitialised memory in the accumulation dtype."""
+    return logits[0].new_empty(shape, dtype=accumulation_dtype(logits[0].dtype))
+
+
+def new_dkt_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the loss, the terms and the state of ``dkt_forward``."""
+    experts, batch, _ = shape_of(logits)
+    terms = logits[0].new_empty(3, dtype=torch.float32)
+    return new_floats(logits), terms, new_floats(logits, batch, 5 * experts + 4)
+
+
+def new_cross_entropy_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    """Memory for the loss and the state of ``cross_entropy_forward``."""
+    experts, batch, _ = shape_of(logits)
+    return new_floats(logits), new_floats(logits, batch, 2 * experts)
+
+
+def dkt_forward(logits: Sequence[Tensor], target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], terms [3] and the state of the backward."""
+    loss, terms, state = new_dkt_results(logits)
+    call = (_common(logits, target, state), _weights(logits, *options), loss.data_ptr(), terms.data_ptr())
+    if loss.device.type == "cpu":
+        native().cpu_dkt_forward(*call, torch.get_num_threads())
+    elif target.shape[0] == 0:
+        loss.zero_()
+        terms.zero_()
+    else:
+        device = loss.device.index
+        size = native().cuda_dkt_workspace(*shape_of(logits), device)
+        native().cuda_dkt_forward(*call, new_floats(logits, size).data_ptr(), device, _stream(device))
+    return loss, terms, state
+
+
+def dkt_backward(
+    incoming: Tensor, logits: Sequence[Tensor], target: Tensor, state: Tensor, *options: Any
+) -> Tensor:
+    """Gradient [K, B, C] of the logits, times the incoming gradient of the loss."""
+    gradient = gradient_like(logits)
+    call = (
+        _common(logits, target, state),
+        _weights(logits, *options),
+        _matrices([gradient]),
+        incoming.data_ptr(),
+    )
+    if gradient.device.type == "cpu":
+        native().cpu_dkt_backward(*call, torch.get_num_threads())
+    elif gradient.numel() > 0:
+        native().cuda_dkt_backward(*call, gradient.device.index, _stream(gradient.device.index))
+    return gradient
+
+
+def cross_entropy_forward(
+    logits: Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Loss [] and the state of the backward."""
+    loss, state = new_cross_entropy_results(logits)
+    call = (_common(logits, target, state), *_bias(bias), label_smoothing, loss.data_ptr())
+    if loss.device.type == "cpu":
+        native().cpu_cross_entropy_forward(*call, torch.get_num_threads())
+    elif target.shape[0] == 0:
+        loss.zero_()
+    else:
+        device = loss.device.index
+        size = native().cuda_cross_entropy_workspace(*shape_of(logits), device)
+        native().cuda_cross_entropy_forward(*call, new_floats(logits, size).data_ptr(), device, _stream(device))
+    return loss, state
+
+
+def cross_entropy_backward(
+    incoming: Tensor,
+    logits: Sequence[Tensor],
+    target: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    label_smoothing: float,
+) -> Tensor:
+    """Gradient [K, B, C] of the logits, times the incoming gradient of the loss."""
+    gradient = gradient_like(logits)
+    call = (
+        _common(logits, target, state),
+        *_bias(bias),
+        label_smoothing,
+        _matrices([gradient]),
+        incoming.data_ptr(),
+    )
+    if gradient.device.type == "cpu":
+        native().cpu_cross_entropy_backward(*call, torch.get_num_threads())
+    elif gradient.numel() > 0:
+        native().cuda_cross_entropy_backward(*call, gradient.device.index, _stream(gradient.device.index))
+    return gradient
+
+
+def _common(logits: Sequence[Tensor], target: Tensor, state: Tensor) -> tuple[Any, ...]:
+    """What every call begins with."""
+    first = logits[0]
+    return (
+        _DTYPES[first.dtype],
+        _matrices(logits),
+        first.shape[-2],
+        first.shape[-1],
+        target.data_ptr(),
+        target.stride(0),
+        state.data_ptr(),
+    )
+
+
+def _matrices(tensors: Sequence[Tensor]) -> list[int]:
+    """Address, row stride and class stride of every expert."""
+    first = tensors[0]
+    if first.dim() == 2:
+        return [number for expert in tensors for number in (expert.data_ptr(), *expert.stride())]
+    address, (expert_stride, row_stride, class_stride) = first.data_ptr(), first.stride()
+    step = expert_stride * first.element_size()
+    return [number for k in range(first.shape[0]) for number in (address + k * step, row_stride, class_stride)]
+
+
+def _bias(bias: Tensor | None) -> tuple[int, int]:
+    """Address, and stride from expert to expert."""
+    if bias is None:
+        return 0, 0
+    return bias.data_ptr(), bias.shape[1] if bias.dim() == 2 else 0
+
+
+def _weights(
+    logits: Sequence[Tensor],
+    hardest_weight: float,
+    mutual_weight: float,
+    kl_reduction: str,
+    teacher_target_logit: float,
+    student_target_logit: float,
+    detach_teacher: bool,
+) -> tuple[float, float, float, float, bool]:
+    """The options as the kernels take them: the weights include the reduction's 1/(B·C) or 1/B."""
+    _, batch, classes = shape_of(logits)
+    scale = 1.0 / (max(batch, 1) * (classes if kl_reduction == "mean" else 1))
+    return hardest_weight * scale, mutual_weight * scale, teacher_target_logit, student_target_logit, detach_teacher
+
+
+def _stream(device: int) -> int:
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    return stream
