@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "build_config.h"
@@ -58,17 +60,25 @@ void set_cpu_level(const std::string& name) {
     throw std::invalid_argument("set_cpu_level: expected one of " + known + ", got " + name);
 }
 
-// matrices: for every expert the address of its first element, the row stride and the class stride.
-Experts experts_of(int dtype, const std::vector<std::int64_t>& matrices, std::int64_t batch, std::int64_t classes) {
-    Experts experts{};
-    experts.count = int(matrices.size() / 3);
-    if (matrices.size() % 3 != 0 || experts.count < 1 || experts.count > kMaxExperts) {
-        throw std::invalid_argument("expert loss: expected (address, row stride, class stride) for 1 to " +
-                                    std::to_string(kMaxExperts) + " experts, got " + std::to_string(matrices.size()) +
-                                    " numbers");
+// One tensor [K, B, C] as its address, the bytes of an element and its strides, or K tensors [B, C] as the
+// address and the strides of each; strides in elements.
+using Layout = std::vector<std::int64_t>;
+
+Experts experts_of(int dtype, int count, const Layout& layout, std::int64_t batch, std::int64_t classes) {
+    if (count < 1 || count > kMaxExperts || (layout.size() != 5 && layout.size() != std::size_t(3 * count))) {
+        throw std::invalid_argument("expert loss: expected 1 to " + std::to_string(kMaxExperts) +
+                                    " experts and their layout, got " + std::to_string(count) + " experts and " +
+                                    std::to_string(layout.size()) + " numbers");
     }
-    for (int k = 0; k < experts.count; ++k) {
-        experts.expert[k] = {reinterpret_cast<void*>(matrices[3 * k]), matrices[3 * k + 1], matrices[3 * k + 2]};
+    Experts experts{};
+    experts.count = count;
+    for (int k = 0; k < count; ++k) {
+        if (layout.size() == 5) {
+            const std::int64_t address = layout[0] + k * layout[1] * layout[2];
+            experts.expert[k] = {reinterpret_cast<void*>(address), layout[3], layout[4]};
+        } else {
+            experts.expert[k] = {reinterpret_cast<void*>(layout[3 * k]), layout[3 * k + 1], layout[3 * k + 2]};
+        }
     }
     experts.batch = batch;
     experts.classes = classes;
@@ -76,32 +86,39 @@ Experts experts_of(int dtype, const std::vector<std::int64_t>& matrices, std::in
     return experts;
 }
 
-// The arguments that a forward and its backward share, as Python passes them: (dtype, matrices, batch, classes,
-// address and stride of the target, address of the state), then the options of the loss.
-using Common = std::tuple<int, std::vector<std::int64_t>, std::int64_t, std::int64_t, std::intptr_t, std::int64_t,
-                          std::intptr_t>;
-using DktWeights = std::tuple<double, double, double, double, bool>;
+// What every call begins with: (dtype, K, layout of the logits, B, C, address and stride of the target, address of the
+// state).
+using Common = std::tuple<int, int, Layout, std::int64_t, std::int64_t, std::intptr_t, std::int64_t, std::intptr_t>;
+// The options of the op: address of the weights' factors or 0, hardest_weight, mutual_weight, kl_reduction, teacher and
+// student target logit, detach_teacher.
+using DktOptionsOfOp = std::tuple<std::intptr_t, double, double, std::string, double, double, bool>;
 
-DktCall dkt_call(const Common& common, const DktWeights& weights) {
-    const auto& [dtype, matrices, batch, classes, target, target_stride, state] = common;
-    const auto& [hardest, mutual, teacher_target_logit, student_target_logit, detach_teacher] = weights;
+DktCall dkt_call(const Common& common, const DktOptionsOfOp& options) {
+    const auto& [dtype, count, layout, batch, classes, target, target_stride, state] = common;
+    const auto& [factors, hardest, mutual, kl_reduction, teacher_target_logit, student_target_logit, detach_teacher] =
+        options;
+    const double rows = double(std::max<std::int64_t>(batch, 1));
+    const double scale = 1.0 / (kl_reduction == "mean" ? rows * double(classes) : rows);
     DktCall call{};
-    call.logits = experts_of(dtype, matrices, batch, classes);
+    call.logits = experts_of(dtype, count, layout, batch, classes);
     call.target = {reinterpret_cast<const std::int64_t*>(target), target_stride};
-    call.hardest_weight = hardest;
-    call.mutual_weight = mutual;
+    call.hardest_weight = hardest * scale;
+    call.mutual_weight = mutual * scale;
+    call.factors = reinterpret_cast<const double*>(factors);
     call.teacher_target_logit = teacher_target_logit;
     call.student_target_logit = student_target_logit;
     call.detach_teacher = detach_teacher;
+    call.hardest_term = hardest != 0;
+    call.mutual_term = mutual != 0;
     call.state = reinterpret_cast<void*>(state);
     return call;
 }
 
 CrossEntropyCall cross_entropy_call(const Common& common, std::intptr_t bias, std::int64_t bias_stride,
                                     double label_smoothing) {
-    const auto& [dtype, matrices, batch, classes, target, target_stride, state] = common;
+    const auto& [dtype, count, layout, batch, classes, target, target_stride, state] = common;
     CrossEntropyCall call{};
-    call.logits = experts_of(dtype, matrices, batch, classes);
+    call.logits = experts_of(dtype, count, layout, batch, classes);
     call.target = {reinterpret_cast<const std::int64_t*>(target), target_stride};
     call.bias = reinterpret_cast<const void*>(bias);
     call.bias_stride = bias_stride;
@@ -110,8 +127,8 @@ CrossEntropyCall cross_entropy_call(const Common& common, std::intptr_t bias, st
     return call;
 }
 
-Experts gradient_of(const Experts& logits, const std::vector<std::int64_t>& matrices) {
-    return experts_of(int(logits.dtype), matrices, logits.batch, logits.classes);
+Experts gradient_of(const Experts& logits, const Layout& layout) {
+    return experts_of(int(logits.dtype), logits.count, layout, logits.batch, logits.classes);
 }
 
 // Calls work(first, last) for all rows, in contiguous ranges, one a thread. A row does not depend on the split.
@@ -141,10 +158,10 @@ double value_at(DType dtype, std::intptr_t address) {
                                     : double(*reinterpret_cast<const float*>(address));
 }
 
-void cpu_dkt_forward(const Common& common, const DktWeights& weights, std::intptr_t loss, std::intptr_t terms,
+void cpu_dkt_forward(const Common& common, const DktOptionsOfOp& options, std::intptr_t loss, std::intptr_t terms,
                      int threads) {
     const py::gil_scoped_release release;
-    const DktCall call = dkt_call(common, weights);
+    const DktCall call = dkt_call(common, options);
     std::vector<double> row_terms(std::size_t(3 * call.logits.batch));
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
         chosen_kernels()->dkt_forward(call, row_terms.data(), first, last);
@@ -153,8 +170,9 @@ void cpu_dkt_forward(const Common& common, const DktWeights& weights, std::intpt
     for (std::int64_t b = 0; b < call.logits.batch; ++b) {
         for (int i = 0; i < 3; ++i) sums[i] += row_terms[std::size_t(3 * b + i)];
     }
-    const double weight[3] = {1.0 / double(std::max<std::int64_t>(call.logits.batch, 1)), call.hardest_weight,
-                              call.mutual_weight};
+    const double one[2] = {1, 1}, *factors = call.factors == nullptr ? one : call.factors;
+    const double weight[3] = {1.0 / double(std::max<std::int64_t>(call.logits.batch, 1)),
+                              call.hardest_weight * factors[0], call.mutual_weight * factors[1]};
     double total = 0;
     for (int i = 0; i < 3; ++i) {
         const double term = weight[i] == 0 ? 0 : weight[i] * sums[i];
@@ -164,10 +182,10 @@ void cpu_dkt_forward(const Common& common, const DktWeights& weights, std::intpt
     store(call.logits.dtype, loss, total);
 }
 
-void cpu_dkt_backward(const Common& common, const DktWeights& weights, const std::vector<std::int64_t>& gradients,
+void cpu_dkt_backward(const Common& common, const DktOptionsOfOp& options, const Layout& gradients,
                       std::intptr_t incoming, int threads) {
     const py::gil_scoped_release release;
-    const DktCall call = dkt_call(common, weights);
+    const DktCall call = dkt_call(common, options);
     const Experts gradient = gradient_of(call.logits, gradients);
     const double factor = value_at(call.logits.dtype, incoming);
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
@@ -189,7 +207,7 @@ void cpu_cross_entropy_forward(const Common& common, std::intptr_t bias, std::in
 }
 
 void cpu_cross_entropy_backward(const Common& common, std::intptr_t bias, std::int64_t bias_stride,
-                                double label_smoothing, const std::vector<std::int64_t>& gradients,
+                                double label_smoothing, const Layout& gradients,
                                 std::intptr_t incoming, int threads) {
     const py::gil_scoped_release release;
     const CrossEntropyCall call = cross_entropy_call(common, bias, bias_stride, label_smoothing);
@@ -200,21 +218,32 @@ void cpu_cross_entropy_backward(const Common& common, std::intptr_t bias, std::i
     });
 }
 
+// Smallest and largest of int64 [count], count >= 1: PyTorch needs several operators and transfers for them.
+std::pair<std::int64_t, std::int64_t> extremes(std::intptr_t address, std::int64_t stride, std::int64_t count) {
+    const auto* values = reinterpret_cast<const std::int64_t*>(address);
+    std::pair<std::int64_t, std::int64_t> result{values[0], values[0]};
+    for (std::int64_t i = 1; i < count; ++i) {
+        result.first = std::min(result.first, values[i * stride]);
+        result.second = std::max(result.second, values[i * stride]);
+    }
+    return result;
+}
+
 #if SHIKE_WITH_CUDA
 
 float* floats(std::intptr_t address) { return reinterpret_cast<float*>(address); }
 
-void gpu_dkt_forward(const Common& common, const DktWeights& weights, std::intptr_t loss, std::intptr_t terms,
+void gpu_dkt_forward(const Common& common, const DktOptionsOfOp& options, std::intptr_t loss, std::intptr_t terms,
                      std::intptr_t workspace, int device, std::intptr_t stream) {
     const py::gil_scoped_release release;
-    cuda_dkt_forward(dkt_call(common, weights), floats(workspace), floats(loss), floats(terms),
+    cuda_dkt_forward(dkt_call(common, options), floats(workspace), floats(loss), floats(terms),
                      {device, reinterpret_cast<void*>(stream)});
 }
 
-void gpu_dkt_backward(const Common& common, const DktWeights& weights, const std::vector<std::int64_t>& gradients,
+void gpu_dkt_backward(const Common& common, const DktOptionsOfOp& options, const Layout& gradients,
                       std::intptr_t incoming, int device, std::intptr_t stream) {
     const py::gil_scoped_release release;
-    const DktCall call = dkt_call(common, weights);
+    const DktCall call = dkt_call(common, options);
     cuda_dkt_backward(call, gradient_of(call.logits, gradients), floats(incoming),
                       {device, reinterpret_cast<void*>(stream)});
 }
@@ -228,7 +257,7 @@ void gpu_cross_entropy_forward(const Common& common, std::intptr_t bias, std::in
 }
 
 void gpu_cross_entropy_backward(const Common& common, std::intptr_t bias, std::int64_t bias_stride,
-                                double label_smoothing, const std::vector<std::int64_t>& gradients,
+                                double label_smoothing, const Layout& gradients,
                                 std::intptr_t incoming, int device, std::intptr_t stream) {
     const py::gil_scoped_release release;
     const CrossEntropyCall call = cross_entropy_call(common, bias, bias_stride, label_smoothing);
@@ -249,6 +278,7 @@ SHIKE_BINDINGS(module) {
                "The instruction set that the CPU kernels use.");
     module.def("set_cpu_level", &shike::set_cpu_level, py::arg("name"),
                "Make the CPU kernels use another of cpu_levels(); for tests and comparisons.");
+    module.def("extremes", &shike::extremes, "Smallest and largest of int64 numbers: address, stride, count >= 1.");
     module.def("cpu_dkt_forward", &shike::cpu_dkt_forward);
     module.def("cpu_dkt_backward", &shike::cpu_dkt_backward);
     module.def("cpu_cross_entropy_forward", &shike::cpu_cross_entropy_forward);

@@ -37,9 +37,12 @@ struct DktCall {
     Targets target;
     double hardest_weight;  // with the reduction's 1 / (B C) or 1 / B
     double mutual_weight;
+    const double* factors;  // null, or two numbers beside the logits (on their device) that multiply the two weights
     double teacher_target_logit;
     double student_target_logit;
     bool detach_teacher;
+    bool hardest_term;  // the weight is not 0
+    bool mutual_term;
     void* state;  // [B, 5 K + 4]: DktSaved (row_state.h) of each row
 };
 

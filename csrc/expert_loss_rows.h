@@ -1,5 +1,6 @@
 // The CPU kernels of the expert losses. Each of expert_loss_{generic,avx2,avx512}.cpp includes this once and is compiled
-// for its instruction set; the SIMD lanes are streams of classes (see row_state.h), merged at the end of the row.
+// for its instruction set; the SIMD lanes are streams of classes (see row_state.h) that share their pivots and are
+// added up at the end of the row.
 #pragma once
 
 #include <utility>
@@ -19,37 +20,47 @@ template <class T>
 DktOptions<T> options_of(const DktCall& call) {
     DktOptions<T> options;
     options.inverse_batch = T(1.0 / double(call.logits.batch));
-    options.hardest_weight = T(call.hardest_weight);
-    options.mutual_weight = T(call.mutual_weight);
+    options.hardest_weight = T(call.hardest_weight * (call.factors == nullptr ? 1 : call.factors[0]));
+    options.mutual_weight = T(call.mutual_weight * (call.factors == nullptr ? 1 : call.factors[1]));
     options.teacher_gradient = T(call.detach_teacher ? 0 : 1);
     options.teacher_target_logit = T(call.teacher_target_logit);
     options.student_target_logit = T(call.student_target_logit);
-    options.hardest_term = call.hardest_weight != 0;
-    options.mutual_term = call.mutual_weight != 0;
+    options.hardest_term = call.hardest_term;
+    options.mutual_term = call.mutual_term;
     return options;
 }
 
-template <class State, class T>
-State rotated_state(const State& state, int by) {
-    static_assert(sizeof(State) % sizeof(Vector<T>) == 0, "a state is an array of vectors");
-    Vector<T> vectors[sizeof(State) / sizeof(Vector<T>)];
-    std::memcpy(vectors, &state, sizeof(state));
-    for (Vector<T>& vector : vectors) vector = rotated<T>(vector, by);
-    State result;
-    std::memcpy(&result, vectors, sizeof(result));
-    return result;
+// Ends the streams of a row: one state from lanes that share their pivots.
+template <class T, int K>
+DktState<T, K> joined(const DktState<Vector<T>, K>& lanes, bool hardest_term) {
+    using V = Vector<T>;
+    DktState<T, K> state;
+    state.clear();
+    for (int k = 0; k < K; ++k) {
+        state.pivot[k] = lanes.pivot[k][0];
+        state.sum[k] = lane_sum<T>(lanes.sum[k]);
+        state.cross[k] = lane_sum<T>(lanes.cross[k]);
+    }
+    if (!hardest_term) return state;
+    const Candidate<V>& candidates = lanes.hardest;
+    const T total = lane_maximum<T>(candidates.total);
+    const V lowest_first = candidates.total == total ? -candidates.number : all<V>(-2 * kNoClass);
+    const T number = -lane_maximum<T>(lowest_first);
+    const auto wins = (candidates.total == total) & (candidates.number == number);
+    state.hardest = {total, 0, 0, number};  // the finish needs no more of it
+    // The other lanes' candidates join the teacher's sums.
+    const V strongest = wins ? all<V>(kAbsent) : candidates.strongest;
+    state.teacher_pivot = larger(lanes.teacher_pivot[0], lane_maximum<T>(strongest));
+    const V weight = exponential(strongest - state.teacher_pivot);
+    const V factor = exponential(lanes.teacher_pivot - state.teacher_pivot);
+    state.teacher_sum = lane_sum<T>(lanes.teacher_sum * factor + weight);
+    state.teacher_gap = lane_sum<T>(lanes.teacher_gap * factor + weight * candidates.gap);
+    return state;
 }
 
-// The first lane of each vector of a state.
-template <class Scalar, class State, class T>
-Scalar first_lane(const State& state) {
-    static_assert(sizeof(State) / sizeof(Vector<T>) == sizeof(Scalar) / sizeof(T), "the same members");
-    Scalar result;
-    for (std::size_t i = 0; i < sizeof(Scalar) / sizeof(T); ++i) {
-        std::memcpy(reinterpret_cast<char*>(&result) + i * sizeof(T),
-                    reinterpret_cast<const char*>(&state) + i * sizeof(Vector<T>), sizeof(T));
-    }
-    return result;
+template <class T>
+SoftmaxState<T> joined(const SoftmaxState<Vector<T>>& lanes) {
+    return {lanes.pivot[0], lane_sum<T>(lanes.sum), lane_sum<T>(lanes.linear), lane_sum<T>(lanes.count)};
 }
 
 template <class T, int K>
@@ -79,10 +90,7 @@ void dkt_forward_rows(const DktCall& call, double* terms, std::int64_t first_row
             lanes.add(tile, lane_numbers<T>() + T(c), float(kLanes<T>), options.hardest_term, options.mutual_term,
                       (count + kLanes<T> - 1) / kLanes<T>);
         }
-        for (int by = kLanes<T> / 2; by > 0; by /= 2) {
-            lanes.merge(rotated_state<DktState<V, K>, T>(lanes, by), options.hardest_term, options.mutual_term);
-        }
-        const auto state = first_lane<DktState<T, K>, DktState<V, K>, T>(lanes);
+        const DktState<T, K> state = joined<T, K>(lanes, options.hardest_term);
         T z_h[K] = {};
         if (state.hardest.number < T(classes)) {  // not so where the term is off, or NaN logits left no candidate
             for (int k = 0; k < K; ++k) {
@@ -172,10 +180,7 @@ void cross_entropy_forward_rows(const CrossEntropyCall& call, double* terms, std
                 lanes.add(tile, lane_numbers<T>(), float(kLanes<T>), float(count), smoothing,
                           (count + kLanes<T> - 1) / kLanes<T>);
             }
-            for (int by = kLanes<T> / 2; by > 0; by /= 2) {
-                lanes.merge(rotated_state<SoftmaxState<V>, T>(lanes, by));
-            }
-            const auto state = first_lane<SoftmaxState<T>, SoftmaxState<V>, T>(lanes);
+            const SoftmaxState<T> state = joined<T>(lanes);
             saved[k] = state.pivot;
             saved[experts + k] = 1 / state.sum;
             terms[b] += double(finish(state, z_y, T(call.label_smoothing), T(classes)));

@@ -43,7 +43,14 @@ SHIKE_HD float exponential(float x) {
 SHIKE_HD double exponential(double x) { return ::exp(x); }
 SHIKE_HD float logarithm(float x) { return ::logf(x); }
 SHIKE_HD double logarithm(double x) { return ::log(x); }
-SHIKE_HD float logarithm_1p(float x) { return ::log1pf(x); }
+SHIKE_HD float logarithm_1p(float x) {
+#ifdef __CUDA_ARCH__
+    return ::log1pf(x);
+#else
+    const float sum = 1 + x;  // the logarithm of the rounded sum, and the rounding's share: faster than log1pf
+    return ::logf(sum) - ((sum - 1) - x) / sum;
+#endif
+}
 SHIKE_HD double logarithm_1p(double x) { return ::log1p(x); }
 
 template <class V>
@@ -62,6 +69,11 @@ SHIKE_HD V all(float value) {
 
 // Whether a rare update may be skipped. Overloaded for vectors, where the test would cost more than the update.
 SHIKE_HD bool may_hold(bool condition) { return condition; }
+
+// The pivot of streams that are kept in step: overloaded for vectors, whose lanes share their pivots, so that ending a
+// row only has to add them up.
+SHIKE_HD float in_step(float pivot) { return pivot; }
+SHIKE_HD double in_step(double pivot) { return pivot; }
 
 template <class Mask, class V>
 SHIKE_HD void exchange_if(Mask condition, V& a, V& b) {
@@ -139,6 +151,8 @@ struct DktState {
             SHIKE_UNROLL
             for (int k = 0; k < K; ++k) next[k] = larger(next[k], z[i][k]);
         }
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) next[k] = in_step(next[k]);
         move_pivots(next, mutual_term);
         V new_sum[K] = {}, new_cross[K] = {};  // apart first: adding one class at a time to a long sum rounds more
         SHIKE_UNROLL
@@ -231,7 +245,7 @@ private:
             gap[i] = entry.gap;
             next = larger(next, entry.strongest);
         }
-        move_teacher_pivot(next);
+        move_teacher_pivot(in_step(next));
         V new_sum = V{}, new_gap = V{};
         SHIKE_UNROLL
         for (int i = 0; i < n; ++i) {
@@ -286,23 +300,33 @@ SHIKE_HD DktTerms<T> finish(const DktState<T, K>& state, const T (&z_y)[K], cons
 
     T cross_entropy[K];  // -log p_k[y]
     T log_sum[K];        // log sum exp(z_k - M_k) over all classes
+    T p_target[K];       // p_k[y]
     T p_others[K];       // 1 - p_k[y], without cancellation
     T log_sums = 0, others = 0;
     SHIKE_UNROLL
     for (int k = 0; k < K; ++k) {
         const T margin = z_y[k] - state.pivot[k];
+        const T ratio = exponential(margin >= 0 ? -margin : margin);  // of the smaller to the larger
+        T scale;
         if (margin >= 0) {
-            cross_entropy[k] = logarithm_1p(state.sum[k] * exponential(-margin));
+            const T sum = state.sum[k] * ratio;
+            scale = 1 / (1 + sum);
+            p_target[k] = scale;
+            scale *= ratio;
+            cross_entropy[k] = logarithm_1p(sum);
             log_sum[k] = margin + cross_entropy[k];
         } else {
-            log_sum[k] = logarithm(state.sum[k] + exponential(margin));
+            const T sum = state.sum[k] + ratio;
+            scale = 1 / sum;
+            p_target[k] = scale * ratio;
+            log_sum[k] = logarithm(sum);
             cross_entropy[k] = log_sum[k] - margin;
         }
         terms.cross_entropy += cross_entropy[k];
         log_sums += log_sum[k];
         saved.pivot[k] = state.pivot[k];
-        saved.p_scale[k] = exponential(-log_sum[k]);
-        p_others[k] = state.sum[k] * saved.p_scale[k];
+        saved.p_scale[k] = scale;
+        p_others[k] = state.sum[k] * scale;
         others += p_others[k];
     }
 
@@ -313,14 +337,13 @@ SHIKE_HD DktTerms<T> finish(const DktState<T, K>& state, const T (&z_y)[K], cons
         if (!options.mutual_term) continue;
         const T offset = log_sum[k] * K - log_sums;
         const T at_target = terms.cross_entropy - cross_entropy[k] * K;  // sum_i (log p_k[y] - log p_i[y])
-        const T p_target = exponential(-cross_entropy[k]);
-        const T divergence = saved.p_scale[k] * state.cross[k] - p_others[k] * offset + p_target * at_target;
+        const T divergence = saved.p_scale[k] * state.cross[k] - p_others[k] * offset + p_target[k] * at_target;
         terms.mutual += divergence;
         saved.cross_mean[k] = divergence + offset;
         // d/dz_k[y] = v (sum_j (p_k - p_j) + p_k (sum_i (log p_k - log p_i) - divergence))
         saved.target_gradient[k] +=
             options.mutual_weight * (others - p_others[k] * K +
-                                     options.teacher_gradient * p_target * (at_target - divergence));
+                                     options.teacher_gradient * p_target[k] * (at_target - divergence));
     }
 
     SHIKE_UNROLL
@@ -348,9 +371,10 @@ SHIKE_HD DktTerms<T> finish(const DktState<T, K>& state, const T (&z_y)[K], cons
         SHIKE_UNROLL
         for (int k = 0; k < K; ++k) {
             const T top = larger(state.pivot[k], options.student_target_logit);
-            const T log_student = top - state.pivot[k] + logarithm(state.sum[k] * exponential(state.pivot[k] - top) +
-                                                                   exponential(options.student_target_logit - top));
-            saved.s_scale[k] = exponential(-log_student);
+            const T own = exponential(state.pivot[k] - top);
+            const T student_sum = state.sum[k] * own + exponential(options.student_target_logit - top);
+            const T log_student = top - state.pivot[k] + logarithm(student_sum);
+            saved.s_scale[k] = own / student_sum;
             terms.hardest -= pivot - state.pivot[k] + log_teacher_sum - log_student;
         }
     }
@@ -472,7 +496,7 @@ struct SoftmaxState {
         V next = pivot;
         SHIKE_UNROLL
         for (int i = 0; i < n; ++i) next = larger(next, z[i]);
-        move_pivot(next);
+        move_pivot(in_step(next));
         V new_sum = V{};
         SHIKE_UNROLL
         for (int i = 0; i < n; ++i) {

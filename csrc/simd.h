@@ -46,6 +46,38 @@ constexpr int kLanes = kVectorBytes / int(sizeof(T));
 SHIKE_SIMD bool may_hold(Mask<float>) { return true; }
 SHIKE_SIMD bool may_hold(Mask<double>) { return true; }
 
+// Sum and maximum of the lanes, by halves.
+template <class T, int kCount>
+SHIKE_SIMD T folded(const T* lanes, bool maximum) {
+    if constexpr (kCount == 1) {
+        return lanes[0];
+    } else {
+        typedef T Half __attribute__((vector_size(kCount / 2 * sizeof(T))));
+        Half low, high;
+        std::memcpy(&low, lanes, sizeof(low));
+        std::memcpy(&high, lanes + kCount / 2, sizeof(high));
+        const Half both = maximum ? (low > high ? low : high) : low + high;
+        T rest[kCount / 2];
+        std::memcpy(rest, &both, sizeof(both));
+        return folded<T, kCount / 2>(rest, maximum);
+    }
+}
+template <class T>
+SHIKE_SIMD T lane_sum(const Vector<T>& value) {
+    T lanes[kLanes<T>];
+    std::memcpy(lanes, &value, sizeof(value));
+    return folded<T, kLanes<T>>(lanes, false);
+}
+template <class T>
+SHIKE_SIMD T lane_maximum(const Vector<T>& value) {
+    T lanes[kLanes<T>];
+    std::memcpy(lanes, &value, sizeof(value));
+    return folded<T, kLanes<T>>(lanes, true);
+}
+
+SHIKE_SIMD Vector<float> in_step(Vector<float> pivot) { return Vector<float>{} + lane_maximum<float>(pivot); }
+SHIKE_SIMD Vector<double> in_step(Vector<double> pivot) { return Vector<double>{} + lane_maximum<double>(pivot); }
+
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, by a Taylor polynomial of the given degree; below the
 // smallest normal number 0, and NaN stays NaN. The arguments here do not exceed 0 by more than a rounding.
 template <class T, class Bits, int kMantissa, int kDegree>

@@ -7,7 +7,7 @@
 #include "expert_loss.h"
 #include "simd.h"
 
-#if defined(__F16C__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -123,6 +123,38 @@ SHIKE_SIMD void store_vector(const Vector<T>& value, S* to) {
     for (int i = 0; i < kLanes<T>; ++i) narrow(lanes[i], to[i]);
 }
 
+// The first `count` <= kLanes elements of a vector; the others are `absent`, or not stored.
+template <class T, class S>
+SHIKE_SIMD Vector<T> load_some(const S* from, std::int64_t stride, int count, T absent) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, float>) {
+        if (stride == 1) {
+            return Vector<T>(_mm512_mask_loadu_ps(_mm512_set1_ps(absent), __mmask16((1u << count) - 1u), from));
+        }
+    }
+#endif
+    alignas(kVectorBytes) T lanes[kLanes<T>];
+    for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = lane < count ? T(widened(from[lane * stride])) : absent;
+    Vector<T> result;
+    std::memcpy(&result, lanes, sizeof(result));
+    return result;
+}
+
+template <class T, class S>
+SHIKE_SIMD void store_some(const Vector<T>& value, S* to, std::int64_t stride, int count) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, float>) {
+        if (stride == 1) {
+            _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1u), __m512(value));
+            return;
+        }
+    }
+#endif
+    alignas(kVectorBytes) T lanes[kLanes<T>];
+    std::memcpy(lanes, &value, sizeof(value));
+    for (int lane = 0; lane < count; ++lane) narrow(lanes[lane], to[lane * stride]);
+}
+
 // Whole vectors of `count` <= kTile * kLanes classes, from `first` on, into tile[0], tile[step], ...; padding is `absent`.
 template <class T, class S>
 void load_as(const Matrix& from, std::int64_t row, std::int64_t first, int count, Vector<T>* tile, int step, T absent) {
@@ -130,12 +162,9 @@ void load_as(const Matrix& from, std::int64_t row, std::int64_t first, int count
     const int whole = from.class_stride == 1 ? count / kLanes<T> : 0;
     for (int i = 0; i < whole; ++i) tile[i * step] = load_vector<T, S>(source + i * kLanes<T>);
     for (int i = whole; i * kLanes<T> < count; ++i) {
-        alignas(kVectorBytes) T lanes[kLanes<T>];
-        for (int lane = 0; lane < kLanes<T>; ++lane) {
-            const int c = i * kLanes<T> + lane;
-            lanes[lane] = c < count ? T(widened(source[c * from.class_stride])) : absent;
-        }
-        std::memcpy(&tile[i * step], lanes, sizeof(lanes));
+        const int rest = count - i * kLanes<T>;
+        tile[i * step] = load_some<T, S>(source + i * kLanes<T> * from.class_stride, from.class_stride,
+                                         rest < kLanes<T> ? rest : kLanes<T>, absent);
     }
 }
 
@@ -145,12 +174,9 @@ void store_as(const Matrix& to, std::int64_t row, std::int64_t first, int count,
     const int whole = to.class_stride == 1 ? count / kLanes<T> : 0;
     for (int i = 0; i < whole; ++i) store_vector<T, S>(tile[i * step], destination + i * kLanes<T>);
     for (int i = whole; i * kLanes<T> < count; ++i) {
-        alignas(kVectorBytes) T lanes[kLanes<T>];
-        std::memcpy(lanes, &tile[i * step], sizeof(lanes));
-        for (int lane = 0; lane < kLanes<T>; ++lane) {
-            const int c = i * kLanes<T> + lane;
-            if (c < count) narrow(lanes[lane], destination[c * to.class_stride]);
-        }
+        const int rest = count - i * kLanes<T>;
+        store_some<T, S>(tile[i * step], destination + i * kLanes<T> * to.class_stride, to.class_stride,
+                         rest < kLanes<T> ? rest : kLanes<T>);
     }
 }
 
@@ -199,17 +225,6 @@ template <class T>
 SHIKE_SIMD Vector<T> lane_numbers() {
     Vector<T> result{};
     for (int i = 0; i < kLanes<T>; ++i) result[i] = T(i);
-    return result;
-}
-
-// Every lane takes the value of the lane `by` further on, cyclically.
-template <class T>
-SHIKE_SIMD Vector<T> rotated(const Vector<T>& value, int by) {
-    T twice[2 * kLanes<T>];
-    std::memcpy(twice, &value, sizeof(value));
-    std::memcpy(twice + kLanes<T>, &value, sizeof(value));
-    Vector<T> result;
-    std::memcpy(&result, twice + by, sizeof(result));
     return result;
 }
 

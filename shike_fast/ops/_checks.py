@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shike_fast._native_loader import native, native_error
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS = "float16, bfloat16, float32 or float64"
 
@@ -72,7 +74,10 @@ def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, 
         raise ValueError(f"{op}: target must be int64 [B={batch}], got {describe(target)}")
     check_device(op, "target", target, first, "logits")
     if values_are_readable(target) and batch > 0:
-        smallest, largest = (int(value) for value in torch.aminmax(target))
+        if native_error() is None:
+            smallest, largest = native().extremes(target.data_ptr(), target.stride(0), batch)
+        else:
+            smallest, largest = (int(value) for value in torch.aminmax(target))
         if smallest < 0 or largest >= classes:
             raise IndexError(
                 f"{op}: target must lie in 0..{classes - 1} (C={classes}), got {smallest if smallest < 0 else largest}"

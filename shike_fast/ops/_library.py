@@ -1,5 +1,6 @@
 """Registration with the PyTorch dispatcher, in the namespace ``shike_fast``."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("shike_fast", "FRAGMENT")
+
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def define_composite(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +54,9 @@ def define_fused_loss(
         fake_forward: as ``forward``, on tensors without data: shapes, dtypes and strides of the results.
 
     Returns:
-        The op; call it with (logits, *arguments, *options, backend).
+        A function of (logits, *arguments, *options, backend) with the op's results, the state perhaps left out. It
+        calls the op, or, where nobody would notice the difference, what the op would call: the dispatcher's way
+        through Python costs as much as a small loss.
     """
     tensors = len(arguments.split(","))
     _LIBRARY.define(
@@ -71,40 +76,92 @@ def define_fused_loss(
     op = getattr(torch.ops.shike_fast, name).default
     backward_op = getattr(torch.ops.shike_fast, f"{name}_backward").default
 
-    def below_autograd(*args: Any) -> tuple[Tensor, ...]:
+    def run_forward(direct: bool, logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
+        if direct:
+            return forward(logits, *others)
         with torch._C._AutoDispatchBelowAutograd():
-            out: tuple[Tensor, ...] = op(*args)
+            out: tuple[Tensor, ...] = op(logits, *others)
         return out
 
     class Loss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, others: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, ...]:
-            out = below_autograd(logits, *others)
+        def forward(ctx: Any, direct: bool, others: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, ...]:
+            out = run_forward(direct, logits, *others)
             ctx.save_for_backward(*logits, *others[:tensors], out[-1])
             ctx.options = others[tensors:]
+            out = out[:-1] if direct else out
             ctx.mark_non_differentiable(*out[1:])
             ctx.set_materialize_grads(False)
             return out
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-            count = len(ctx.needs_input_grad) - 1
-            if incoming is None:
-                return (None,) * (count + 1)
-            saved = ctx.saved_tensors
-            gradient = backward_op(incoming, saved[:count], *saved[count:], *ctx.options)
-            return None, *(gradient.unbind(0) if saved[0].dim() == 2 else (gradient,))
+            # once_differentiable costs time, and matters only where a graph of the backward is wanted
+            return backward_in_graph(ctx, incoming) if torch.is_grad_enabled() else run_backward(ctx, incoming)
 
-    def with_autograd(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(expert.requires_grad for expert in logits):
-            out: tuple[Tensor, ...] = Loss.apply(others, *logits)
+    class TransformedLoss(Loss):
+        """The same for torch.func, which wants the context set apart from the forward; that costs time otherwise."""
+
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+            count = args[0]
+            return run_forward(is_plain(*args[1 : count + 1]), args[1 : count + 1], *args[count + 1 :])
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            count = inputs[0]
+            ctx.count = count
+            ctx.save_for_backward(*inputs[1 : count + 1 + tensors], output[-1])
+            ctx.options = inputs[count + 1 + tensors :]
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+            gradients = gradients_of(ctx, ctx.count, incoming)
+            return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - ctx.count)
+
+    def gradients_of(ctx: Any, count: int, incoming: Tensor | None) -> Sequence[Tensor | None]:
+        if incoming is None:
+            return (None,) * count
+        saved = ctx.saved_tensors
+        run = backward if is_plain(incoming, *saved[:count]) else backward_op
+        gradient = run(incoming, saved[:count], *saved[count:], *ctx.options)
+        return (gradient,) if saved[0].dim() == 3 else gradient.unbind(0)
+
+    def run_backward(ctx: Any, incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *gradients_of(ctx, len(ctx.needs_input_grad) - 2, incoming)
+
+    backward_in_graph = torch.autograd.function.once_differentiable(run_backward)
+
+    def with_autograd(direct: bool, logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and any([expert.requires_grad for expert in logits]):
+            out: tuple[Tensor, ...] = Loss.apply(direct, others, *logits)
             return out
-        return below_autograd(logits, *others)
+        return run_forward(direct, logits, *others)
 
-    _LIBRARY.impl(name, with_autograd, "Autograd")
+    def call(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
+        if is_plain(*logits):
+            return with_autograd(True, logits, *others)
+        transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+        out: tuple[Tensor, ...] = (
+            TransformedLoss.apply(len(logits), *logits, *others) if transformed else op(logits, *others)
+        )
+        return out
+
+    _LIBRARY.impl(name, functools.partial(with_autograd, False), "Autograd")
     _LIBRARY.impl(f"{name}_backward", torch.library.fallthrough_kernel, "Autograd")
-    return op
+    return call
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether no tracer, functorch transform, dispatch mode or tensor subclass has to see an operation on them."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
+    )
 
 
 def gradient_like(logits: Sequence[Tensor]) -> Tensor:

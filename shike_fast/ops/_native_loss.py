@@ -42,10 +42,12 @@ def new_cross_entropy_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor
     return new_floats(logits), new_floats(logits, batch, 2 * experts)
 
 
-def dkt_forward(logits: Sequence[Tensor], target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def dkt_forward(
+    logits: Sequence[Tensor], target: Tensor, factors: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [3] and the state of the backward."""
     loss, terms, state = new_dkt_results(logits)
-    call = (_common(logits, target, state), _weights(logits, *options), loss.data_ptr(), terms.data_ptr())
+    call = (_common(logits, target, state), (_address(factors), *options), loss.data_ptr(), terms.data_ptr())
     if loss.device.type == "cpu":
         native().cpu_dkt_forward(*call, torch.get_num_threads())
     elif target.shape[0] == 0:
@@ -59,14 +61,19 @@ def dkt_forward(logits: Sequence[Tensor], target: Tensor, *options: Any) -> tupl
 
 
 def dkt_backward(
-    incoming: Tensor, logits: Sequence[Tensor], target: Tensor, state: Tensor, *options: Any
+    incoming: Tensor,
+    logits: Sequence[Tensor],
+    target: Tensor,
+    factors: Tensor | None,
+    state: Tensor,
+    *options: Any,
 ) -> Tensor:
     """Gradient [K, B, C] of the logits, times the incoming gradient of the loss."""
     gradient = gradient_like(logits)
     call = (
         _common(logits, target, state),
-        _weights(logits, *options),
-        _matrices([gradient]),
+        (_address(factors), *options),
+        _layout([gradient]),
         incoming.data_ptr(),
     )
     if gradient.device.type == "cpu":
@@ -107,7 +114,7 @@ def cross_entropy_backward(
         _common(logits, target, state),
         *_bias(bias),
         label_smoothing,
-        _matrices([gradient]),
+        _layout([gradient]),
         incoming.data_ptr(),
     )
     if gradient.device.type == "cpu":
@@ -118,49 +125,35 @@ def cross_entropy_backward(
 
 
 def _common(logits: Sequence[Tensor], target: Tensor, state: Tensor) -> tuple[Any, ...]:
-    """What every call begins with."""
-    first = logits[0]
+    """What every call begins with: Common of csrc/expert_loss.cpp."""
+    experts, batch, classes = shape_of(logits)
     return (
-        _DTYPES[first.dtype],
-        _matrices(logits),
-        first.shape[-2],
-        first.shape[-1],
+        _DTYPES[logits[0].dtype],
+        experts,
+        _layout(logits),
+        batch,
+        classes,
         target.data_ptr(),
         target.stride(0),
         state.data_ptr(),
     )
 
 
-def _matrices(tensors: Sequence[Tensor]) -> list[int]:
-    """Address, row stride and class stride of every expert."""
+def _layout(tensors: Sequence[Tensor]) -> list[int]:
+    """Addresses and strides: Layout of csrc/expert_loss.cpp."""
     first = tensors[0]
-    if first.dim() == 2:
-        return [number for expert in tensors for number in (expert.data_ptr(), *expert.stride())]
-    address, (expert_stride, row_stride, class_stride) = first.data_ptr(), first.stride()
-    step = expert_stride * first.element_size()
-    return [number for k in range(first.shape[0]) for number in (address + k * step, row_stride, class_stride)]
+    if first.dim() == 3:
+        return [first.data_ptr(), first.element_size(), *first.stride()]
+    return [number for expert in tensors for number in (expert.data_ptr(), *expert.stride())]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _bias(bias: Tensor | None) -> tuple[int, int]:
     """Address, and stride from expert to expert."""
-    if bias is None:
-        return 0, 0
-    return bias.data_ptr(), bias.shape[1] if bias.dim() == 2 else 0
-
-
-def _weights(
-    logits: Sequence[Tensor],
-    hardest_weight: float,
-    mutual_weight: float,
-    kl_reduction: str,
-    teacher_target_logit: float,
-    student_target_logit: float,
-    detach_teacher: bool,
-) -> tuple[float, float, float, float, bool]:
-    """The options as the kernels take them: the weights include the reduction's 1/(B·C) or 1/B."""
-    _, batch, classes = shape_of(logits)
-    scale = 1.0 / (max(batch, 1) * (classes if kl_reduction == "mean" else 1))
-    return hardest_weight * scale, mutual_weight * scale, teacher_target_logit, student_target_logit, detach_teacher
+    return _address(bias), bias.shape[1] if bias is not None and bias.dim() == 2 else 0
 
 
 def _stream(device: int) -> int:

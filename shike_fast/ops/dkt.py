@@ -165,7 +165,8 @@ def _reformed_teacher(z: Tensor, y: Tensor, target_logit: float) -> Tensor:
     return strongest.scatter(1, hardest, mean_at_hardest).scatter(1, y, target_logit)
 
 
-# The weights are Scalars because torch.compile keeps those symbolic: a schedule of weights does not recompile.
+# The weights are Scalars because torch.compile keeps those symbolic where it sees what becomes of them: a schedule of
+# weights does not recompile. Numbers that go into an opaque op are constants to it, hence the tensor of factors.
 _OPTIONS = (
     "Scalar hardest_weight, Scalar mutual_weight, str kl_reduction, "
     "float teacher_target_logit, float student_target_logit, bool detach_teacher"
@@ -173,7 +174,7 @@ _OPTIONS = (
 _op = define_composite(f"{_NAME}(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)", _composite)
 _fused_op = define_fused_loss(
     f"{_NAME}_fused",
-    "Tensor target",
+    "Tensor target, Tensor? factors",  # float64 [2], factors of the two weights
     _OPTIONS,
     3,
     forward=lambda *args: _fused.kernels(args[-1]).dkt_forward(*args[:-1]),
@@ -187,8 +188,20 @@ def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> tuple[Tensor
     return loss, terms
 
 
-def _fused_loss(logits: Tensor | Sequence[Tensor], *args: object) -> tuple[Tensor, Tensor]:
-    loss, terms, _ = _fused_op(_fused.as_list(logits), *args)
+def _fused_loss(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    hardest_weight: float,
+    mutual_weight: float,
+    *options: object,
+) -> tuple[Tensor, Tensor]:
+    experts = _fused.as_list(logits)
+    factors = None
+    if torch.compiler.is_compiling():
+        one = experts[0].new_ones((), dtype=torch.float64)
+        factors = torch.stack([one * hardest_weight, one * mutual_weight])
+        hardest_weight = mutual_weight = 1.0
+    loss, terms, *_ = _fused_op(experts, target, factors, hardest_weight, mutual_weight, *options)
     return loss, terms
 
 

@@ -15,7 +15,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(
         _backend, "_implementations", {op: dict(known) for op, known in _backend._implementations.items()}
     )
-    monkeypatch.setattr(_backend, "_unavailable", dict(_backend._unavailable))
+    monkeypatch.setattr(_backend, "_missing", dict(_backend._missing))
     return _backend
 
 
