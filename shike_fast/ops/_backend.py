@@ -103,6 +103,4 @@ def backend_reasons() -> dict[str, str]:
 
 def unverified(backend: str) -> list[str]:
     """The ops whose implementation on ``backend`` has not passed its tests on a device, and so runs by name only."""
-    return [
-        op for op, known in _implementations.items() if backend in known and not known[backend].verified
-    ]
+    return [op for op, known in _implementations.items() if backend in known and not known[backend].verified]

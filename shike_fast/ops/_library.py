@@ -96,14 +96,13 @@ def define_fused_loss(
 
         @staticmethod
         def backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-            # once_differentiable costs time, and matters only where a graph of the backward is wanted
-            return backward_in_graph(ctx, incoming) if torch.is_grad_enabled() else run_backward(ctx, incoming)
+            return None, None, *gradients_of(ctx, len(ctx.needs_input_grad) - 2, incoming)
 
     class TransformedLoss(Loss):
         """The same for torch.func, which wants the context set apart from the forward; that costs time otherwise."""
 
         @staticmethod
-        def forward(*args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        def forward(*args: Any) -> tuple[Tensor, ...]:
             count = args[0]
             return run_forward(is_plain(*args[1 : count + 1]), args[1 : count + 1], *args[count + 1 :])
 
@@ -121,21 +120,34 @@ def define_fused_loss(
             gradients = gradients_of(ctx, ctx.count, incoming)
             return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - ctx.count)
 
+    class SecondDerivative(torch.autograd.Function):
+        """A gradient that is no constant, although its derivative is not known: asking for it must not give 0."""
+
+        @staticmethod
+        def forward(gradient: Tensor, *_: Tensor) -> Tensor:
+            return gradient.view_as(gradient)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor) -> Tensor:
+            raise RuntimeError(f"{name}: it can be differentiated once only; backend='reference' has no such limit")
+
     def gradients_of(ctx: Any, count: int, incoming: Tensor | None) -> Sequence[Tensor | None]:
         if incoming is None:
             return (None,) * count
         saved = ctx.saved_tensors
-        run = backward if is_plain(incoming, *saved[:count]) else backward_op
-        gradient = run(incoming, saved[:count], *saved[count:], *ctx.options)
-        return (gradient,) if saved[0].dim() == 3 else gradient.unbind(0)
-
-    def run_backward(ctx: Any, incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *gradients_of(ctx, len(ctx.needs_input_grad) - 2, incoming)
-
-    backward_in_graph = torch.autograd.function.once_differentiable(run_backward)
+        logits = saved[:count]
+        run = backward if is_plain(incoming, *logits) else backward_op
+        gradient = run(incoming, logits, *saved[count:], *ctx.options)
+        if torch.is_grad_enabled():  # a graph of the backward is wanted
+            gradient = SecondDerivative.apply(gradient, incoming, *logits)
+        return (gradient,) if logits[0].dim() == 3 else gradient.unbind(0)
 
     def with_autograd(direct: bool, logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any([expert.requires_grad for expert in logits]):
+        if torch.is_grad_enabled() and any(expert.requires_grad for expert in logits):
             out: tuple[Tensor, ...] = Loss.apply(direct, others, *logits)
             return out
         return run_forward(direct, logits, *others)

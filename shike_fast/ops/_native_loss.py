@@ -1,7 +1,7 @@
 """The expert losses in the compiled library, on the CPU and on CUDA devices.
 
-The functions have the signatures that ``shike_fast.kernels.expert_loss`` has in Triton. The logits come as a list of one
-tensor [K, B, C] or of K tensors [B, C], the options as ``shike_fast::dkt_loss_fused`` takes them, the bias contiguous
+The functions have the signatures that ``shike_fast.kernels`` has in Triton. The logits come as a list of one tensor
+[K, B, C] or of K tensors [B, C], the options as ``shike_fast::dkt_loss_fused`` takes them, the bias contiguous
 and in the accumulation dtype.
 """
 
@@ -31,14 +31,14 @@ def new_floats(logits: Sequence[Tensor], *shape: int) -> Tensor:
 
 def new_dkt_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the loss, the terms and the state of ``dkt_forward``."""
-    experts, batch, _ = shape_of(logits)
+    experts, batch, _classes = shape_of(logits)
     terms = logits[0].new_empty(3, dtype=torch.float32)
     return new_floats(logits), terms, new_floats(logits, batch, 5 * experts + 4)
 
 
 def new_cross_entropy_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     """Memory for the loss and the state of ``cross_entropy_forward``."""
-    experts, batch, _ = shape_of(logits)
+    experts, batch, _classes = shape_of(logits)
     return new_floats(logits), new_floats(logits, batch, 2 * experts)
 
 

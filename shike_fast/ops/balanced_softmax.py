@@ -103,9 +103,7 @@ def _reference(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: 
     return loss
 
 
-def _fused_loss(
-    logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor, backend: str
-) -> Tensor:
+def _fused_loss(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor, backend: str) -> Tensor:
     return fused_cross_entropy(logits, target, log_counts(class_counts), 0.0, backend)
 
 

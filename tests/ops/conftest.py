@@ -7,14 +7,43 @@ import numpy as np
 import pytest
 import torch
 
-from shike_fast import ops
+from shike_fast.ops import _backend
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
+GPU_KERNELS = ("triton", "cuda")  # they have no float64
+DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "golden_case" not in metafunc.fixturenames:
-        return
+    if {"backend", "device"} <= set(metafunc.fixturenames):
+        _parametrize_backend_and_device(metafunc)
+    if "golden_case" in metafunc.fixturenames:
+        _parametrize_golden_case(metafunc)
+
+
+def _parametrize_backend_and_device(metafunc: pytest.Metafunc) -> None:
+    """Every backend of the op that the module names as ``OP``, on every device that it serves."""
+    pairs = [
+        pytest.param(backend, torch.device(device), marks=[pytest.mark.gpu] if device == "cuda" else [])
+        for backend in _backend._implementations[metafunc.module.OP]
+        for device in DEVICES[backend]
+    ]
+    metafunc.parametrize(("backend", "device"), pairs, ids=lambda value: str(value))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Drop combinations that do not exist; ``test_backend.py`` checks that they are refused."""
+    items[:] = [item for item in items if not _is_refused(getattr(item, "callspec", None))]
+
+
+def _is_refused(callspec) -> bool:
+    params = callspec.params if callspec is not None else {}
+    return params.get("backend") in GPU_KERNELS and params.get("dtype") == torch.float64
+
+
+def _parametrize_golden_case(metafunc: pytest.Metafunc) -> None:
     cases = []
     for name in ("dkt_loss_small", "dkt_loss"):
         with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
@@ -30,14 +59,10 @@ def golden_case(request, golden):
     return SimpleNamespace(**{key: torch.from_numpy(value.copy()) for key, value in fields.items()})
 
 
-@pytest.fixture(params=[name for name, present in ops.backends().items() if present])
-def backend(request) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    return torch.device(request.param)
+@pytest.fixture
+def widest(backend) -> torch.dtype:
+    """The widest dtype that the backend has kernels for."""
+    return torch.float32 if backend in GPU_KERNELS else torch.float64
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """Choice among backends, with implementations registered for the test only."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,11 +14,10 @@ LOGITS, TARGET = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64)
 
 @pytest.fixture
 def registry(monkeypatch):
-    """The registry, restored after the test."""
-    monkeypatch.setattr(
-        _backend, "_implementations", {op: dict(known) for op, known in _backend._implementations.items()}
-    )
-    monkeypatch.setattr(_backend, "_missing", dict(_backend._missing))
+    """The registry with the reference implementations only, restored after the test."""
+    references = {op: {"reference": known["reference"]} for op, known in _backend._implementations.items()}
+    monkeypatch.setattr(_backend, "_implementations", references)
+    monkeypatch.setattr(_backend, "_missing", {})
     return _backend
 
 
@@ -35,7 +37,6 @@ def test_the_fastest_backend_that_accepts_runs(registry):
     registry.register(
         "expert_cross_entropy", "cuda", result(2.0), refuses=lambda *args: f"it needs a GPU, not {args[0].device}"
     )
-    assert ops.backends()["cpu"] and ops.backends()["cuda"] and "cpu" not in ops.backend_reasons()
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 1.0
     registry.register("expert_cross_entropy", "cuda", result(3.0), refuses=lambda *args: None)
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 3.0
@@ -63,11 +64,10 @@ def test_a_refusal_says_why(registry):
 
 
 def test_a_missing_backend_says_why(registry):
-    registry.mark_unavailable("triton", "the package triton is not installed")
-    with pytest.raises(RuntimeError) as caught:
-        ops.dkt_loss(LOGITS, TARGET, backend="triton")
-    assert str(caught.value) == "dkt_loss: backend 'triton' cannot run: the package triton is not installed"
-    assert ops.backend_reasons()["triton"] == "the package triton is not installed"
+    registry.register_missing("triton", lambda: "the package triton is not installed")
+    registry.register_missing("cpu", lambda: None)
+    assert ops.backends() == {"reference": True, "cpu": True, "triton": False, "cuda": True}
+    assert ops.backend_reasons() == {"triton": "the package triton is not installed"}
 
 
 def test_a_backend_of_other_ops_says_so(registry):
@@ -82,10 +82,99 @@ def test_no_backend_at_all(registry):
         ops.expert_cross_entropy(LOGITS, TARGET)
 
 
-@pytest.mark.parametrize("call", ["register", "mark_unavailable"])
+@pytest.mark.parametrize("call", ["register", "register_missing"])
 def test_names_are_checked(registry, call):
     with pytest.raises(ValueError, match=rf"^{call}: backend must be None or one of .*, got 'gpu'$"):
         if call == "register":
             registry.register("dkt_loss", "gpu", result(1.0))
         else:
-            registry.mark_unavailable("gpu", "no reason")
+            registry.register_missing("gpu", lambda: None)
+
+
+def test_unverified_backends_are_listed(registry):
+    registry.register("dkt_loss", "cuda", result(1.0), verified=False)
+    registry.register("expert_cross_entropy", "cuda", result(1.0))
+    assert registry.unverified("cuda") == ["dkt_loss"] and registry.unverified("reference") == []
+
+
+LOSSES = {
+    "dkt_loss": ops.dkt_loss,
+    "expert_cross_entropy": ops.expert_cross_entropy,
+    "balanced_softmax_loss": lambda logits, target, **options: ops.balanced_softmax_loss(
+        logits, target, torch.ones(logits.shape[-1]), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("backend", "logits", "reason"),
+    [
+        ("cpu", torch.zeros(9, 3, 4), "it takes at most 8 experts, got 9"),
+        ("cpu", torch.zeros(1, 1, 1).expand(1, 3, 2**24 + 1), "it takes at most 16777216 classes, got 16777217"),
+        ("cpu", torch.zeros(2, 3, 4, device="meta"), "the logits are on meta, not on the CPU"),
+        ("cuda", LOGITS, "the logits are on cpu, not on a GPU"),
+        ("triton", LOGITS, "the logits are on cpu, not on a GPU"),
+    ],
+)
+def test_what_the_fused_kernels_refuse(name, backend, logits, reason):
+    target = torch.zeros(3, dtype=torch.int64, device=logits.device)
+    if name == "balanced_softmax_loss" and logits.device.type == "meta":
+        pytest.skip("its counts live on the CPU here")
+    with pytest.raises(RuntimeError) as caught:
+        LOSSES[name](logits, target, backend=backend)
+    assert str(caught.value) == f"{name}: backend {backend!r} cannot run: {reason}"
+
+
+def test_what_the_kernels_refuse_goes_to_the_reference():
+    logits = torch.randn(9, 3, 4)
+    for name, loss in LOSSES.items():
+        assert torch.equal(loss(logits, TARGET), loss(logits, TARGET, backend="reference")), name
+
+
+def test_a_differentiable_bias_goes_to_the_reference():
+    bias = torch.zeros(4, requires_grad=True)
+    ops.expert_cross_entropy(LOGITS, TARGET, bias=bias).backward()
+    assert bias.grad is not None
+    with pytest.raises(RuntimeError) as caught:
+        ops.expert_cross_entropy(LOGITS, TARGET, bias=bias, backend="cpu")
+    assert str(caught.value) == (
+        "expert_cross_entropy: backend 'cpu' cannot run: "
+        "the bias requires a gradient, which only the reference computes"
+    )
+    with torch.no_grad():
+        assert torch.isfinite(ops.expert_cross_entropy(LOGITS, TARGET, bias=bias, backend="cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gpu_kernels_refuse_float64(name, backend):
+    with torch.device("cuda"):
+        logits, target = torch.zeros(2, 3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+        with pytest.raises(RuntimeError) as caught:
+            LOSSES[name](logits, target, backend=backend)
+    assert str(caught.value) == f"{name}: backend {backend!r} cannot run: it has no float64 kernels"
+
+
+def test_vmap_goes_to_the_reference():
+    logits = torch.randn(5, 2, 3, 4)
+    losses = torch.func.vmap(lambda z: ops.expert_cross_entropy(z, TARGET))(logits)
+    torch.testing.assert_close(losses, torch.stack([ops.expert_cross_entropy(z, TARGET) for z in logits]))
+
+
+def run_without_native(code):
+    """Run code in a process whose compiled library cannot be imported."""
+    blocked = "import sys; sys.modules['shike_fast._native'] = None; "
+    return subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True)
+
+
+def test_without_the_compiled_library_the_reference_runs():
+    done = run_without_native(
+        "import torch; from shike_fast import ops; z, y = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64);"
+        "print(ops.dkt_loss(z, y).item() > 0, ops.backends()['cpu'], ops.backend_reasons()['cpu']);"
+        "ops.dkt_loss(z, y + 4)"
+    )
+    first, *_, last = (done.stdout + done.stderr).strip().splitlines()
+    assert first.startswith("True False the compiled library is missing: ")
+    assert last == "IndexError: dkt_loss: target must lie in 0..3 (C=4), got 4"

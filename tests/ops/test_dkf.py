@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from shike_fast.ops import dkf_bn_pool, dkf_pool
 
+OP = "dkf_pool"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
