@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from shike_fast import ops
+from shike_fast.ops import _backend
 from shike_fast._native_loader import native, native_error
 from shike_fast._version import __version__
 from shike_fast.engine.cli import ArgumentParser
@@ -25,7 +26,8 @@ def collect() -> dict[str, Any]:
     Returns:
         A dictionary of plain values (it is what ``--json`` prints): ``versions``, ``threads``, ``devices`` (``cpu``;
         ``cuda`` as PyTorch and as the compiled library see it, each with a ``reason`` if it sees none), ``native``
-        (``available``, ``error``, ``build``) and ``backends`` (name -> ``available``, ``reason``).
+        (``available``, ``error``, ``build``) and ``backends`` (name -> ``available``, ``reason``,
+        ``unverified``: the ops that it runs only when it is named, because they have not passed on a device).
     """
     error = native_error()
     return {
@@ -36,7 +38,11 @@ def collect() -> dict[str, Any]:
             "torch_inter_op": torch.get_num_interop_threads(),
         },
         "devices": {
-            "cpu": {"name": _cpu_name(), "capability": torch.backends.cpu.get_cpu_capability()},
+            "cpu": {
+                "name": _cpu_name(),
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                "kernels": native().cpu_level() if error is None else None,
+            },
             "cuda": {"torch": _torch_cuda(), "native": _native_cuda()},
         },
         "native": {
@@ -112,7 +118,10 @@ def _native_cuda() -> dict[str, Any]:
 
 def _backends() -> dict[str, dict[str, Any]]:
     reasons = ops.backend_reasons()
-    return {name: {"available": there, "reason": reasons.get(name)} for name, there in ops.backends().items()}
+    return {
+        name: {"available": there, "reason": reasons.get(name), "unverified": _backend.unverified(name)}
+        for name, there in ops.backends().items()
+    }
 
 
 def render(info: dict[str, Any]) -> str:
@@ -140,6 +149,7 @@ def _sections(info: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]
         "devices",
         [
             ("cpu", f"{cpu['name']}, {threads['cores']} cores, {cpu['capability']}"),
+            ("cpu kernels", cpu["kernels"] or "missing"),
             ("torch threads", f"{threads['torch_intra_op']} within an op, {threads['torch_inter_op']} between ops"),
             *_cuda_rows(info["devices"]["cuda"]),
         ],
@@ -148,11 +158,14 @@ def _sections(info: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]
     build, error = info["native"]["build"], info["native"]["error"]
     yield "native library", [("missing", error)] if build is None else list(_build_rows(build))
 
-    backends = info["backends"].items()
-    yield (
-        "backends of ops",
-        [(name, "available" if b["available"] else f"missing: {b['reason']}") for name, b in backends],
-    )
+    yield "backends of ops", list(_backend_rows(info["backends"]))
+
+
+def _backend_rows(backends: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for name, backend in backends.items():
+        yield name, "available" if backend["available"] else f"missing: {backend['reason']}"
+        if backend["unverified"]:
+            yield "", f"not verified on a device yet, by name only: {', '.join(backend['unverified'])}"
 
 
 def _cuda_rows(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:

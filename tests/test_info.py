@@ -13,6 +13,7 @@ import torch
 import shike_fast
 from shike_fast import _native_loader, info, ops
 from shike_fast._native_loader import native, native_error
+from shike_fast.ops import _backend
 
 
 @pytest.fixture
@@ -40,6 +41,10 @@ def build(**changes):
         "cuda_reason": "none here",
         "cuda_architectures": [],
     } | changes
+
+
+def stand_in(**functions):
+    return SimpleNamespace(**{"build_info": build, "cpu_level": lambda: "generic"} | functions)
 
 
 def test_native_library_is_loaded():
@@ -77,6 +82,8 @@ def test_collect():
     for name, backend in found["backends"].items():
         assert backend["reason"] == ops.backend_reasons().get(name)
         assert backend["available"] != bool(backend["reason"])
+        assert backend["unverified"] == _backend.unverified(name)
+    assert found["devices"]["cpu"]["kernels"] == native().cpu_level()
     for view in found["devices"]["cuda"].values():
         assert bool(view["devices"]) != bool(view["reason"])
 
@@ -87,6 +94,9 @@ def test_text_shows_every_value():
         assert wanted in text
     for name, reason in ops.backend_reasons().items():
         assert any(line.split(maxsplit=1) == [name, f"missing: {reason}"] for line in text.splitlines())
+    unverified = [", ".join(names) for name in ops.backends() if (names := _backend.unverified(name))]
+    rows = [line.split(": ")[1] for line in text.splitlines() if "not verified on a device yet, by name only: " in line]
+    assert rows == unverified
 
 
 def test_missing_library_is_reported(library, capsys):
@@ -94,6 +104,7 @@ def test_missing_library_is_reported(library, capsys):
     assert info.main([]) == 0
     text = capsys.readouterr().out
     assert "missing  ModuleNotFoundError: " in text
+    assert "cpu kernels    missing\n" in text
     assert "cuda, native   none: shike_fast._native is not available: ModuleNotFoundError: " in text
     assert info.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)["native"]
@@ -105,7 +116,7 @@ def test_library_without_cuda_gives_its_reason(library):
     def cuda_devices():
         raise RuntimeError("shike_fast was built without CUDA: none here")
 
-    library(SimpleNamespace(build_info=build, cuda_devices=cuda_devices))
+    library(stand_in(cuda_devices=cuda_devices))
     lines = info.render(info.collect()).splitlines()
     assert "  cuda, native   none: shike_fast was built without CUDA: none here" in lines
     assert "  cuda     none: none here" in lines
@@ -124,7 +135,7 @@ def test_cuda_devices_of_the_library(library):
             raise RuntimeError("no kernel image")
 
     library(
-        SimpleNamespace(
+        stand_in(
             build_info=lambda: build(cuda="12.9.1", cuda_reason=None, cuda_architectures=["80-real", "90"]),
             cuda_devices=lambda: [{"name": "First", **device}, {"name": "Second", **device}],
             cuda_self_test=cuda_self_test,
@@ -141,7 +152,7 @@ def test_cuda_devices_of_the_library(library):
 
 
 def test_library_that_sees_no_device(library):
-    library(SimpleNamespace(build_info=build, cuda_devices=list))
+    library(stand_in(cuda_devices=list))
     assert "cuda, native   none: no device\n" in info.render(info.collect())
 
 
