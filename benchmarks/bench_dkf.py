@@ -11,24 +11,25 @@ from shike_fast import ops
 
 pytestmark = pytest.mark.benchmark(max_time=0.5)
 
-SHAPES = [(128, 64, 8, 8), (16, 2048, 7, 7)]  # CIFAR ResNet-32; ResNet-50 with a small batch
+# CIFAR ResNet-32; ResNet-50 with a small batch, on a GPU with a large one
+CASES = {"cpu": [(128, 64, 8, 8), (16, 2048, 7, 7)], "cuda": [(128, 64, 8, 8), (256, 2048, 7, 7)]}
 
 
 def feature_map(shape, device):
     return torch.randn(shape, device=device).to(memory_format=torch.channels_last).requires_grad_()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dkf_pool(shape, contender, device, prepare, rotate, measure):
-    map_bytes = 4 * torch.Size(shape).numel()
+@pytest.mark.op("dkf_pool")
+def test_dkf_pool(case, contender, device, prepare, rotate, measure):
+    shape, map_bytes = case, 4 * torch.Size(case).numel()
     input_sets = rotate(lambda: (feature_map(shape, device), feature_map(shape, device)), 2 * map_bytes)
     measure(prepare(contender, ops.dkf_pool), input_sets, floor_bytes=6 * map_bytes)
 
 
+@pytest.mark.op("dkf_bn_pool")
 @pytest.mark.parametrize("relu", [False, True], ids=["affine", "relu"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dkf_bn_pool(shape, relu, contender, device, prepare, rotate, measure):
-    channels, map_bytes = shape[1], 4 * torch.Size(shape).numel()
+def test_dkf_bn_pool(case, relu, contender, device, prepare, rotate, measure):
+    shape, channels, map_bytes = case, case[1], 4 * torch.Size(case).numel()
     mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
 
     def make():

@@ -1,23 +1,33 @@
 """What the op benchmarks share: contenders, rotation among input sets, bytes moved, the copy bandwidth of the same run.
 
 Run them with ``pytest benchmarks/ --benchmark-only``, on an otherwise idle machine; ``--benchmark-json FILE`` keeps the
-numbers together with a description of the machine.
+numbers together with a description of the machine, and ``python benchmarks/report.py`` makes ``docs/benchmarks.md`` of
+such files.
+
+A benchmark names its operator, ``@pytest.mark.op("dkt_loss")``, and takes ``contender`` and ``device``: it runs for
+every backend of the operator, and for torch.compile of the reference, on every device present.
 """
 
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.benchmark
+from torch.profiler import ProfilerActivity, profile
 
 from shike_fast import ops
+from shike_fast.ops import _backend
 
-ROTATION_BYTES = 64 * 2**20  # inputs in rotation: more than the last-level caches of the machines we measure on
+ROTATION_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # inputs in rotation: more than the last-level caches
 MAX_SETS = 64
-BACKENDS = [name for name, present in ops.backends().items() if present]
-CONTENDERS = [*BACKENDS, "compiled reference"]
+COMPILED = "compiled reference"
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+SERVES = {"reference": DEVICES, "cpu": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"], COMPILED: DEVICES}
 
 
 def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Module | None:
@@ -27,15 +37,29 @@ def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Mod
     return None
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize ``contender``, ``device`` and ``case``, as far as a benchmark takes them; a module's ``CASES`` holds
+    the cases of each device."""
+    names = [name for name in ("contender", "device", "case") if name in metafunc.fixturenames]
+    if "device" not in names:
+        return
+    values = []
+    for device in DEVICES:
+        choices: dict[str, list[Any]] = {"device": [device]}
+        if "contender" in names:
+            op = metafunc.definition.get_closest_marker("op").args[0]
+            present = ops.backends()
+            contenders = [name for name in _backend._implementations[op] if present[name]] + [COMPILED]
+            choices["contender"] = [name for name in contenders if device in SERVES[name]]
+        if "case" in names:
+            choices["case"] = metafunc.module.CASES[device]
+        values += list(itertools.product(*(choices[name] for name in names)))
+    metafunc.parametrize(names, values, indirect=["device"], ids=lambda value: str(value).replace("torch.", ""))
+
+
+@pytest.fixture
 def device(request) -> torch.device:
     return torch.device(request.param)
-
-
-@pytest.fixture(params=CONTENDERS)
-def contender(request) -> str:
-    """A backend of the ops, or torch.compile of the reference."""
-    return request.param
 
 
 @pytest.fixture
@@ -43,7 +67,7 @@ def prepare():
     """``prepare(contender, call)``: the callable to time, where ``call`` takes the inputs and ``backend=``."""
 
     def make(contender: str, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        if contender != "compiled reference":
+        if contender != COMPILED:
             return lambda *inputs: call(*inputs, backend=contender)
         torch._dynamo.reset()
         return torch.compile(lambda *inputs: call(*inputs, backend="reference"), fullgraph=True)
@@ -51,67 +75,121 @@ def prepare():
     return make
 
 
-def _synchronise(device: torch.device) -> None:
+_copy_bandwidths: dict[str, float] = {}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of a plain copy larger than any cache, reads and writes counted: the ceiling for memory-bound ops."""
+    if device.type not in _copy_bandwidths:
+        count = (1 if device.type == "cpu" else 4) * ROTATION_BYTES[device.type] // 4
+        source = torch.randn(count, device=device)
+        destination = torch.empty_like(source)
+        timer = torch.utils.benchmark.Timer(
+            "destination.copy_(source)",
+            globals={"source": source, "destination": destination},
+            num_threads=torch.get_num_threads(),
+        )
+        seconds = timer.blocked_autorange(min_run_time=0.5).median
+        _copy_bandwidths[device.type] = 2 * 4 * count / seconds / 1e9
+    return _copy_bandwidths[device.type]
+
+
+def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """Memory that a call has in use at its peak beyond what was in use before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    assert run.profiler is not None
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(in_use, default=0)
 
 
-@pytest.fixture(scope="session")
-def copy_gigabytes_per_second(device) -> float:
-    """Bandwidth of a plain copy larger than any cache, reads and writes counted: the ceiling for memory-bound ops."""
-    source = torch.randn(ROTATION_BYTES // 4, device=device)
-    destination = torch.empty_like(source)
-    timer = torch.utils.benchmark.Timer(
-        "destination.copy_(source)",
-        globals={"source": source, "destination": destination},
-        num_threads=torch.get_num_threads(),
-    )
-    return 2 * ROTATION_BYTES / timer.blocked_autorange(min_run_time=0.5).median / 1e9
+def launches(function: Callable[[], Any], device: torch.device) -> int:
+    """Kernels, copies and fills that a call starts on a CUDA device."""
+    with profile(activities=[ProfilerActivity.CUDA]) as run:
+        function()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in run.events())
+
+
+def device_milliseconds(function: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Median over many calls of the time between events around one, and of the time that issuing it took the CPU."""
+    device_times, cpu_times = [], []
+    for _ in range(100):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(200_000)  # keeps the device busy while the call is issued, so that gaps are not timed
+        start.record()
+        begin = time.perf_counter()
+        function()
+        cpu_times.append(1e3 * (time.perf_counter() - begin))
+        end.record()
+        torch.cuda.synchronize(device)
+        device_times.append(start.elapsed_time(end))
+    return statistics.median(device_times), statistics.median(cpu_times)
 
 
 @pytest.fixture
-def measure(benchmark, device, copy_gigabytes_per_second):
+def measure(benchmark, device):
     """``measure(function, input_sets, floor_bytes)``: time forward and backward, rotating among the input sets.
 
     ``floor_bytes`` is what an ideal kernel would have to move; GB/s and the share of the copy bandwidth are computed
-    from it, so that they tell how far a contender is from that floor, whatever it really moves.
+    from it, so that they tell how far a contender is from that floor, whatever it really moves. On a GPU they follow
+    from the time between device events, ``device_ms``; the benchmark's own figures include waiting for the device.
     """
 
     def run(function: Callable[..., torch.Tensor], input_sets: Sequence[tuple], floor_bytes: int) -> None:
         upcoming = itertools.cycle(input_sets)
         weight = torch.randn_like(function(*input_sets[0]))
 
-        def forward_backward() -> None:
+        def forward_backward() -> tuple[torch.Tensor, ...]:
             inputs = next(upcoming)
             leaves = [t for t in inputs if t is not None and t.requires_grad]
-            torch.autograd.grad(function(*inputs), leaves, weight)
-            _synchronise(device)
+            return torch.autograd.grad(function(*inputs), leaves, weight)
+
+        def and_wait() -> None:
+            forward_backward()
+            torch.cuda.synchronize(device)
 
         for _ in range(3):
             forward_backward()
-        benchmark.extra_info.update(
+        info = benchmark.extra_info
+        info.update(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             input_sets=len(input_sets),
             floor_bytes=floor_bytes,
-            copy_gigabytes_per_second=round(copy_gigabytes_per_second, 2),
+            copy_gigabytes_per_second=round(copy_bandwidth(device), 2),
+            peak_extra_bytes=peak_extra_bytes(forward_backward, device),
         )
-        benchmark(forward_backward)
-        if benchmark.stats is not None:  # None with --benchmark-disable
-            achieved = floor_bytes / benchmark.stats.stats.median / 1e9
-            benchmark.extra_info["floor_gigabytes_per_second"] = round(achieved, 3)
-            benchmark.extra_info["share_of_copy"] = round(achieved / copy_gigabytes_per_second, 4)
+        if device.type == "cuda":
+            info["cuda"] = torch.version.cuda
+            info["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            info["launches"] = launches(forward_backward, device)
+            info["device_ms"], info["cpu_ms"] = device_milliseconds(forward_backward, device)
+        benchmark(and_wait if device.type == "cuda" else forward_backward)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        seconds = info["device_ms"] / 1e3 if device.type == "cuda" else benchmark.stats.stats.median
+        info["floor_gigabytes_per_second"] = round(floor_bytes / seconds / 1e9, 3)
+        info["share_of_copy"] = round(floor_bytes / seconds / 1e9 / copy_bandwidth(device), 4)
 
     return run
 
 
 @pytest.fixture
-def rotate():
+def rotate(device):
     """``rotate(make, bytes_of_one)``: enough independent input sets to exceed the caches."""
 
     def build(make: Callable[[], tuple], bytes_of_one: int) -> list[tuple]:
-        return [make() for _ in range(min(MAX_SETS, 1 + ROTATION_BYTES // bytes_of_one))]
+        return [make() for _ in range(min(MAX_SETS, 1 + ROTATION_BYTES[device.type] // bytes_of_one))]
 
     return build
 
