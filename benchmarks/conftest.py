@@ -57,6 +57,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(names, values, indirect=["device"], ids=lambda value: str(value).replace("torch.", ""))
 
 
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Describe the hardware, not the host."""
+    machine_info.pop("node", None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+    """Keep the statistics of each benchmark, not its thousands of single times."""
+    for result in output_json["benchmarks"]:
+        result["stats"].pop("data", None)
+        result.pop("params", None)  # extra_info holds them readably
+        result.pop("param", None)
+
+
 @pytest.fixture
 def device(request) -> torch.device:
     return torch.device(request.param)
@@ -136,7 +149,7 @@ def device_milliseconds(function: Callable[[], Any], device: torch.device) -> tu
 
 
 @pytest.fixture
-def measure(benchmark, device):
+def measure(benchmark, device, request):
     """``measure(function, input_sets, floor_bytes)``: time forward and backward, rotating among the input sets.
 
     ``floor_bytes`` is what an ideal kernel would have to move; GB/s and the share of the copy bandwidth are computed
@@ -160,7 +173,11 @@ def measure(benchmark, device):
         for _ in range(3):
             forward_backward()
         info = benchmark.extra_info
+        params = {name: str(value).replace("torch.", "") for name, value in request.node.callspec.params.items()}
         info.update(
+            op=request.node.originalname.removeprefix("test_"),
+            contender=params.pop("contender", "peer"),
+            case=", ".join(value for name, value in params.items() if name != "device"),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             torch=torch.__version__,

@@ -1,24 +1,16 @@
 #include "device.h"
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <stdexcept>
 
 #include "build_config.h"
+#include "cuda_check.h"
 
 namespace shike {
 namespace {
 
 std::string version_text(int version) {
     return version == 0 ? "none" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
-// Throws if a CUDA call failed, and clears the runtime's copy so that the next call does not report this error again.
-void check(cudaError_t status, const std::string& what) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();
-    throw std::runtime_error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
 int device_count() {
@@ -31,21 +23,6 @@ int device_count() {
     }
     return count;
 }
-
-// Makes `device` current, and the former one again at the end: the caller's PyTorch shares the thread's current device.
-class CurrentDevice {
-public:
-    explicit CurrentDevice(int device) {
-        check(cudaGetDevice(&former_), "cudaGetDevice");
-        check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-    }
-    ~CurrentDevice() { cudaSetDevice(former_); }
-    CurrentDevice(const CurrentDevice&) = delete;
-    CurrentDevice& operator=(const CurrentDevice&) = delete;
-
-private:
-    int former_ = 0;
-};
 
 class Buffer {
 public:

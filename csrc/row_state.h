@@ -14,9 +14,12 @@
 
 #ifdef __CUDACC__
 #define SHIKE_HD __host__ __device__ __forceinline__
-#define SHIKE_UNROLL _Pragma("unroll")
 #else
 #define SHIKE_HD inline __attribute__((always_inline))
+#endif
+#ifdef __CUDA_ARCH__
+#define SHIKE_UNROLL _Pragma("unroll")
+#else
 #define SHIKE_UNROLL
 #endif
 
@@ -110,23 +113,31 @@ SHIKE_HD Candidate<V> candidate(const V (&z)[K]) {
         result.total += z[k];
         result.strongest = larger(result.strongest, z[k]);
     }
+    result.gap = result.strongest - z[0];
     SHIKE_UNROLL
-    for (int k = 0; k < K; ++k) result.gap += result.strongest - z[k];
+    for (int k = 1; k < K; ++k) result.gap += result.strongest - z[k];
     return result;
 }
 
-// What a stream knows of the classes it saw, the target left out.
+// x = z - pivot of one class; returns X = sum_i x_i.
 template <class V, int K>
-struct DktState {
+SHIKE_HD V relative(const V (&z)[K], const V (&pivot)[K], V (&x)[K]) {
+    x[0] = z[0] - pivot[0];
+    V total = x[0];  // not 0 + x[0]: the compiler may not drop that addition
+    SHIKE_UNROLL
+    for (int k = 1; k < K; ++k) {
+        x[k] = z[k] - pivot[k];
+        total += x[k];
+    }
+    return total;
+}
+
+// What a stream knows of the experts as students of each other.
+template <class V, int K>
+struct StudentState {
     V pivot[K];  // M_k = max z_k
     V sum[K];    // sum of e_k = exp(x_k), x_k = z_k - M_k
     V cross[K];  // sum of e_k (K x_k - X), X = sum_i x_i
-    // The teacher's sums leave out the hardest negative found so far: its logit is the experts' mean, not their maximum,
-    // and taking a term out of a finished sum would cancel all digits where that term dominates.
-    Candidate<V> hardest;
-    V teacher_pivot;  // max of r
-    V teacher_sum;    // sum of exp(r - pivot)
-    V teacher_gap;    // sum of exp(r - pivot) gap
 
     SHIKE_HD void clear() {
         SHIKE_UNROLL
@@ -134,35 +145,27 @@ struct DktState {
             pivot[k] = all<V>(kFloor);
             sum[k] = cross[k] = V{};
         }
-        hardest = Candidate<V>::none();
-        teacher_pivot = all<V>(kFloor);
-        teacher_sum = teacher_gap = V{};
     }
 
-    // Adds the first n of N classes with the logits z; entry i is the class first + i * step. Terms that are switched
-    // off cost nothing and leave their sums undefined.
+    // Adds the first n of N classes with the logits z; `top` becomes their largest logits.
     template <int N>
-    SHIKE_HD void add(const V (&z)[N][K], V first, float step, bool hardest_term, bool mutual_term, int n = N) {
+    SHIKE_HD void add(const V (&z)[N][K], V (&top)[K], bool mutual_term, int n = N) {
         V next[K];
         SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) next[k] = pivot[k];
+        for (int k = 0; k < K; ++k) top[k] = z[0][k];
         SHIKE_UNROLL
-        for (int i = 0; i < n; ++i) {
+        for (int i = 1; i < n; ++i) {
             SHIKE_UNROLL
-            for (int k = 0; k < K; ++k) next[k] = larger(next[k], z[i][k]);
+            for (int k = 0; k < K; ++k) top[k] = larger(top[k], z[i][k]);
         }
         SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) next[k] = in_step(next[k]);
+        for (int k = 0; k < K; ++k) next[k] = in_step(larger(pivot[k], top[k]));
         move_pivots(next, mutual_term);
         V new_sum[K] = {}, new_cross[K] = {};  // apart first: adding one class at a time to a long sum rounds more
         SHIKE_UNROLL
         for (int i = 0; i < n; ++i) {
-            V x[K], total = V{};
-            SHIKE_UNROLL
-            for (int k = 0; k < K; ++k) {
-                x[k] = z[i][k] - pivot[k];
-                total += x[k];
-            }
+            V x[K];
+            const V total = relative(z[i], pivot, x);
             SHIKE_UNROLL
             for (int k = 0; k < K; ++k) {
                 const V e = exponential(x[k]);
@@ -175,6 +178,54 @@ struct DktState {
             sum[k] += new_sum[k];
             if (mutual_term) cross[k] += new_cross[k];
         }
+    }
+
+    // Adds the sums of another stream with the same pivots.
+    SHIKE_HD void add_sums(const StudentState& other, bool mutual_term) {
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            sum[k] += other.sum[k];
+            if (mutual_term) cross[k] += other.cross[k];
+        }
+    }
+
+    // Expresses the sums relative to new pivots, none of them smaller than the present one.
+    SHIKE_HD void move_pivots(const V (&next)[K], bool mutual_term) {
+        V move[K];
+        const V moves = relative(pivot, next, move);
+        SHIKE_UNROLL
+        for (int k = 0; k < K; ++k) {
+            const V factor = exponential(move[k]);
+            if (mutual_term) cross[k] = factor * (cross[k] + sum[k] * (move[k] * float(K) - moves));
+            sum[k] *= factor;
+            pivot[k] = next[k];
+        }
+    }
+};
+
+// What a stream knows of the classes it saw, the target left out.
+template <class V, int K>
+struct DktState : StudentState<V, K> {
+    // The teacher's sums leave out the hardest negative found so far: its logit is the experts' mean, not their maximum,
+    // and taking a term out of a finished sum would cancel all digits where that term dominates.
+    Candidate<V> hardest;
+    V teacher_pivot;  // max of r
+    V teacher_sum;    // sum of exp(r - pivot)
+    V teacher_gap;    // sum of exp(r - pivot) gap
+
+    SHIKE_HD void clear() {
+        StudentState<V, K>::clear();
+        hardest = Candidate<V>::none();
+        teacher_pivot = all<V>(kFloor);
+        teacher_sum = teacher_gap = V{};
+    }
+
+    // Adds the first n of N classes with the logits z; entry i is the class first + i * step. Terms that are switched
+    // off cost nothing and leave their sums undefined.
+    template <int N>
+    SHIKE_HD void add(const V (&z)[N][K], V first, float step, bool hardest_term, bool mutual_term, int n = N) {
+        V top[K];
+        StudentState<V, K>::add(z, top, mutual_term, n);
         if (hardest_term) add_to_teacher(z, first, step, n);
     }
 
@@ -182,14 +233,10 @@ struct DktState {
     SHIKE_HD void merge(DktState other, bool hardest_term, bool mutual_term) {
         V next[K];
         SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) next[k] = larger(pivot[k], other.pivot[k]);
-        move_pivots(next, mutual_term);
+        for (int k = 0; k < K; ++k) next[k] = larger(this->pivot[k], other.pivot[k]);
+        this->move_pivots(next, mutual_term);
         other.move_pivots(next, mutual_term);
-        SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) {
-            sum[k] += other.sum[k];
-            if (mutual_term) cross[k] += other.cross[k];
-        }
+        this->add_sums(other, mutual_term);
         if (!hardest_term) return;
         Candidate<V>& loser = other.hardest;
         hardest.exchange_if(
@@ -202,31 +249,7 @@ struct DktState {
         teacher_gap += other.teacher_gap + weight * loser.gap;
     }
 
-private:
-    // Expresses the sums relative to new pivots, none of them smaller than the present one.
-    SHIKE_HD void move_pivots(const V (&next)[K], bool mutual_term) {
-        V move[K], moves = V{};
-        SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) {
-            move[k] = pivot[k] - next[k];
-            moves += move[k];
-            pivot[k] = next[k];
-        }
-        SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) {
-            const V factor = exponential(move[k]);
-            if (mutual_term) cross[k] = factor * (cross[k] + sum[k] * (move[k] * float(K) - moves));
-            sum[k] *= factor;
-        }
-    }
-
-    SHIKE_HD void move_teacher_pivot(V next) {
-        const V factor = exponential(teacher_pivot - next);
-        teacher_sum *= factor;
-        teacher_gap *= factor;
-        teacher_pivot = next;
-    }
-
+    // The teacher's part of add().
     template <int N>
     SHIKE_HD void add_to_teacher(const V (&z)[N][K], V first, float step, int n) {
         V strongest[N], gap[N];
@@ -255,6 +278,14 @@ private:
         }
         teacher_sum += new_sum;
         teacher_gap += new_gap;
+    }
+
+private:
+    SHIKE_HD void move_teacher_pivot(V next) {
+        const V factor = exponential(teacher_pivot - next);
+        teacher_sum *= factor;
+        teacher_gap *= factor;
+        teacher_pivot = next;
     }
 };
 
@@ -391,7 +422,7 @@ struct DktGradient {
     V teacher_pivot;
     V q_scale;       // w q_scale
     V teacher_slope;  // 1 or 0, the teacher's gradient
-    V gap_mean;
+    V gap_mean;       // times teacher_slope
 
     template <class T>
     SHIKE_HD static DktGradient of(const DktSaved<T, K>& saved, const DktOptions<T>& options, T incoming) {
@@ -411,7 +442,7 @@ struct DktGradient {
         row.teacher_pivot = V{} + saved.teacher_pivot;
         row.q_scale = V{} + hardest * saved.q_scale;
         row.teacher_slope = V{} + options.teacher_gradient;
-        row.gap_mean = V{} + saved.gap_mean;
+        row.gap_mean = V{} + options.teacher_gradient * saved.gap_mean;
         return row;
     }
 
@@ -423,17 +454,18 @@ struct DktGradient {
             strongest = entry.strongest;
             const V q = q_scale * exponential(strongest - teacher_pivot);
             share_of_all = q;
-            to_strongest = q * teacher_slope * (entry.gap - gap_mean);
+            to_strongest = q * (entry.gap * teacher_slope - gap_mean);
         }
         V gradient[K];
         students(z, gradient, share_of_all, mutual_term);
-        SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) {
-            if (hardest_term) {  // all of it to the first expert that attains the maximum
+        if (hardest_term) {  // all of it to the first expert that attains the maximum
+            SHIKE_UNROLL
+            for (int k = 0; k < K - 1; ++k) {
                 const auto wins = z[k] == strongest;
                 gradient[k] += wins ? to_strongest : V{};
                 to_strongest = wins ? V{} : to_strongest;
             }
+            gradient[K - 1] += to_strongest;
         }
         SHIKE_UNROLL
         for (int k = 0; k < K; ++k) z[k] = gradient[k];
@@ -445,7 +477,7 @@ struct DktGradient {
         SHIKE_UNROLL
         for (int k = 0; k < K; ++k) gap += mean - z[k];
         const V q = q_scale * exponential(mean - teacher_pivot);
-        const V to_each = q * teacher_slope * (gap - gap_mean) / float(K);
+        const V to_each = q * (gap * teacher_slope - gap_mean) / float(K);
         V gradient[K];
         students(z, gradient, q, mutual_term);
         SHIKE_UNROLL
@@ -454,12 +486,8 @@ struct DktGradient {
 
 private:
     SHIKE_HD void students(const V (&z)[K], V (&gradient)[K], V share_of_all, bool mutual_term) const {
-        V x[K], total = V{};
-        SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) {
-            x[k] = z[k] - pivot[k];
-            total += x[k];
-        }
+        V x[K];
+        const V total = relative(z, pivot, x);
         SHIKE_UNROLL
         for (int k = 0; k < K; ++k) {
             const V e = exponential(x[k]);

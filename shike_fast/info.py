@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from shike_fast import ops
-from shike_fast.ops import _backend
 from shike_fast._native_loader import native, native_error
 from shike_fast._version import __version__
 from shike_fast.engine.cli import ArgumentParser
+from shike_fast.ops import _backend
 
 
 def collect() -> dict[str, Any]:

@@ -16,9 +16,21 @@ from shike_fast.ops import _backend, _native_loss
 MAX_EXPERTS = 8
 MAX_CLASSES = 2**24  # the kernels keep class numbers in float32
 
+
+def _cuda_build_missing(native_missing: str | None) -> str | None:
+    if native_missing is not None:
+        return native_missing
+    build = native().build_info()
+    if build["cuda"] is None:
+        return f"the compiled library was built without CUDA: {build['cuda_reason']}"
+    return None if torch.version.hip is None else "this PyTorch is built for ROCm"
+
+
 # Evaluated once: torch.compile traces the choice of a backend and must meet constants.
 _NATIVE_ERROR = native_error()
 _NATIVE_MISSING = None if _NATIVE_ERROR is None else f"the compiled library is missing: {_NATIVE_ERROR}"
+_CUDA_BUILD_MISSING = _cuda_build_missing(_NATIVE_MISSING)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -29,29 +41,24 @@ def cpu_missing() -> str | None:
 
 def triton_missing() -> str | None:
     """Why the Triton backend cannot run in this process, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     return None if _INTERPRETED or torch.cuda.is_available() else "PyTorch finds no GPU"
 
 
 def cuda_missing() -> str | None:
     """Why the CUDA backend cannot run in this process, or None."""
-    if _NATIVE_MISSING is not None:
-        return _NATIVE_MISSING
-    build = native().build_info()
-    if build["cuda"] is None:
-        return f"the compiled library was built without CUDA: {build['cuda_reason']}"
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm"
+    if _CUDA_BUILD_MISSING is not None:
+        return _CUDA_BUILD_MISSING
     return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 
 
-def kernels(backend: str) -> ModuleType:
-    """The module with the backend's dkt and cross-entropy functions."""
+def kernels(stem: str, backend: str) -> ModuleType:
+    """The module with the backend's ``<stem>_forward`` and ``<stem>_backward``."""
     if backend != "triton":
         return _native_loss
     try:
-        return importlib.import_module("shike_fast.kernels.expert_loss")
+        return importlib.import_module(f"shike_fast.kernels.{stem}")
     except Exception as error:  # a broken Triton raises anything; say whose failure it is
         raise RuntimeError(f"backend 'triton' cannot run: {type(error).__name__}: {error}") from error
 
@@ -65,9 +72,7 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def register_fused(
-    op: str, function: Callable[..., Any], refuses_more: Callable[..., str | None] = _nothing
-) -> None:
+def register_fused(op: str, function: Callable[..., Any], refuses_more: Callable[..., str | None] = _nothing) -> None:
     """Make ``function(*args, backend)`` the implementation of ``op`` on the three backends.
 
     ``refuses_more(*args)`` says what no fused kernel of this op takes, beside what follows from the logits.

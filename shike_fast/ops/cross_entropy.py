@@ -111,8 +111,8 @@ _fused_op = define_fused_loss(
     "Tensor target, Tensor? bias",
     "float label_smoothing",
     2,
-    forward=lambda *args: _fused.kernels(args[-1]).cross_entropy_forward(*args[:-1]),
-    backward=lambda *args: _fused.kernels(args[-1]).cross_entropy_backward(*args[:-1]),
+    forward=lambda *args: _fused.kernels("cross_entropy", args[-1]).cross_entropy_forward(*args[:-1]),
+    backward=lambda *args: _fused.kernels("cross_entropy", args[-1]).cross_entropy_backward(*args[:-1]),
     fake_forward=_native_loss.new_cross_entropy_results,
 )
 
@@ -132,7 +132,9 @@ def fused_cross_entropy(
     return _fused_op(experts, target, bias, label_smoothing, backend)[0]
 
 
-def _refuses(logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float) -> str | None:
+def _refuses(
+    logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
+) -> str | None:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "the bias requires a gradient, which only the reference computes"
     return None

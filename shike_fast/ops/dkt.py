@@ -177,8 +177,8 @@ _fused_op = define_fused_loss(
     "Tensor target, Tensor? factors",  # float64 [2], factors of the two weights
     _OPTIONS,
     3,
-    forward=lambda *args: _fused.kernels(args[-1]).dkt_forward(*args[:-1]),
-    backward=lambda *args: _fused.kernels(args[-1]).dkt_backward(*args[:-1]),
+    forward=lambda *args: _fused.kernels("dkt", args[-1]).dkt_forward(*args[:-1]),
+    backward=lambda *args: _fused.kernels("dkt", args[-1]).dkt_backward(*args[:-1]),
     fake_forward=_native_loss.new_dkt_results,
 )
 

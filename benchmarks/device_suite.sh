@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA device, in under eight minutes: build, device tests, memory checkers, benchmarks.
+#
+#     benchmarks/device_suite.sh [FOLDER]        FOLDER (default: device-results) receives all results
+#
+# Every step runs, whatever became of the one before; summary.txt lists each with its exit status and its seconds, and the
+# exit status is 1 if any failed. PyTorch, Triton, pytest, pytest-benchmark, hypothesis, pybind11, CMake and Ninja must be
+# installed.
+set -uo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+results=$(mkdir -p "${1:-device-results}" && cd "${1:-device-results}" && pwd)
+failed=0
+: >"$results/summary.txt"
+
+step() {
+    local name=$1 limit=$2 log=$3 start=$SECONDS status
+    shift 3
+    printf '\n=== %s\n' "$name" | tee -a "$results/$log"
+    timeout --kill-after=10 "$limit" "$@" </dev/null >>"$results/$log" 2>&1
+    status=$?
+    tail -n 3 "$results/$log"
+    printf '%-40s status %d, %d s\n' "$name" "$status" "$((SECONDS - start))" | tee -a "$results/summary.txt"
+    [[ $status -eq 0 ]] || failed=1
+}
+
+sanitize() {
+    local tool=$1
+    shift
+    step "compute-sanitizer $tool" 60 sanitizer.txt \
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" python benchmarks/device_smoke.py
+}
+
+step "devices" 30 info.txt nvidia-smi
+step "build" 120 info.txt env SHIKE_CUDA=1 pip install --no-build-isolation --no-deps -e .
+step "info" 60 info.txt python -m shike_fast.info
+step "device tests" 200 tests.txt python -m pytest -m gpu tests -q -o timeout=120 --durations=15 \
+    --junitxml="$results/tests.xml"
+if command -v compute-sanitizer >/dev/null; then
+    sanitize memcheck --leak-check no
+    sanitize racecheck
+    sanitize synccheck
+    sanitize initcheck
+else
+    printf '%-40s not run: compute-sanitizer is not on PATH\n' "memory checkers" | tee -a "$results/summary.txt"
+    failed=1
+fi
+step "benchmarks" 150 benchmarks.txt python -m pytest benchmarks/bench_expert_loss.py --benchmark-only -q -k cuda \
+    --benchmark-json="$results/benchmarks.json"
+printf '%-40s %d s\n' "all" "$SECONDS" | tee -a "$results/summary.txt"
+exit "$failed"

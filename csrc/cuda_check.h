@@ -1,0 +1,36 @@
+// What every file that calls the CUDA runtime needs.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace shike {
+
+// Throws if a CUDA call failed, and clears the runtime's copy so that the next call does not report this error again.
+inline void check(cudaError_t status, const std::string& what) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+}
+
+// Makes `device` current, and the former one again at the end: the caller's PyTorch shares the thread's current device.
+class CurrentDevice {
+public:
+    explicit CurrentDevice(int device) : device_(device) {
+        check(cudaGetDevice(&former_), "cudaGetDevice");
+        if (former_ != device_) check(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
+    }
+    ~CurrentDevice() {
+        if (former_ != device_) cudaSetDevice(former_);
+    }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+private:
+    int former_ = 0;
+    int device_;
+};
+
+}  // namespace shike

@@ -1,0 +1,477 @@
+"""Triton kernels of ``dkt_loss``: every sample is a row, with the logits of all experts."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shike_fast.kernels._rows import (
+    BACKWARD_BUDGET,
+    FORWARD_BUDGET,
+    UNSPECIALIZED,
+    Layout,
+    batch_sum,
+    class_offset,
+    exp,
+    gradient_arguments,
+    layout_of,
+    multiple,
+    reduced,
+    times_factor,
+)
+
+# Classes that take no part in a row (the target; the padding of a block) carry a finite logit far below the floor of
+# every pivot: their exponential is exactly 0, and no ∞ − ∞ or 0 · ∞ arises. Real logits lie above both.
+_MASKED = tl.constexpr(-1e30)
+_FLOOR = tl.constexpr(-1e29)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x ≥ 0, accurate for small x: the rounding of 1 + x cancels in the quotient."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def _total(values):  # Σ_k values[k], the first two first: the order decides which class is the hardest negative
+    total = values[0]
+    for k in tl.static_range(1, len(values)):
+        total = total + values[k]
+    return total
+
+
+@triton.jit
+def _strongest(z):  # K logits -> r
+    r = z[0]
+    for k in tl.static_range(1, len(z)):
+        r = tl.maximum(r, z[k])
+    return r
+
+
+@triton.jit
+def _gap(r, z):  # Σ_k (r − z_k); not K r − Σ_k z_k, which cancels
+    gap = r - z[0]
+    for k in tl.static_range(1, len(z)):
+        gap += r - z[k]
+    return gap
+
+
+@triton.jit
+def _logits_at(rows, offset, valid, other):  # K pointers to z_k[0] -> K logits of one class, or of a block of classes
+    z = ()
+    for k in tl.static_range(len(rows)):
+        loaded = tl.load(rows[k] + offset, mask=valid).to(tl.float32)
+        z += (tl.where(valid, loaded, other),)  # after the conversion: float16 cannot hold _MASKED
+    return z
+
+
+@triton.jit
+def _expert_rows(logits, offsets, offset, ALIGN: tl.constexpr):  # K pointers to z_k[0] of one sample
+    rows = ()
+    for k in tl.static_range(len(offsets)):
+        rows += (logits + multiple(offsets[k] + offset, ALIGN),)
+    return rows
+
+
+@triton.jit
+def _add_block(
+    rows,  # K pointers to z_k[0]
+    class_stride,
+    classes,
+    y,  # the target
+    start,  # the first class of this block
+    sums,  # the row so far: M_k, s_k, v_k; best S, h; Tm, Ts, Tg
+    K: tl.constexpr,
+    HARDEST: tl.constexpr,
+    MUTUAL: tl.constexpr,
+    FIRST: tl.constexpr,  # nothing came before this block
+    BLOCK: tl.constexpr,
+):
+    """Add one block of classes to the sums of a row."""
+    pivots, exps, divergences, best, h, teacher_pivot, teacher_exps, teacher_gaps = sums
+    c = start + tl.arange(0, BLOCK)
+    loaded = _logits_at(rows, class_offset(c, class_stride), c < classes, _MASKED)
+    z = ()  # the target's left out
+    for k in tl.static_range(K):
+        z += (tl.where(c == y, _MASKED, loaded[k]),)
+
+    candidates = z
+    if HARDEST:
+        candidates += (_total(z),)
+    maxima = reduced(candidates, True)
+    new_pivots = ()
+    for k in tl.static_range(K):
+        new_pivots += (tl.maximum(pivots[k], maxima[k]),)
+
+    x = ()
+    e = ()
+    for k in tl.static_range(K):
+        x += (z[k] - new_pivots[k],)
+        e += (exp(x[k]),)
+    addends = e
+    if MUTUAL:
+        x_total = _total(x)
+        for k in tl.static_range(K):
+            addends += (e[k] * (K * x[k] - x_total),)
+    if HARDEST:
+        # The lowest class that attains the largest sum over experts. Clamped, because it is an address later on and
+        # NaN logits equal no maximum.
+        first = tl.min(tl.where(_total(z) == maxima[K], c, classes - 1), 0)
+        better = maxima[K] > best  # also in the first block: with two classes or more it holds one that is no target
+        held_out = tl.where(better, first, -1)
+        r = _strongest(z)
+        gap = _gap(r, z)
+        r = tl.where(c == held_out, _MASKED, r)
+        new_teacher_pivot = tl.maximum(teacher_pivot, tl.max(r, 0))
+        if not FIRST:  # a better candidate sends the one so far into the sums
+            at_h = _logits_at(rows, class_offset(h, class_stride), better & (h >= 0), _MASKED)
+            released = _strongest(at_h)
+            released_gap = _gap(released, at_h)
+            new_teacher_pivot = tl.maximum(new_teacher_pivot, released)
+        q = exp(r - new_teacher_pivot)
+        addends += (q, q * gap)
+
+    added = reduced(addends, False)
+    new_exps = ()
+    new_divergences = ()
+    if FIRST:
+        for k in tl.static_range(K):
+            new_exps += (added[k],)
+            new_divergences += (added[K + k] if MUTUAL else divergences[k],)
+    else:
+        delta = ()  # ≤ 0: how far each pivot moved
+        for k in tl.static_range(K):
+            delta += (pivots[k] - new_pivots[k],)
+        delta_total = _total(delta)
+        for k in tl.static_range(K):
+            factor = exp(delta[k])
+            new_exps += (factor * exps[k] + added[k],)
+            if MUTUAL:
+                shifted = divergences[k] + exps[k] * (K * delta[k] - delta_total)
+                new_divergences += (factor * shifted + added[K + k],)
+            else:
+                new_divergences += (divergences[k],)
+    if HARDEST:
+        at: tl.constexpr = 2 * K if MUTUAL else K
+        if FIRST:
+            teacher_exps, teacher_gaps = added[at], added[at + 1]
+        else:
+            factor = exp(teacher_pivot - new_teacher_pivot)
+            released_exp = exp(released - new_teacher_pivot)
+            teacher_exps = factor * teacher_exps + (added[at] + released_exp)
+            teacher_gaps = factor * teacher_gaps + (added[at + 1] + released_exp * released_gap)
+        teacher_pivot = new_teacher_pivot
+        h = tl.where(better, first, h)
+        best = tl.maximum(best, maxima[K])
+    return new_pivots, new_exps, new_divergences, best, h, teacher_pivot, teacher_exps, teacher_gaps
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward_kernel(
+    logits,  # [K, B, C]: expert k at offsets[k], strides row_stride and class_stride
+    target,  # int64 [B]
+    offsets,
+    row_stride: tl.int64,
+    class_stride,
+    target_stride: tl.int64,
+    classes: tl.int32,
+    inverse_batch,  # 1 / B
+    attached,  # 0 if the teachers are detached, else 1
+    factors,  # float64 [2] or None: of w and v, the weights of the two divergences with their divisor
+    v,
+    teacher_target_logit,
+    student_target_logit,
+    state,  # float32 [B, 5K + 4]
+    terms,  # float32 [B, 3]: Σ_k CE_k, D_h, Σ_k KL_k
+    K: tl.constexpr,
+    HARDEST: tl.constexpr,
+    MUTUAL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # in a row
+):
+    row = tl.program_id(0).to(tl.int64)
+    classes = multiple(classes, ALIGN)
+    y = tl.load(target + row * target_stride)
+    rows = _expert_rows(logits, offsets, row * row_stride, ALIGN)
+    # NaN, so that it shows, if the target is out of range
+    at_target = _logits_at(rows, class_offset(y, class_stride), (y >= 0) & (y < classes), float("nan"))
+
+    zero = tl.full((), 0.0, tl.float32)
+    floor = tl.full((), _FLOOR, tl.float32)
+    zeros = ()
+    floors = ()
+    for _ in tl.static_range(K):
+        zeros += (zero,)
+        floors += (floor,)
+    sums = (floors, zeros, zeros, tl.full((), -float("inf"), tl.float32), tl.full((), -1, tl.int32), floor, zero, zero)
+    if BLOCKS == 1:
+        sums = _add_block(rows, class_stride, classes, y, 0, sums, K, HARDEST, MUTUAL, True, BLOCK)
+    else:
+        for i in range(0, BLOCKS):
+            sums = _add_block(rows, class_stride, classes, y, i * BLOCK, sums, K, HARDEST, MUTUAL, False, BLOCK)
+    pivots, exps, divergences, _, h, teacher_pivot, teacher_exps, teacher_gaps = sums
+
+    state += row * (5 * K + 4)
+    terms += row * 3
+    lses = ()  # l_k: log-sum-exp of expert k over all classes, relative to its pivot
+    losses = ()  # CE_k
+    scales = ()  # Ak: p_k[c] = Ak exp(z_k[c] − M_k)
+    rests = ()  # 1 − p_k[y]
+    for k in tl.static_range(K):
+        distance = at_target[k] - pivots[k]
+        smaller = exp(-tl.abs(distance))
+        lse = tl.log(exps[k] + smaller)
+        high = distance >= 0
+        loss = tl.where(high, _log1p(exps[k] * smaller), lse - distance)
+        losses += (loss,)
+        lses += (tl.where(high, distance + loss, lse),)
+        scales += (exp(-lses[k]),)
+        rests += (exps[k] * scales[k],)
+    loss_total = _total(losses)
+    lse_total = _total(lses)
+    rest_total = _total(rests)
+    v = times_factor(v, factors, 1)
+    mutual = zero
+    for k in tl.static_range(K):
+        gradient = -rests[k] * inverse_batch  # d(cross-entropy)/d z_k[y]
+        value = zero
+        if MUTUAL:
+            at_y = exp(-losses[k])  # p_k[y]
+            log_ratio = K * lses[k] - lse_total
+            loss_difference = loss_total - K * losses[k]
+            # Σ_i KL(p_k ‖ p_i)
+            divergence = scales[k] * divergences[k] - rests[k] * log_ratio + at_y * loss_difference
+            mutual += divergence
+            value = divergence + log_ratio
+            gradient += v * (rest_total - K * rests[k] + attached * at_y * (loss_difference - divergence))
+        tl.store(state + k, pivots[k])
+        tl.store(state + K + k, scales[k])
+        tl.store(state + 3 * K + k, value)
+        tl.store(state + 4 * K + k, gradient)
+    tl.store(terms, loss_total)
+    tl.store(terms + 2, mutual)
+
+    hardest = zero
+    if HARDEST:
+        z = _logits_at(rows, class_offset(h, class_stride), h >= 0, _MASKED)
+        mean = _total(z) / K
+        pivot = tl.maximum(tl.maximum(teacher_pivot, mean), teacher_target_logit)
+        others = exp(teacher_pivot - pivot)
+        at_h = exp(mean - pivot)
+        at_y = exp(teacher_target_logit - pivot)
+        t = teacher_exps * others + at_h + at_y
+        gap_at_y = K * (teacher_target_logit - student_target_logit)
+        # E_q[Σ_k (r − ŝ_k's logit)]
+        expected_gap = (teacher_gaps * others + at_h * _gap(mean, z) + at_y * gap_at_y) / t
+        log_t = tl.log(t)
+        hardest = expected_gap
+        for k in tl.static_range(K):
+            student_pivot = tl.maximum(pivots[k], student_target_logit)
+            student_exps = exps[k] * exp(pivots[k] - student_pivot) + exp(student_target_logit - student_pivot)
+            student_lse = (student_pivot - pivots[k]) + tl.log(student_exps)
+            hardest -= (pivot - pivots[k]) + log_t - student_lse
+            tl.store(state + 2 * K + k, exp(-student_lse))
+        tl.store(state + 5 * K, pivot)
+        tl.store(state + 5 * K + 1, 1.0 / t)
+        tl.store(state + 5 * K + 2, expected_gap)
+        tl.store(state + 5 * K + 3, h.to(tl.float32))
+    else:  # nothing reads them; defined all the same, so that two runs leave identical states
+        for k in tl.static_range(K):
+            tl.store(state + 2 * K + k, 0.0)
+        for i in tl.static_range(4):
+            tl.store(state + 5 * K + i, 0.0)
+    tl.store(terms + 1, hardest)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _backward_kernel(
+    logits,  # [K, B, C]: expert k at offsets[k], strides row_stride and class_stride
+    target,  # int64 [B]
+    offsets,
+    row_stride: tl.int64,
+    class_stride,
+    target_stride: tl.int64,
+    classes: tl.int32,
+    inverse_batch,  # 1 / B
+    attached,  # 0 if the teachers are detached, else 1
+    factors,  # float64 [2] or None: of w and v, the weights of the two divergences with their divisor
+    w,
+    v,
+    state,  # float32 [B, 5K + 4]
+    incoming,  # float32 []
+    gradient,  # [K, B, C]
+    out_expert_stride: tl.int64,
+    out_row_stride: tl.int64,
+    out_class_stride,
+    K: tl.constexpr,
+    HARDEST: tl.constexpr,
+    MUTUAL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    classes = multiple(classes, ALIGN)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = _expert_rows(logits, offsets, row * row_stride, ALIGN)
+    z = _logits_at(rows, class_offset(c, class_stride), c < classes, _MASKED)
+    y = tl.load(target + row * target_stride)
+    g = tl.load(incoming).to(tl.float32)
+    w = times_factor(w, factors, 0)
+    v = times_factor(v, factors, 1)
+    state += row * (5 * K + 4)
+
+    x = ()
+    e = ()
+    for k in tl.static_range(K):
+        x += (z[k] - tl.load(state + k),)
+        e += (exp(x[k]),)
+    common = tl.full([BLOCK], 0.0, tl.float32)  # what all experts' gradients have in common, negated
+    if MUTUAL:
+        x_total = _total(x)
+        for k in tl.static_range(K):
+            common += (g * v * tl.load(state + K + k)) * e[k]
+    if HARDEST:
+        h = tl.load(state + 5 * K + 3).to(tl.int32)
+        mean = _total(_logits_at(rows, class_offset(h, class_stride), (h >= 0) & (h < classes), _MASKED)) / K
+        r = z[0]
+        winner = tl.full([BLOCK], 0, tl.int32)  # the first expert that attains the maximum
+        for k in tl.static_range(1, K):
+            winner = tl.where(z[k] > r, k, winner)
+            r = tl.maximum(r, z[k])
+        r = tl.where(c == h, mean, r)
+        q = (g * w) * exp(r - tl.load(state + 5 * K)) * tl.load(state + 5 * K + 1)
+        dr = attached * q * (_gap(r, z) - tl.load(state + 5 * K + 2))  # d(loss)/d r[c]
+        common += q - tl.where(c == h, dr / K, 0.0)  # the mean at h hands its gradient to every expert
+        winner = tl.where(c == h, -1, winner)
+
+    for k in tl.static_range(K):
+        scale = tl.load(state + K + k)
+        slope = scale * inverse_batch
+        if HARDEST:
+            slope += w * tl.load(state + 2 * K + k)
+        if MUTUAL:
+            slope += scale * v * (K - attached * tl.load(state + 3 * K + k))
+            dz = e[k] * (g * slope + (g * attached * v * scale) * (K * x[k] - x_total)) - common
+        else:
+            dz = e[k] * (g * slope) - common
+        if HARDEST:
+            dz += tl.where(winner == k, dr, 0.0)
+        dz = tl.where(c == y, g * tl.load(state + 4 * K + k), dz)
+        out = gradient + multiple(k * out_expert_stride + row * out_row_stride, ALIGN)
+        tl.store(out + class_offset(c, out_class_stride), dz.to(gradient.dtype.element_ty), mask=c < classes)
+
+
+def _weights(
+    layout: Layout, hardest_weight: float, mutual_weight: float, kl_reduction: str
+) -> tuple[float, float, dict[str, bool]]:
+    """The weights of the two divergences with their divisor, and which of them the kernels compute at all."""
+    divisor = layout.batch * (layout.classes if kl_reduction == "mean" else 1)
+    # A single expert has nobody to agree with: its mutual term is 0.
+    terms = {"HARDEST": hardest_weight != 0.0, "MUTUAL": mutual_weight != 0.0 and layout.experts > 1}
+    return hardest_weight / divisor, mutual_weight / divisor, terms
+
+
+def dkt_forward(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    factors: Tensor | None,
+    hardest_weight: float,
+    mutual_weight: float,
+    kl_reduction: str,
+    teacher_target_logit: float,
+    student_target_logit: float,
+    detach_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``dkt_loss`` and what its backward needs.
+
+    Args:
+        logits: one tensor [K, B, C], or K tensors [B, C]; float32, bfloat16 or float16, any strides, on one device.
+        target: int64 [B]. A class out of range makes the loss NaN.
+        factors: float64 [2] on the same device, multiplied into ``hardest_weight`` and ``mutual_weight`` there, or
+            ``None``. A weight of 0 leaves its term out, a factor of 0 does not.
+        hardest_weight, mutual_weight, kl_reduction, teacher_target_logit, student_target_logit, detach_teacher: as for
+            ``shike_fast.ops.dkt_loss``.
+
+    Returns:
+        The loss [], its terms [3] (cross-entropy, hardest, mutual) and the state [B, 5K + 4], all float32. Row b of the
+        state holds, for every expert, the pivot M_k, Ak = exp(M_k − lse_k), Bk (the same of the student with its target
+        replaced), the divergence V_k and the finished gradient at the target; then the teacher's pivot, 1/t,
+        E_q[Σ_k (r − z_k)] and the hardest negative h (exact up to C = 2²⁴).
+    """
+    layout = layout_of(logits)
+    experts, batch = layout.experts, layout.batch
+    state = layout.new_floats(batch, 5 * experts + 4)
+    if batch == 0:
+        return layout.new_floats().zero_(), layout.new_floats(3).zero_(), state
+    w, v, computed = _weights(layout, hardest_weight, mutual_weight, kl_reduction)
+    tile = layout.tile(experts, FORWARD_BUDGET)
+    row_terms = layout.new_floats(batch, 3)
+    with torch.cuda.device_of(layout.first):  # Triton launches on the current device
+        _forward_kernel[(batch,)](
+            *layout.arguments(target),
+            1.0 / batch,
+            0.0 if detach_teacher else 1.0,
+            factors,
+            v,
+            teacher_target_logit,
+            student_target_logit,
+            state,
+            row_terms,
+            K=experts,
+            **computed,
+            ALIGN=layout.alignment(),
+            BLOCK=tile.block,
+            BLOCKS=triton.cdiv(layout.classes, tile.block),
+            num_warps=tile.warps,
+        )
+        loss, terms = batch_sum(row_terms, (1.0 / batch, w, v), factors)
+    return loss, terms, state
+
+
+def dkt_backward(
+    incoming: Tensor,
+    logits: Sequence[Tensor],
+    target: Tensor,
+    factors: Tensor | None,
+    state: Tensor,
+    hardest_weight: float,
+    mutual_weight: float,
+    kl_reduction: str,
+    teacher_target_logit: float,
+    student_target_logit: float,
+    detach_teacher: bool,
+) -> Tensor:
+    """Compute the gradient [K, B, C] of ``dkt_loss``, in the logits' dtype, times ``incoming`` [].
+
+    The other arguments are those of ``dkt_forward``, and the state it returned. The gradient has the strides of a
+    tensor [K, B, C]; for a sequence it is contiguous.
+    """
+    layout = layout_of(logits)
+    experts, batch = layout.experts, layout.batch
+    gradient = layout.new_gradient()
+    if batch == 0:
+        return gradient
+    w, v, computed = _weights(layout, hardest_weight, mutual_weight, kl_reduction)
+    tile = layout.tile(experts, BACKWARD_BUDGET)
+    with torch.cuda.device_of(layout.first):
+        _backward_kernel[(batch, triton.cdiv(layout.classes, tile.block))](
+            *layout.arguments(target),
+            1.0 / batch,
+            0.0 if detach_teacher else 1.0,
+            factors,
+            w,
+            v,
+            state,
+            incoming,
+            *gradient_arguments(gradient),
+            K=experts,
+            **computed,
+            ALIGN=layout.alignment(*gradient.stride()[:2]),
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )
+    return gradient
