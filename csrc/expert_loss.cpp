@@ -42,6 +42,10 @@ const CpuKernels*& chosen_kernels() {
     return chosen;
 }
 
+const CpuKernels* kernels_for(DType dtype) {
+    return dtype == DType::kFloat64 ? generic_kernels() : chosen_kernels();
+}
+
 std::vector<std::string> cpu_levels() {
     std::vector<std::string> names;
     for (const CpuKernels* kernels : usable_kernels()) names.emplace_back(kernels->name);
@@ -164,7 +168,7 @@ void cpu_dkt_forward(const Common& common, const DktOptionsOfOp& options, std::i
     const DktCall call = dkt_call(common, options);
     std::vector<double> row_terms(std::size_t(3 * call.logits.batch));
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        chosen_kernels()->dkt_forward(call, row_terms.data(), first, last);
+        kernels_for(call.logits.dtype)->dkt_forward(call, row_terms.data(), first, last);
     });
     double sums[3] = {};  // in the order of the rows, whatever the threads
     for (std::int64_t b = 0; b < call.logits.batch; ++b) {
@@ -189,7 +193,7 @@ void cpu_dkt_backward(const Common& common, const DktOptionsOfOp& options, const
     const Experts gradient = gradient_of(call.logits, gradients);
     const double factor = value_at(call.logits.dtype, incoming);
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        chosen_kernels()->dkt_backward(call, gradient, factor, first, last);
+        kernels_for(call.logits.dtype)->dkt_backward(call, gradient, factor, first, last);
     });
 }
 
@@ -199,7 +203,7 @@ void cpu_cross_entropy_forward(const Common& common, std::intptr_t bias, std::in
     const CrossEntropyCall call = cross_entropy_call(common, bias, bias_stride, label_smoothing);
     std::vector<double> row_terms(std::size_t(call.logits.batch));
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        chosen_kernels()->cross_entropy_forward(call, row_terms.data(), first, last);
+        kernels_for(call.logits.dtype)->cross_entropy_forward(call, row_terms.data(), first, last);
     });
     double sum = 0;
     for (const double term : row_terms) sum += term;
@@ -214,7 +218,7 @@ void cpu_cross_entropy_backward(const Common& common, std::intptr_t bias, std::i
     const Experts gradient = gradient_of(call.logits, gradients);
     const double factor = value_at(call.logits.dtype, incoming);
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        chosen_kernels()->cross_entropy_backward(call, gradient, factor, first, last);
+        kernels_for(call.logits.dtype)->cross_entropy_backward(call, gradient, factor, first, last);
     });
 }
 

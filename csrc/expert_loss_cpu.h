@@ -18,7 +18,7 @@ struct CpuKernels {
                                    std::int64_t first, std::int64_t last);
 };
 
-// Null where the compiler does not target that instruction set.
+// Null where the compiler does not target that instruction set. Only the generic kernels take float64.
 const CpuKernels* generic_kernels();
 const CpuKernels* avx2_kernels();
 const CpuKernels* avx512_kernels();

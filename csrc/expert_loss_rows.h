@@ -63,44 +63,86 @@ SoftmaxState<T> joined(const SoftmaxState<Vector<T>>& lanes) {
     return {lanes.pivot[0], lane_sum<T>(lanes.sum), lane_sum<T>(lanes.linear), lane_sum<T>(lanes.count)};
 }
 
+// Several rows' numbers, one row a lane.
+template <class OfLanes, class OfRow, class T>
+void set_lane(OfLanes& lanes, int lane, const OfRow& row) {
+    constexpr std::size_t kCount = sizeof(OfRow) / sizeof(T);
+    static_assert(sizeof(OfLanes) == kCount * sizeof(Vector<T>), "the same members");
+    for (std::size_t i = 0; i < kCount; ++i) {
+        std::memcpy(reinterpret_cast<char*>(&lanes) + (i * kLanes<T> + std::size_t(lane)) * sizeof(T),
+                    reinterpret_cast<const char*>(&row) + i * sizeof(T), sizeof(T));
+    }
+}
+
+template <class OfRow, class OfLanes, class T>
+void get_lane(const OfLanes& lanes, int lane, OfRow& row) {
+    constexpr std::size_t kCount = sizeof(OfRow) / sizeof(T);
+    static_assert(sizeof(OfLanes) == kCount * sizeof(Vector<T>), "the same members");
+    for (std::size_t i = 0; i < kCount; ++i) {
+        std::memcpy(reinterpret_cast<char*>(&row) + i * sizeof(T),
+                    reinterpret_cast<const char*>(&lanes) + (i * kLanes<T> + std::size_t(lane)) * sizeof(T), sizeof(T));
+    }
+}
+
+// One row's state; z_y and z_h become its logits at the target and at the hardest negative.
+template <class T, int K>
+DktState<T, K> dkt_row(const DktCall& call, const DktOptions<T>& options, std::int64_t b, T (&z_y)[K], T (&z_h)[K]) {
+    using V = Vector<T>;
+    const std::int64_t classes = call.logits.classes;
+    const std::int64_t y = call.target.data[b * call.target.stride];
+    constexpr int kStep = kTile * kLanes<T>;
+    V tile[kTile][K];
+    DktState<V, K> lanes;
+    lanes.clear();
+    for (std::int64_t c = 0; c < classes; c += kStep) {
+        const int count = smaller(classes - c, kStep);
+        for (int k = 0; k < K; ++k) {
+            load_tile<T>(call.logits.dtype, call.logits.expert[k], b, c, count, &tile[0][k], K, T(kAbsent));
+        }
+        if (c <= y && y < c + count) {
+            const int i = int(y - c) / kLanes<T>, lane = int(y - c) % kLanes<T>;
+            for (int k = 0; k < K; ++k) {
+                z_y[k] = tile[i][k][lane];
+                tile[i][k][lane] = T(kAbsent);
+            }
+        }
+        lanes.add(tile, lane_numbers<T>() + T(c), float(kLanes<T>), options.hardest_term, options.mutual_term,
+                  (count + kLanes<T> - 1) / kLanes<T>);
+    }
+    const DktState<T, K> state = joined<T, K>(lanes, options.hardest_term);
+    if (state.hardest.number < T(classes)) {  // not so where the term is off, or NaN logits left no candidate
+        for (int k = 0; k < K; ++k) {
+            z_h[k] = load_one<T>(call.logits.dtype, call.logits.expert[k], b, std::int64_t(state.hardest.number));
+        }
+    }
+    return state;
+}
+
 template <class T, int K>
 void dkt_forward_rows(const DktCall& call, double* terms, std::int64_t first_row, std::int64_t last_row) {
     using V = Vector<T>;
     const DktOptions<T> options = options_of<T>(call);
-    const std::int64_t classes = call.logits.classes;
-    constexpr int kStep = kTile * kLanes<T>;
-    V tile[kTile][K];
-    for (std::int64_t b = first_row; b < last_row; ++b) {
-        const std::int64_t y = call.target.data[b * call.target.stride];
-        DktState<V, K> lanes;
-        lanes.clear();
-        T z_y[K] = {};
-        for (std::int64_t c = 0; c < classes; c += kStep) {
-            const int count = smaller(classes - c, kStep);
-            for (int k = 0; k < K; ++k) {
-                load_tile<T>(call.logits.dtype, call.logits.expert[k], b, c, count, &tile[0][k], K, T(kAbsent));
-            }
-            if (c <= y && y < c + count) {
-                const int i = int(y - c) / kLanes<T>, lane = int(y - c) % kLanes<T>;
-                for (int k = 0; k < K; ++k) {
-                    z_y[k] = tile[i][k][lane];
-                    tile[i][k][lane] = T(kAbsent);
-                }
-            }
-            lanes.add(tile, lane_numbers<T>() + T(c), float(kLanes<T>), options.hardest_term, options.mutual_term,
-                      (count + kLanes<T> - 1) / kLanes<T>);
+    for (std::int64_t first = first_row; first < last_row; first += kLanes<T>) {
+        const int rows = smaller(last_row - first, kLanes<T>);
+        DktState<V, K> states;  // logarithms cost as much for all lanes as for one: so the rows end together
+        states.clear();
+        V z_y[K] = {}, z_h[K] = {};
+        for (int lane = 0; lane < rows; ++lane) {
+            T row_z_y[K] = {}, row_z_h[K] = {};
+            const DktState<T, K> state = dkt_row<T, K>(call, options, first + lane, row_z_y, row_z_h);
+            set_lane<DktState<V, K>, DktState<T, K>, T>(states, lane, state);
+            set_lane<V[K], T[K], T>(z_y, lane, row_z_y);
+            set_lane<V[K], T[K], T>(z_h, lane, row_z_h);
         }
-        const DktState<T, K> state = joined<T, K>(lanes, options.hardest_term);
-        T z_h[K] = {};
-        if (state.hardest.number < T(classes)) {  // not so where the term is off, or NaN logits left no candidate
-            for (int k = 0; k < K; ++k) {
-                z_h[k] = load_one<T>(call.logits.dtype, call.logits.expert[k], b, std::int64_t(state.hardest.number));
-            }
+        DktSaved<V, K> saved;
+        const DktTerms<V> row_terms = finish(states, z_y, z_h, options, saved);
+        for (int lane = 0; lane < rows; ++lane) {
+            get_lane<DktSaved<T, K>, DktSaved<V, K>, T>(saved, lane, static_cast<DktSaved<T, K>*>(call.state)[first + lane]);
+            double* of_row = terms + 3 * (first + lane);
+            of_row[0] = double(row_terms.cross_entropy[lane]);
+            of_row[1] = double(row_terms.hardest[lane]);
+            of_row[2] = double(row_terms.mutual[lane]);
         }
-        const DktTerms<T> row = finish(state, z_y, z_h, options, static_cast<DktSaved<T, K>*>(call.state)[b]);
-        terms[3 * b] = double(row.cross_entropy);
-        terms[3 * b + 1] = double(row.hardest);
-        terms[3 * b + 2] = double(row.mutual);
     }
 }
 
@@ -234,28 +276,34 @@ void dkt_backward_of(std::index_sequence<I...>, const DktCall& call, const Exper
 
 using ExpertCounts = std::make_index_sequence<kMaxExperts>;
 
+// float64 is for checking gradients, not for speed: only expert_loss_generic.cpp compiles it.
+#if SHIKE_FLOAT64
+#define SHIKE_IF_FLOAT64(call, run) \
+    if ((call).logits.dtype == DType::kFloat64) return run
+#else
+#define SHIKE_IF_FLOAT64(call, run)
+#endif
+
 void dkt_forward(const DktCall& call, double* terms, std::int64_t first, std::int64_t last) {
-    call.logits.dtype == DType::kFloat64 ? dkt_forward_of<double>(ExpertCounts{}, call, terms, first, last)
-                                         : dkt_forward_of<float>(ExpertCounts{}, call, terms, first, last);
+    SHIKE_IF_FLOAT64(call, dkt_forward_of<double>(ExpertCounts{}, call, terms, first, last));
+    dkt_forward_of<float>(ExpertCounts{}, call, terms, first, last);
 }
 
 void dkt_backward(const DktCall& call, const Experts& gradient, double incoming, std::int64_t first,
                   std::int64_t last) {
-    call.logits.dtype == DType::kFloat64
-        ? dkt_backward_of<double>(ExpertCounts{}, call, gradient, incoming, first, last)
-        : dkt_backward_of<float>(ExpertCounts{}, call, gradient, incoming, first, last);
+    SHIKE_IF_FLOAT64(call, dkt_backward_of<double>(ExpertCounts{}, call, gradient, incoming, first, last));
+    dkt_backward_of<float>(ExpertCounts{}, call, gradient, incoming, first, last);
 }
 
 void cross_entropy_forward(const CrossEntropyCall& call, double* terms, std::int64_t first, std::int64_t last) {
-    call.logits.dtype == DType::kFloat64 ? cross_entropy_forward_rows<double>(call, terms, first, last)
-                                         : cross_entropy_forward_rows<float>(call, terms, first, last);
+    SHIKE_IF_FLOAT64(call, cross_entropy_forward_rows<double>(call, terms, first, last));
+    cross_entropy_forward_rows<float>(call, terms, first, last);
 }
 
 void cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, double incoming,
                             std::int64_t first, std::int64_t last) {
-    call.logits.dtype == DType::kFloat64
-        ? cross_entropy_backward_rows<double>(call, gradient, incoming, first, last)
-        : cross_entropy_backward_rows<float>(call, gradient, incoming, first, last);
+    SHIKE_IF_FLOAT64(call, cross_entropy_backward_rows<double>(call, gradient, incoming, first, last));
+    cross_entropy_backward_rows<float>(call, gradient, incoming, first, last);
 }
 
 const CpuKernels* kernels_named(const char* name) {

@@ -323,88 +323,81 @@ struct DktTerms {  // of one row, without the weights
     T mutual;         // sum_{i != j} KL(p_j || p_i)
 };
 
-// Ends a row: the logits at the target, z_y, and at the hardest negative, z_h (any finite numbers if the term is off).
-template <class T, int K>
-SHIKE_HD DktTerms<T> finish(const DktState<T, K>& state, const T (&z_y)[K], const T (&z_h)[K],
-                            const DktOptions<T>& options, DktSaved<T, K>& saved) {
-    DktTerms<T> terms{};
+// Ends a row: the logits at the target, z_y, and at the hardest negative, z_h (any finite numbers if the term is off). V
+// is one row, or a vector of as many rows as it has lanes.
+template <class V, class T, int K>
+SHIKE_HD DktTerms<V> finish(const DktState<V, K>& state, const V (&z_y)[K], const V (&z_h)[K],
+                            const DktOptions<T>& options, DktSaved<V, K>& saved) {
+    DktTerms<V> terms{};
 
-    T cross_entropy[K];  // -log p_k[y]
-    T log_sum[K];        // log sum exp(z_k - M_k) over all classes
-    T p_target[K];       // p_k[y]
-    T p_others[K];       // 1 - p_k[y], without cancellation
-    T log_sums = 0, others = 0;
+    V cross_entropy[K];  // -log p_k[y]
+    V log_sum[K];        // log sum exp(z_k - M_k) over all classes
+    V p_target[K];       // p_k[y]
+    V p_others[K];       // 1 - p_k[y], without cancellation
+    V log_sums{}, others{};
     SHIKE_UNROLL
     for (int k = 0; k < K; ++k) {
-        const T margin = z_y[k] - state.pivot[k];
-        const T ratio = exponential(margin >= 0 ? -margin : margin);  // of the smaller to the larger
-        T scale;
-        if (margin >= 0) {
-            const T sum = state.sum[k] * ratio;
-            scale = 1 / (1 + sum);
-            p_target[k] = scale;
-            scale *= ratio;
-            cross_entropy[k] = logarithm_1p(sum);
-            log_sum[k] = margin + cross_entropy[k];
-        } else {
-            const T sum = state.sum[k] + ratio;
-            scale = 1 / sum;
-            p_target[k] = scale * ratio;
-            log_sum[k] = logarithm(sum);
-            cross_entropy[k] = log_sum[k] - margin;
-        }
+        const V one = all<V>(1), margin = z_y[k] - state.pivot[k];
+        const auto leads = margin >= V{};  // the target's logit is the largest
+        const V ratio = exponential(leads ? -margin : margin);
+        // The sum over all classes relative to the largest logit, less 1: the sum over the others is 1 or more.
+        const V rest = leads ? state.sum[k] * ratio : state.sum[k] - 1 + ratio;
+        const V scale = 1 / (1 + rest), log_rest = logarithm_1p(rest);
+        saved.pivot[k] = state.pivot[k];
+        saved.p_scale[k] = scale * (leads ? ratio : one);
+        p_target[k] = scale * (leads ? one : ratio);
+        p_others[k] = state.sum[k] * saved.p_scale[k];
+        log_sum[k] = log_rest + (leads ? margin : V{});
+        cross_entropy[k] = log_rest - (leads ? V{} : margin);
         terms.cross_entropy += cross_entropy[k];
         log_sums += log_sum[k];
-        saved.pivot[k] = state.pivot[k];
-        saved.p_scale[k] = scale;
-        p_others[k] = state.sum[k] * scale;
         others += p_others[k];
     }
 
     SHIKE_UNROLL
     for (int k = 0; k < K; ++k) {
         saved.target_gradient[k] = -p_others[k] * options.inverse_batch;
-        saved.cross_mean[k] = 0;
+        saved.cross_mean[k] = V{};
         if (!options.mutual_term) continue;
-        const T offset = log_sum[k] * K - log_sums;
-        const T at_target = terms.cross_entropy - cross_entropy[k] * K;  // sum_i (log p_k[y] - log p_i[y])
-        const T divergence = saved.p_scale[k] * state.cross[k] - p_others[k] * offset + p_target[k] * at_target;
+        const V offset = log_sum[k] * float(K) - log_sums;
+        const V at_target = terms.cross_entropy - cross_entropy[k] * float(K);  // sum_i (log p_k[y] - log p_i[y])
+        const V divergence = saved.p_scale[k] * state.cross[k] - p_others[k] * offset + p_target[k] * at_target;
         terms.mutual += divergence;
         saved.cross_mean[k] = divergence + offset;
         // d/dz_k[y] = v (sum_j (p_k - p_j) + p_k (sum_i (log p_k - log p_i) - divergence))
         saved.target_gradient[k] +=
-            options.mutual_weight * (others - p_others[k] * K +
+            options.mutual_weight * (others - p_others[k] * float(K) +
                                      options.teacher_gradient * p_target[k] * (at_target - divergence));
     }
 
     SHIKE_UNROLL
-    for (int k = 0; k < K; ++k) saved.s_scale[k] = 0;
-    saved.teacher_pivot = saved.q_scale = saved.gap_mean = 0;
-    saved.hardest = kNoClass;
+    for (int k = 0; k < K; ++k) saved.s_scale[k] = V{};
+    saved.teacher_pivot = saved.q_scale = saved.gap_mean = V{};
+    saved.hardest = all<V>(kNoClass);
     if (options.hardest_term) {
-        const T mean = state.hardest.total / K;
-        T gap = 0;  // the rounding of the mean: it has to cancel below
+        const V mean = state.hardest.total / float(K);
+        V gap{};  // the rounding of the mean: it has to cancel below
         SHIKE_UNROLL
         for (int k = 0; k < K; ++k) gap += mean - z_h[k];
-        const T target = options.teacher_target_logit;
-        const T pivot = larger(larger(state.teacher_pivot, mean), target);
-        const T of_others = exponential(state.teacher_pivot - pivot);
-        const T of_hardest = exponential(mean - pivot);
-        const T of_target = exponential(target - pivot);
-        const T sum = state.teacher_sum * of_others + of_hardest + of_target;
+        const V target = V{} + options.teacher_target_logit, student_target = V{} + options.student_target_logit;
+        const V pivot = larger(larger(state.teacher_pivot, mean), target);
+        const V of_others = exponential(state.teacher_pivot - pivot);
+        const V of_hardest = exponential(mean - pivot);
+        const V of_target = exponential(target - pivot);
+        const V sum = state.teacher_sum * of_others + of_hardest + of_target;
         saved.teacher_pivot = pivot;
         saved.q_scale = 1 / sum;
         saved.gap_mean = (state.teacher_gap * of_others + of_hardest * gap +
-                          of_target * (K * (target - options.student_target_logit))) / sum;
+                          of_target * ((target - student_target) * float(K))) * saved.q_scale;
         saved.hardest = state.hardest.number;
         terms.hardest = saved.gap_mean;
-        const T log_teacher_sum = logarithm(sum);
+        const V log_teacher_sum = logarithm(sum);
         SHIKE_UNROLL
         for (int k = 0; k < K; ++k) {
-            const T top = larger(state.pivot[k], options.student_target_logit);
-            const T own = exponential(state.pivot[k] - top);
-            const T student_sum = state.sum[k] * own + exponential(options.student_target_logit - top);
-            const T log_student = top - state.pivot[k] + logarithm(student_sum);
+            const V top = larger(state.pivot[k], student_target);
+            const V own = exponential(state.pivot[k] - top);
+            const V student_sum = state.sum[k] * own + exponential(student_target - top);
+            const V log_student = top - state.pivot[k] + logarithm(student_sum);
             saved.s_scale[k] = own / student_sum;
             terms.hardest -= pivot - state.pivot[k] + log_teacher_sum - log_student;
         }

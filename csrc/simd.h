@@ -105,5 +105,41 @@ SHIKE_SIMD Vector<double> exponential(Vector<double> x) {
     return exponential_of<double, std::int64_t, 52, 13>(x, 0.693147180369123816490, 1.90821492927058770002e-10, -708.3);
 }
 
+// log(x) of a positive normal number; infinity and NaN stay what they are. With x = 2^n (1 + f), 1 + f between sqrt(1/2)
+// and sqrt(2): the polynomial of the Cephes library (S. Moshier, logf), error below one unit in the last place.
+SHIKE_SIMD Vector<float> logarithm(Vector<float> x) {
+    Mask<float> bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const Mask<float> from_root = bits - 0x3f3504f3;  // relative to sqrt(1/2)
+    const Mask<float> exponent = from_root >> 23;
+    const Mask<float> reduced = (from_root & 0x7fffff) + 0x3f3504f3;
+    Vector<float> f;
+    std::memcpy(&f, &reduced, sizeof(f));
+    f -= 1;
+    const Vector<float> n = __builtin_convertvector(exponent, Vector<float>);
+    constexpr float kCoefficients[] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,
+                                       -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                                       2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+    Vector<float> polynomial{};
+    for (const float coefficient : kCoefficients) polynomial = polynomial * f + coefficient;
+    const Vector<float> square = f * f;
+    const Vector<float> small = polynomial * f * square + n * -2.12194440e-4f - square * 0.5f;
+    const Vector<float> result = f + small + n * 0.693359375f;
+    return x < Vector<float>{} + __builtin_inff() ? result : x;
+}
+SHIKE_SIMD Vector<float> logarithm_1p(Vector<float> x) {
+    const Vector<float> sum = 1 + x;  // the logarithm of the rounded sum, and the rounding's share
+    return logarithm(sum) - ((sum - 1) - x) / sum;
+}
+
+SHIKE_SIMD Vector<double> logarithm(Vector<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+    return x;
+}
+SHIKE_SIMD Vector<double> logarithm_1p(Vector<double> x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log1p(x[i]);
+    return x;
+}
+
 }  // namespace
 }  // namespace shike
