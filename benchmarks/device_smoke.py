@@ -1,8 +1,10 @@
-"""Run every CUDA kernel of the expert losses once on small inputs of every kind: what the memory checkers watch.
+"""Run every CUDA kernel of the expert losses on small inputs of every kind: what the memory checkers watch.
 
-The shapes make every path run: few and many classes, rows that begin at any alignment, several experts in one tensor
+``python benchmarks/device_smoke.py [BACKEND [DEVICE]]``, by default ``cuda cuda``. The shapes make every path run: few and many classes, rows that begin at any alignment, several experts in one tensor
 or in several, strided classes, rows shared by several blocks.
 """
+
+import sys
 
 import torch
 
@@ -19,25 +21,25 @@ def layouts(logits: torch.Tensor) -> list:
     return [logits, [piece[:, 1:].copy_(expert) for piece, expert in zip(slices, logits, strict=True)], strided]
 
 
-def main() -> None:
+def main(backend: str = "cuda", device: str = "cuda") -> None:
     for experts, batch, classes in SHAPES:
-        target = torch.randint(classes, (batch,), device="cuda")
-        counts = torch.randint(1, 100, (classes,), device="cuda")
+        target = torch.randint(classes, (batch,), device=device)
+        counts = torch.randint(1, 100, (classes,), device=device)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for logits in layouts(torch.randn(experts, batch, classes, device="cuda").to(dtype)):
+            for logits in layouts(torch.randn(experts, batch, classes, device=device).to(dtype)):
                 leaves = [logits] if isinstance(logits, torch.Tensor) else logits
                 leaves = [leaf.detach().requires_grad_() for leaf in leaves]
                 argument = leaves[0] if isinstance(logits, torch.Tensor) else leaves
                 loss = (
-                    ops.dkt_loss(argument, target, backend="cuda")
-                    + ops.balanced_softmax_loss(argument, target, counts, backend="cuda")
-                    + ops.expert_cross_entropy(argument, target, label_smoothing=0.1, backend="cuda")
+                    ops.dkt_loss(argument, target, backend=backend)
+                    + ops.balanced_softmax_loss(argument, target, counts, backend=backend)
+                    + ops.expert_cross_entropy(argument, target, label_smoothing=0.1, backend=backend)
                 )
                 gradients = torch.autograd.grad(loss, leaves)
-                assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients)
-    torch.cuda.synchronize()
+                if not all(torch.isfinite(result).all() for result in (loss, *gradients)):
+                    sys.exit(f"not finite: {backend}, {dtype}, [K, B, C] = {[experts, batch, classes]}")
     print("every kernel ran")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

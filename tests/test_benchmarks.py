@@ -62,3 +62,16 @@ def test_a_recorded_run(tmp_path, report, monkeypatch):
     assert {row[0].removeprefix("| ") for row in rows} == {"reference", "cpu", "compiled reference"}
     times = [float(row[1].removesuffix(" ms")) for row in rows]
     assert times == sorted(times) and rows[0][2] == "1.00"
+
+
+def test_device_suite_is_a_script_that_bash_reads():
+    script = ROOT / "benchmarks" / "device_suite.sh"
+    assert script.stat().st_mode & 0o100
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_smoke_run_on_the_cpu():
+    command = [sys.executable, str(ROOT / "benchmarks" / "device_smoke.py"), "cpu", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "every kernel ran\n"), done.stderr

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shike_fast import data, models
+from shike_fast.ops import _native_loss
 from shike_fast.train import make_parser
 
 
@@ -196,3 +197,18 @@ def test_help_lists_data_sets_and_recipes(capsys):
     printed = capsys.readouterr().out
     for name in data.datasets():
         assert name in printed
+
+
+def test_training_uses_the_fused_losses(runs, tmp_path, monkeypatch):
+    calls = []
+
+    def recorded(name):
+        function = getattr(_native_loss, name)
+        monkeypatch.setattr(_native_loss, name, lambda *args: calls.append(name) or function(*args))
+
+    for name in ("dkt_forward", "dkt_backward", "cross_entropy_forward", "cross_entropy_backward"):
+        recorded(name)
+    assert runs.train("--output-dir", tmp_path / "run", "--model", "resnet8", "--epochs", 2) == 0
+    steps = {name: calls.count(name) for name in calls}
+    assert steps["dkt_backward"] == steps["dkt_forward"] > 0  # stage 1
+    assert steps["cross_entropy_backward"] == steps["cross_entropy_forward"] > 0  # stage 2

@@ -229,6 +229,22 @@ def test_minus_infinity_masks_a_class_of_the_cross_entropy(kernels):
     assert expert_cross_entropy(logits.to(device), masked_target, backend=backend).item() == torch.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e8])  # gradients that are subnormal in float16, and that overflow there
+def test_low_precision_is_widened_and_rounded_exactly(kernels, dtype, scale):
+    """The same kernel on the same values in float32 gives the gradient whose rounding is expected, bit for bit."""
+    backend, device = kernels
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.abs() <= 100][::3].reshape(1, 1, -1)  # subnormals of both signs too
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    gradients = []
+    for logits in (every, every.float()):
+        leaf = logits.to(device).requires_grad_()
+        loss = scale * expert_cross_entropy(leaf, target, backend=backend)
+        gradients.append(torch.autograd.grad(loss, leaf)[0].cpu())
+    assert torch.equal(gradients[0], gradients[1].to(dtype))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_threads_do_not_change_the_result(threads):
     logits, target = torch.randn(3, 301, 500, requires_grad=True), torch.randint(500, (301,))
