@@ -233,3 +233,42 @@ def test_fake_tensors():
         )
     assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses)
     assert all(f.shape == (4, 6) and f.dtype == torch.float32 for f in pooled)
+
+
+def fused_cases():
+    """Arguments of the fused ops and of their backward ops: one tensor and a sequence, with every optional tensor."""
+    dkt = (TARGET, None, 10.0, 1.0, "mean", 0.0, -30.0, False, "cpu")
+    dkt_with_factors = (TARGET, torch.tensor([2.0, 0.5], dtype=torch.float64), *dkt[2:])
+    cross_entropy = (TARGET, torch.randn(7), 0.1, "cpu")
+    for name, rest in (("dkt_loss", dkt), ("dkt_loss", dkt_with_factors), ("expert_cross_entropy", cross_entropy)):
+        for experts in (logits(), logits()[0].unbind(0)):
+            yield name, [expert.clone() for expert in experts], rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_the_fused_ops(dtype):
+    for name, experts, rest in fused_cases():
+        experts = [expert.to(dtype).requires_grad_() for expert in experts]
+        op = getattr(torch.ops.shike_fast, f"{name}_fused").default
+        results = torch.library.opcheck(op, (experts, *rest))
+        assert set(results.values()) == {"SUCCESS"} and len(results) == 4
+
+        tensors = 2  # the target, and the factors or the bias
+        state = op(experts, *rest)[-1].detach()
+        backward = getattr(torch.ops.shike_fast, f"{name}_fused_backward").default
+        plain = [expert.detach() for expert in experts]
+        arguments = (torch.tensor(2.0), plain, *rest[:tensors], state, *rest[tensors:])
+        results = torch.library.opcheck(backward, arguments)
+        assert set(results.values()) == {"SUCCESS"} and len(results) == 4
+
+
+def test_an_op_called_directly_differentiates():
+    for name, experts, rest in fused_cases():
+        op = getattr(torch.ops.shike_fast, f"{name}_fused").default
+        leaves = [expert.requires_grad_() for expert in experts]
+        loss, *others = op(leaves, *rest)
+        assert loss.requires_grad and not any(other.requires_grad for other in others)
+        gradients = torch.autograd.grad(loss, leaves)
+        assert all(gradient.shape == leaf.shape for gradient, leaf in zip(gradients, leaves, strict=True))
+        with torch.no_grad():
+            assert torch.equal(op(leaves, *rest)[0], loss)
