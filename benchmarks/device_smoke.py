@@ -1,6 +1,8 @@
 """Run every CUDA kernel of the expert losses on small inputs of every kind: what the memory checkers watch.
 
-``python benchmarks/device_smoke.py [BACKEND [DEVICE]]``, by default ``cuda cuda``. The shapes make every path run: few and many classes, rows that begin at any alignment, several experts in one tensor
+    python benchmarks/device_smoke.py [BACKEND [DEVICE]]        by default cuda cuda
+
+The shapes make every path run: few and many classes, rows that begin at any alignment, several experts in one tensor
 or in several, strided classes, rows shared by several blocks.
 """
 

@@ -9,8 +9,8 @@
 # interpreter (default: python3).
 set -uo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-results=$(mkdir -p "${1:-device-results}" && cd "${1:-device-results}" && pwd)
+results=$(mkdir -p "${1:-device-results}" && cd "${1:-device-results}" && pwd) || exit
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-python3}
 budget=470  # seconds
 failed=0
