@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ def test_a_recorded_run(tmp_path, report, monkeypatch):
     ]
     command += ["-k", "128 and (dkt or peer)", f"--benchmark-json={recorded}", "-p", "no:cacheprovider"]
     command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "-p", "no:cov"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(recorded.read_text())
     assert "node" not in results["machine_info"]

@@ -172,6 +172,7 @@ def is_plain(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
         and all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
     )
 

@@ -52,7 +52,9 @@ def test_in_the_interpreter():
         "python_functions=check_",
         __file__,
     ]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment["TRITON_INTERPRET"] = "1"
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     output = run.stdout + run.stderr
     assert run.returncode == 0, output[-6000:]
     missing = [name for name in checks if f"::{name}" not in output]
