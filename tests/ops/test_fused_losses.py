@@ -247,6 +247,30 @@ def test_low_precision_is_widened_and_rounded_exactly(kernels, dtype, scale):
     assert torch.equal(gradients[0], gradients[1].to(dtype))
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_the_gradient_is_rounded_to_even(kernels, dtype, digits):
+    backend, device = kernels
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    for odd in (1, 3, 5, 7):
+        halfway = 1 + odd * 2.0**-digits  # between two numbers of the dtype; both probabilities are exactly 1/2
+        logits = torch.zeros(1, 1, 2, dtype=dtype, device=device, requires_grad=True)
+        loss = 2 * halfway * expert_cross_entropy(logits, target, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert torch.equal(gradient.cpu().flatten(), torch.tensor([-halfway, halfway]).to(dtype))
+
+
+def test_a_rounded_mean_at_the_hardest_negative_cancels(kernels):
+    """Where it dominates, teacher and students agree on it; the mean's rounding is 2e-4 here, and must not show."""
+    backend, device = kernels
+    logits = torch.zeros(3, 1, 40, device=device)
+    logits[:, 0, 7] = torch.tensor([9999.3, 9999.7, 10000.1])
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    _, terms = dkt_loss(
+        logits, target, hardest_weight=1.0, kl_reduction="batchmean", return_terms=True, backend=backend
+    )
+    assert abs(terms[1].item()) < 1e-6
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_threads_do_not_change_the_result(threads):
     logits, target = torch.randn(3, 301, 500, requires_grad=True), torch.randint(500, (301,))
