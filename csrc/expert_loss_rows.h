@@ -159,21 +159,20 @@ void dkt_backward_rows(const DktCall& call, const Experts& gradient, double inco
         const DktSaved<T, K>& saved = static_cast<const DktSaved<T, K>*>(call.state)[b];
         const std::int64_t h = std::int64_t(saved.hardest);
         const auto row = DktGradient<V, K>::of(saved, options, T(incoming));
-        const auto row_at_hardest = DktGradient<T, K>::of(saved, options, T(incoming));
         for (std::int64_t c = 0; c < classes; c += kStep) {
             const int count = smaller(classes - c, kStep);
             for (int k = 0; k < K; ++k) {
                 load_tile<T>(call.logits.dtype, call.logits.expert[k], b, c, count, &tile[0][k], K, T(kAbsent));
             }
             const bool has_hardest = c <= h && h < c + count;
-            T at_hardest[K] = {};
+            V at_hardest[K] = {};  // in every lane: the exponential of a vector is as fast as that of a number
             if (has_hardest) {
-                for (int k = 0; k < K; ++k) at_hardest[k] = tile[(h - c) / kLanes<T>][k][(h - c) % kLanes<T>];
-                row_at_hardest.apply_at_hardest(at_hardest, options.mutual_term);
+                for (int k = 0; k < K; ++k) at_hardest[k] += tile[(h - c) / kLanes<T>][k][(h - c) % kLanes<T>];
+                row.apply_at_hardest(at_hardest, options.mutual_term);
             }
             for (int i = 0; i * kLanes<T> < count; ++i) row.apply(tile[i], options.hardest_term, options.mutual_term);
             if (has_hardest) {
-                for (int k = 0; k < K; ++k) tile[(h - c) / kLanes<T>][k][(h - c) % kLanes<T>] = at_hardest[k];
+                for (int k = 0; k < K; ++k) tile[(h - c) / kLanes<T>][k][(h - c) % kLanes<T>] = at_hardest[k][0];
             }
             if (c <= y && y < c + count) {
                 for (int k = 0; k < K; ++k) {

@@ -1,6 +1,5 @@
 """Registration with the PyTorch dispatcher, in the namespace ``shike_fast``."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,11 +84,15 @@ def define_fused_loss(
 
     class Loss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, direct: bool, others: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, ...]:
-            out = run_forward(direct, logits, *others)
+        def forward(
+            ctx: Any, beside: list[Tensor] | None, others: tuple[Any, ...], *logits: Tensor
+        ) -> Tensor | tuple[Tensor, ...]:
+            out = run_forward(beside is not None, logits, *others)
             ctx.save_for_backward(*logits, *others[:tensors], out[-1])
             ctx.options = others[tensors:]
-            out = out[:-1] if direct else out
+            if beside is not None:  # called directly: what is no function of the logits need not pass through autograd
+                beside += out[1:-1]
+                return out[0]
             ctx.mark_non_differentiable(*out[1:])
             ctx.set_materialize_grads(False)
             return out
@@ -146,22 +149,28 @@ def define_fused_loss(
             gradient = SecondDerivative.apply(gradient, incoming, *logits)
         return (gradient,) if logits[0].dim() == 3 else gradient.unbind(0)
 
-    def with_autograd(direct: bool, logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(expert.requires_grad for expert in logits):
-            out: tuple[Tensor, ...] = Loss.apply(direct, others, *logits)
-            return out
-        return run_forward(direct, logits, *others)
+    def needs_gradient(logits: Sequence[Tensor]) -> bool:
+        return torch.is_grad_enabled() and any(expert.requires_grad for expert in logits)
+
+    def with_autograd(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = (
+            Loss.apply(None, others, *logits) if needs_gradient(logits) else run_forward(False, logits, *others)
+        )
+        return out
 
     def call(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
         if is_plain(*logits):
-            return with_autograd(True, logits, *others)
+            if not needs_gradient(logits):
+                return forward(logits, *others)
+            beside: list[Tensor] = []
+            return Loss.apply(beside, others, *logits), *beside
         transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
         out: tuple[Tensor, ...] = (
             TransformedLoss.apply(len(logits), *logits, *others) if transformed else op(logits, *others)
         )
         return out
 
-    _LIBRARY.impl(name, functools.partial(with_autograd, False), "Autograd")
+    _LIBRARY.impl(name, with_autograd, "Autograd")
     _LIBRARY.impl(f"{name}_backward", torch.library.fallthrough_kernel, "Autograd")
     return call
 
