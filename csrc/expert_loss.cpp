@@ -162,15 +162,10 @@ double value_at(DType dtype, std::intptr_t address) {
                                     : double(*reinterpret_cast<const float*>(address));
 }
 
-void cpu_dkt_forward(const Common& common, const DktOptionsOfOp& options, std::intptr_t loss, std::intptr_t terms,
-                     int threads) {
-    const py::gil_scoped_release release;
-    const DktCall call = dkt_call(common, options);
-    std::vector<double> row_terms(std::size_t(3 * call.logits.batch));
-    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        kernels_for(call.logits.dtype)->dkt_forward(call, row_terms.data(), first, last);
-    });
-    double sums[3] = {};  // in the order of the rows, whatever the threads
+// The loss from the terms of its rows, [B, 3], added in the order of the rows, whatever the threads.
+void store_dkt_loss(const DktCall& call, const std::vector<double>& row_terms, std::intptr_t loss,
+                    std::intptr_t terms) {
+    double sums[3] = {};
     for (std::int64_t b = 0; b < call.logits.batch; ++b) {
         for (int i = 0; i < 3; ++i) sums[i] += row_terms[std::size_t(3 * b + i)];
     }
@@ -186,6 +181,17 @@ void cpu_dkt_forward(const Common& common, const DktOptionsOfOp& options, std::i
     store(call.logits.dtype, loss, total);
 }
 
+void cpu_dkt_forward(const Common& common, const DktOptionsOfOp& options, std::intptr_t loss, std::intptr_t terms,
+                     int threads) {
+    const py::gil_scoped_release release;
+    const DktCall call = dkt_call(common, options);
+    std::vector<double> row_terms(std::size_t(3 * call.logits.batch));
+    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
+        kernels_for(call.logits.dtype)->dkt_forward(call, row_terms.data(), first, last);
+    });
+    store_dkt_loss(call, row_terms, loss, terms);
+}
+
 void cpu_dkt_backward(const Common& common, const DktOptionsOfOp& options, const Layout& gradients,
                       std::intptr_t incoming, int threads) {
     const py::gil_scoped_release release;
@@ -195,6 +201,25 @@ void cpu_dkt_backward(const Common& common, const DktOptionsOfOp& options, const
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
         kernels_for(call.logits.dtype)->dkt_backward(call, gradient, factor, first, last);
     });
+}
+
+// Forward and backward of some rows after the other: their logits are still in the cache.
+void cpu_dkt_both(const Common& common, const DktOptionsOfOp& options, std::intptr_t loss, std::intptr_t terms,
+                  const Layout& gradients, int threads) {
+    constexpr std::int64_t kRows = 16;  // a SIMD vector of them, which the forward ends together
+    const py::gil_scoped_release release;
+    const DktCall call = dkt_call(common, options);
+    const Experts gradient = gradient_of(call.logits, gradients);
+    std::vector<double> row_terms(std::size_t(3 * call.logits.batch));
+    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
+        const CpuKernels* kernels = kernels_for(call.logits.dtype);
+        for (std::int64_t b = first; b < last; b += kRows) {
+            const std::int64_t end = std::min(b + kRows, last);
+            kernels->dkt_forward(call, row_terms.data(), b, end);
+            kernels->dkt_backward(call, gradient, 1, b, end);
+        }
+    });
+    store_dkt_loss(call, row_terms, loss, terms);
 }
 
 void cpu_cross_entropy_forward(const Common& common, std::intptr_t bias, std::int64_t bias_stride,
@@ -285,6 +310,7 @@ SHIKE_BINDINGS(module) {
     module.def("extremes", &shike::extremes, "Smallest and largest of int64 numbers: address, stride, count >= 1.");
     module.def("cpu_dkt_forward", &shike::cpu_dkt_forward);
     module.def("cpu_dkt_backward", &shike::cpu_dkt_backward);
+    module.def("cpu_dkt_both", &shike::cpu_dkt_both);
     module.def("cpu_cross_entropy_forward", &shike::cpu_cross_entropy_forward);
     module.def("cpu_cross_entropy_backward", &shike::cpu_cross_entropy_backward);
 #if SHIKE_WITH_CUDA

@@ -33,6 +33,7 @@ def define_fused_loss(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., Tensor],
     fake_forward: Callable[..., tuple[Tensor, ...]],
+    both: Callable[..., tuple[tuple[Tensor, ...], Tensor] | None] | None = None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Register a loss whose kernels PyTorch cannot see into, with its derivative; return the op.
 
@@ -51,6 +52,8 @@ def define_fused_loss(
         forward: (logits, *arguments, *options, backend) -> results.
         backward: (incoming, logits, *arguments, state, *options, backend) -> one tensor [K, B, C].
         fake_forward: as ``forward``, on tensors without data: shapes, dtypes and strides of the results.
+        both: as ``forward``, and the gradient for an incoming gradient of 1; None where it cannot. It is used where a
+            gradient is wanted and no tracer is at work.
 
     Returns:
         A function of (logits, *arguments, *options, backend) with the op's results, the state perhaps left out. It
@@ -87,7 +90,8 @@ def define_fused_loss(
         def forward(
             ctx: Any, beside: list[Tensor] | None, others: tuple[Any, ...], *logits: Tensor
         ) -> Tensor | tuple[Tensor, ...]:
-            out = run_forward(beside is not None, logits, *others)
+            together = both(logits, *others) if both is not None and beside is not None else None
+            out, ctx.gradient = together or (run_forward(beside is not None, logits, *others), None)
             ctx.save_for_backward(*logits, *others[:tensors], out[-1])
             ctx.options = others[tensors:]
             if beside is not None:  # called directly: what is no function of the logits need not pass through autograd
@@ -112,7 +116,7 @@ def define_fused_loss(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             count = inputs[0]
-            ctx.count = count
+            ctx.count, ctx.gradient = count, None
             ctx.save_for_backward(*inputs[1 : count + 1 + tensors], output[-1])
             ctx.options = inputs[count + 1 + tensors :]
             ctx.mark_non_differentiable(*output[1:])
@@ -143,8 +147,15 @@ def define_fused_loss(
             return (None,) * count
         saved = ctx.saved_tensors
         logits = saved[:count]
-        run = backward if is_plain(incoming, *logits) else backward_op
-        gradient = run(incoming, logits, *saved[count:], *ctx.options)
+        plain = is_plain(incoming, *logits)
+        if plain and ctx.gradient is not None:
+            # Given away: whoever asks a second time gets a gradient of his own, computed anew.
+            gradient, ctx.gradient = ctx.gradient, None
+            if incoming.item() != 1.0:
+                gradient *= incoming
+        else:
+            run = backward if plain else backward_op
+            gradient = run(incoming, logits, *saved[count:], *ctx.options)
         if torch.is_grad_enabled():  # a graph of the backward is wanted
             gradient = SecondDerivative.apply(gradient, incoming, *logits)
         return (gradient,) if logits[0].dim() == 3 else gradient.unbind(0)

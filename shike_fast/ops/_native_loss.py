@@ -83,6 +83,29 @@ def dkt_backward(
     return gradient
 
 
+def dkt_both(
+    logits: Sequence[Tensor], target: Tensor, factors: Tensor | None, *options: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
+    """What ``dkt_forward`` returns, and the gradient for an incoming gradient of 1, from one reading of the logits.
+
+    None where that is no good: a gradient in low precision must be rounded after the incoming gradient, perhaps a loss
+    scale, is multiplied in, and GPUs have no such kernel.
+    """
+    if logits[0].device.type != "cpu" or logits[0].dtype not in (torch.float32, torch.float64):
+        return None
+    loss, terms, state = new_dkt_results(logits)
+    gradient = gradient_like(logits)
+    native().cpu_dkt_both(
+        _common(logits, target, state),
+        (_address(factors), *options),
+        loss.data_ptr(),
+        terms.data_ptr(),
+        _layout([gradient]),
+        torch.get_num_threads(),
+    )
+    return (loss, terms, state), gradient
+
+
 def cross_entropy_forward(
     logits: Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:

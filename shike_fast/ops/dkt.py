@@ -180,6 +180,7 @@ _fused_op = define_fused_loss(
     forward=lambda *args: _fused.kernels("dkt", args[-1]).dkt_forward(*args[:-1]),
     backward=lambda *args: _fused.kernels("dkt", args[-1]).dkt_backward(*args[:-1]),
     fake_forward=_native_loss.new_dkt_results,
+    both=lambda *args: _native_loss.dkt_both(*args[:-1]) if args[-1] == "cpu" else None,
 )
 
 

@@ -331,6 +331,27 @@ def test_gradcheck_of_the_float64_kernel(kernels, loss):
     assert torch.autograd.gradcheck(lambda *z: function(z), [expert.detach().requires_grad_() for expert in logits])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_second_backward_gets_a_gradient_of_its_own(dtype, sequence):
+    logits, target = torch.randn(3, 20, 300).to(dtype), torch.randint(300, (20,))
+    leaves = [expert.clone().requires_grad_() for expert in logits] if sequence else [logits.clone().requires_grad_()]
+    loss = dkt_loss(leaves if sequence else leaves[0], target, backend="cpu")
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    expected = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()  # as an optimizer may do in place
+    doubled = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    for mine, twice, theirs in zip(again, doubled, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(twice, 2 * theirs)
+    scaled = dkt_loss(leaves if sequence else leaves[0], target, backend="cpu")
+    for mine, theirs in zip(torch.autograd.grad(-0.5 * scaled, leaves), expected, strict=True):
+        torch.testing.assert_close(mine, -0.5 * theirs)
+        assert mine.dtype == dtype
+
+
 def test_it_is_differentiable_once():
     logits, target = torch.randn(3, 4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
     (gradient,) = torch.autograd.grad(dkt_loss(logits, target, backend="cpu"), logits, create_graph=True)
