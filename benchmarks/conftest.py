@@ -159,7 +159,9 @@ def measure(benchmark, device, request):
 
     def run(function: Callable[..., torch.Tensor], input_sets: Sequence[tuple], floor_bytes: int) -> None:
         upcoming = itertools.cycle(input_sets)
-        weight = torch.randn_like(function(*input_sets[0]))
+        result = function(*input_sets[0])
+        # A loss gets the incoming gradient of loss.backward(), a feature any.
+        weight = torch.ones_like(result) if result.dim() == 0 else torch.randn_like(result)
 
         def forward_backward() -> tuple[torch.Tensor, ...]:
             inputs = next(upcoming)

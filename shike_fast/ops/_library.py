@@ -93,7 +93,7 @@ def define_fused_loss(
             together = both(logits, *others) if both is not None and beside is not None else None
             out, ctx.gradient = together or (run_forward(beside is not None, logits, *others), None)
             ctx.save_for_backward(*logits, *others[:tensors], out[-1])
-            ctx.options = others[tensors:]
+            ctx.options, ctx.stacked = others[tensors:], logits[0].dim() == 3
             if beside is not None:  # called directly: what is no function of the logits need not pass through autograd
                 beside += out[1:-1]
                 return out[0]
@@ -118,7 +118,7 @@ def define_fused_loss(
             count = inputs[0]
             ctx.count, ctx.gradient = count, None
             ctx.save_for_backward(*inputs[1 : count + 1 + tensors], output[-1])
-            ctx.options = inputs[count + 1 + tensors :]
+            ctx.options, ctx.stacked = inputs[count + 1 + tensors :], inputs[1].dim() == 3
             ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)
 
@@ -145,20 +145,20 @@ def define_fused_loss(
     def gradients_of(ctx: Any, count: int, incoming: Tensor | None) -> Sequence[Tensor | None]:
         if incoming is None:
             return (None,) * count
-        saved = ctx.saved_tensors
-        logits = saved[:count]
-        plain = is_plain(incoming, *logits)
-        if plain and ctx.gradient is not None:
+        in_graph = torch.is_grad_enabled()  # a graph of the backward is wanted
+        if ctx.gradient is not None and not in_graph and is_plain(incoming):
             # Given away: whoever asks a second time gets a gradient of his own, computed anew.
             gradient, ctx.gradient = ctx.gradient, None
             if incoming.item() != 1.0:
                 gradient *= incoming
         else:
-            run = backward if plain else backward_op
+            saved = ctx.saved_tensors
+            logits = saved[:count]
+            run = backward if is_plain(incoming, *logits) else backward_op
             gradient = run(incoming, logits, *saved[count:], *ctx.options)
-        if torch.is_grad_enabled():  # a graph of the backward is wanted
-            gradient = SecondDerivative.apply(gradient, incoming, *logits)
-        return (gradient,) if logits[0].dim() == 3 else gradient.unbind(0)
+            if in_graph:
+                gradient = SecondDerivative.apply(gradient, incoming, *logits)
+        return (gradient,) if ctx.stacked else gradient.unbind(0)
 
     def needs_gradient(logits: Sequence[Tensor]) -> bool:
         return torch.is_grad_enabled() and any(expert.requires_grad for expert in logits)
