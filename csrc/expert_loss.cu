@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cuda_check.h"
+#include "dkt_options.h"
 #include "expert_loss_cuda.h"
 #include "expert_loss_device.h"
 
@@ -113,16 +114,7 @@ Workspace cross_entropy_workspace(int experts, std::int64_t batch, const BlockPl
 }
 
 DktArguments arguments_of(const DktCall& call, const BlockPlan& plan) {
-    DktOptions<float> options;
-    options.inverse_batch = float(1.0 / double(call.logits.batch));
-    options.hardest_weight = float(call.hardest_weight);
-    options.mutual_weight = float(call.mutual_weight);
-    options.teacher_gradient = call.detach_teacher ? 0.f : 1.f;
-    options.teacher_target_logit = float(call.teacher_target_logit);
-    options.student_target_logit = float(call.student_target_logit);
-    options.hardest_term = call.hardest_term;
-    options.mutual_term = call.mutual_term;
-    return {call.logits,  call.target, options, call.hardest_weight, call.mutual_weight, call.factors,
+    return {call.logits,  call.target, options_of<float>(call), call.hardest_weight, call.mutual_weight, call.factors,
             static_cast<float*>(call.state), plan};
 }
 

@@ -8,6 +8,7 @@
 #include "expert_loss_cpu.h"
 #include "simd.h"  // before row_state.h
 //
+#include "dkt_options.h"
 #include "row_state.h"
 #include "tile.h"
 
@@ -17,16 +18,12 @@ namespace {
 constexpr int smaller(std::int64_t a, int b) { return a < b ? int(a) : b; }
 
 template <class T>
-DktOptions<T> options_of(const DktCall& call) {
-    DktOptions<T> options;
-    options.inverse_batch = T(1.0 / double(call.logits.batch));
-    options.hardest_weight = T(call.hardest_weight * (call.factors == nullptr ? 1 : call.factors[0]));
-    options.mutual_weight = T(call.mutual_weight * (call.factors == nullptr ? 1 : call.factors[1]));
-    options.teacher_gradient = T(call.detach_teacher ? 0 : 1);
-    options.teacher_target_logit = T(call.teacher_target_logit);
-    options.student_target_logit = T(call.student_target_logit);
-    options.hardest_term = call.hardest_term;
-    options.mutual_term = call.mutual_term;
+DktOptions<T> with_factors(const DktCall& call) {
+    DktOptions<T> options = options_of<T>(call);
+    if (call.factors != nullptr) {
+        options.hardest_weight = T(call.hardest_weight * call.factors[0]);
+        options.mutual_weight = T(call.mutual_weight * call.factors[1]);
+    }
     return options;
 }
 
@@ -121,7 +118,7 @@ DktState<T, K> dkt_row(const DktCall& call, const DktOptions<T>& options, std::i
 template <class T, int K>
 void dkt_forward_rows(const DktCall& call, double* terms, std::int64_t first_row, std::int64_t last_row) {
     using V = Vector<T>;
-    const DktOptions<T> options = options_of<T>(call);
+    const DktOptions<T> options = with_factors<T>(call);
     for (std::int64_t first = first_row; first < last_row; first += kLanes<T>) {
         const int rows = smaller(last_row - first, kLanes<T>);
         DktState<V, K> states;  // logarithms cost as much for all lanes as for one: so the rows end together
@@ -150,7 +147,7 @@ template <class T, int K>
 void dkt_backward_rows(const DktCall& call, const Experts& gradient, double incoming, std::int64_t first_row,
                        std::int64_t last_row) {
     using V = Vector<T>;
-    const DktOptions<T> options = options_of<T>(call);
+    const DktOptions<T> options = with_factors<T>(call);
     const std::int64_t classes = call.logits.classes;
     constexpr int kStep = kTile * kLanes<T>;
     V tile[kTile][K];
