@@ -43,8 +43,10 @@ constexpr int kLanes = kVectorBytes / int(sizeof(T));
 #define SHIKE_SIMD inline __attribute__((always_inline))
 
 // A rare update is done in all lanes rather than looked for in each.
-SHIKE_SIMD bool may_hold(Mask<float>) { return true; }
-SHIKE_SIMD bool may_hold(Mask<double>) { return true; }
+template <class Comparison>  // compilers differ in the type of a comparison of vectors
+SHIKE_SIMD bool may_hold(const Comparison&) {
+    return true;
+}
 
 // Sum and maximum of the lanes, by halves.
 template <class T, int kCount>
