@@ -28,8 +28,8 @@ std::vector<const CpuKernels*> usable_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         usable.push_back(avx512_kernels());
     }
-    if (avx2_kernels() != nullptr && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
+    // Whoever has AVX2 has F16C; not every compiler can ask for it.
+    if (avx2_kernels() != nullptr && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         usable.push_back(avx2_kernels());
     }
 #endif
