@@ -8,8 +8,11 @@ A benchmark names its operator, ``@pytest.mark.op("dkt_loss")``, and takes ``con
 every backend of the operator, and for torch.compile of the reference, on every device present.
 """
 
+import functools
 import itertools
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,6 +127,15 @@ def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return max(in_use, default=0)
 
 
+@functools.cache
+def driver_version() -> str | None:
+    """The driver's release, which PyTorch does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip() or None
+
+
 def launches(function: Callable[[], Any], device: torch.device) -> int:
     """Kernels, copies and fills that a call starts on a CUDA device."""
     with profile(activities=[ProfilerActivity.CUDA]) as run:
@@ -189,7 +201,7 @@ def measure(benchmark, device, request):
             peak_extra_bytes=peak_extra_bytes(forward_backward, device),
         )
         if device.type == "cuda":
-            info["cuda"] = torch.version.cuda
+            info["cuda"], info["driver"] = torch.version.cuda, driver_version()
             info["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
             info["launches"] = launches(forward_backward, device)
             info["device_ms"], info["cpu_ms"] = device_milliseconds(forward_backward, device)

@@ -55,10 +55,12 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
     first = results[0]["extra_info"]
     devices = sorted({result["extra_info"]["device"] for result in results})
     changed = ", with changes not committed" if commit.get("dirty") else ""
+    drivers = {result["extra_info"]["driver"] for result in results if result["extra_info"].get("driver")}
+    driver = "".join(f", driver {name}" for name in sorted(drivers))
     yield f"## {run['datetime'][:10]}, {', '.join(devices)}\n"
     yield (
         f"{machine['cpu'].get('brand_raw', machine['processor'])}, {first['threads']} threads, Python "
-        f"{machine['python_version']}, PyTorch {first['torch']}, commit `{commit['id'][:10]}`{changed}.\n"
+        f"{machine['python_version']}, PyTorch {first['torch']}{driver}, commit `{commit['id'][:10]}`{changed}.\n"
     )
     tables: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in results:
