@@ -36,11 +36,12 @@ sanitize() {
 }
 
 step "devices" 30 info.txt nvidia-smi
+step "PyTorch sees a GPU" 60 info.txt "$python" -c "import torch; print(torch.zeros(1, device='cuda').device)"
 step "build" 120 info.txt env SHIKE_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
 step "info" 60 info.txt "$python" -m shike_fast.info
-step "device tests" 180 tests.txt "$python" -m pytest -m gpu tests -q -o timeout=120 --durations=15 \
+step "device tests" 220 tests.txt "$python" -m pytest -m gpu tests -q -o timeout=120 --durations=15 \
     --junitxml="$results/tests.xml"
-step "benchmarks" 140 benchmarks.txt "$python" -m pytest benchmarks/bench_expert_loss.py --benchmark-only -q -k cuda \
+step "benchmarks" 110 benchmarks.txt "$python" -m pytest benchmarks/bench_expert_loss.py --benchmark-only -q -k cuda \
     --benchmark-json="$results/benchmarks.json"
 if command -v compute-sanitizer >/dev/null; then
     sanitize memcheck --leak-check no

@@ -122,16 +122,13 @@ def check(loss_function, kernels, logits, target, layout, weight):
         assert error <= TOLERANCE[logits.dtype] * wide.abs().max().item() + rounding + info.smallest_normal * info.eps
 
 
-@settings(max_examples=250)
-@given(
-    case=logits_and_target(),
-    layout=LAYOUTS,
-    kl_reduction=st.sampled_from(["mean", "batchmean"]),
-    detach_teacher=st.booleans(),
-    weights=st.sampled_from([(10.0, 1.0), (0.0, 1.0), (10.0, 0.0), (0.0, 0.0), (0.5, 3.0)]),
-    target_logits=st.sampled_from([(0.0, -30.0), (-4.5, 2.0), (40.0, 0.0)]),
-)
-def sweep_dkt(kernels, case, layout, kl_reduction, detach_teacher, weights, target_logits):
+def sweep(function, kernels, count, **strategies):
+    """Try ``count`` examples; fewer with Triton, which compiles for every new number of experts, dtype and switch."""
+    count = count // 8 if kernels[0] == "triton" else count
+    settings(max_examples=count)(given(**strategies)(function))(kernels)
+
+
+def compare_dkt(kernels, case, layout, kl_reduction, detach_teacher, weights, target_logits):
     logits, target = case
     options = {
         "kl_reduction": kl_reduction,
@@ -149,17 +146,20 @@ def sweep_dkt(kernels, case, layout, kl_reduction, detach_teacher, weights, targ
 
 
 def test_dkt_loss(kernels):
-    sweep_dkt(kernels)
+    sweep(
+        compare_dkt,
+        kernels,
+        count=250,
+        case=logits_and_target(),
+        layout=LAYOUTS,
+        kl_reduction=st.sampled_from(["mean", "batchmean"]),
+        detach_teacher=st.booleans(),
+        weights=st.sampled_from([(10.0, 1.0), (0.0, 1.0), (10.0, 0.0), (0.0, 0.0), (0.5, 3.0)]),
+        target_logits=st.sampled_from([(0.0, -30.0), (-4.5, 2.0), (40.0, 0.0)]),
+    )
 
 
-@settings(max_examples=100)
-@given(
-    case=logits_and_target(),
-    layout=LAYOUTS,
-    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    bias_kind=st.sampled_from(["none", "shared", "per expert", "masking"]),
-)
-def sweep_cross_entropy(kernels, case, layout, label_smoothing, bias_kind):
+def compare_cross_entropy(kernels, case, layout, label_smoothing, bias_kind):
     logits, target = case
     experts, _, classes = logits.shape
     bias = None
@@ -185,12 +185,18 @@ def sweep_cross_entropy(kernels, case, layout, label_smoothing, bias_kind):
 
 
 def test_expert_cross_entropy(kernels):
-    sweep_cross_entropy(kernels)
+    sweep(
+        compare_cross_entropy,
+        kernels,
+        count=100,
+        case=logits_and_target(),
+        layout=LAYOUTS,
+        label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+        bias_kind=st.sampled_from(["none", "shared", "per expert", "masking"]),
+    )
 
 
-@settings(max_examples=30)
-@given(case=logits_and_target(), layout=LAYOUTS)
-def sweep_balanced_softmax(kernels, case, layout):
+def compare_balanced_softmax(kernels, case, layout):
     logits, target = case
     counts = torch.logspace(3, 0, logits.shape[2]).long() + torch.bincount(target, minlength=logits.shape[2])
 
@@ -201,7 +207,7 @@ def sweep_balanced_softmax(kernels, case, layout):
 
 
 def test_balanced_softmax_loss(kernels):
-    sweep_balanced_softmax(kernels)
+    sweep(compare_balanced_softmax, kernels, count=40, case=logits_and_target(), layout=LAYOUTS)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
