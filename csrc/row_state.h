@@ -1,8 +1,8 @@
 // The mathematics of one row (one sample) of the expert losses, compiled for host and device; docs/kernels.md derives it.
 //
 // V is a stream of classes: one float or double (a CUDA thread, the end of a row), or a SIMD vector whose lanes are as
-// many streams (the CPU). Streams that saw different classes of a row are merged in any grouping. Nothing here knows how
-// the logits are stored.
+// many streams (the CPU). What streams learnt from different classes of a row is put together in expert_loss_rows.h
+// (lanes) and chunk_stream.h (threads). Nothing here knows how the logits are stored.
 //
 // For SIMD vectors include simd.h first: it brings their overloads of the functions used here.
 //
@@ -227,26 +227,6 @@ struct DktState : StudentState<V, K> {
         V top[K];
         StudentState<V, K>::add(z, top, mutual_term, n);
         if (hardest_term) add_to_teacher(z, first, step, n);
-    }
-
-    // Adds all that another stream of the same row knows.
-    SHIKE_HD void merge(DktState other, bool hardest_term, bool mutual_term) {
-        V next[K];
-        SHIKE_UNROLL
-        for (int k = 0; k < K; ++k) next[k] = larger(this->pivot[k], other.pivot[k]);
-        this->move_pivots(next, mutual_term);
-        other.move_pivots(next, mutual_term);
-        this->add_sums(other, mutual_term);
-        if (!hardest_term) return;
-        Candidate<V>& loser = other.hardest;
-        hardest.exchange_if(
-            (loser.total > hardest.total) | ((loser.total == hardest.total) & (loser.number < hardest.number)), loser);
-        const V next_teacher = larger(larger(teacher_pivot, other.teacher_pivot), loser.strongest);
-        move_teacher_pivot(next_teacher);
-        other.move_teacher_pivot(next_teacher);
-        const V weight = exponential(loser.strongest - next_teacher);
-        teacher_sum += other.teacher_sum + weight;
-        teacher_gap += other.teacher_gap + weight * loser.gap;
     }
 
     // The teacher's part of add().
