@@ -2,7 +2,7 @@
 #pragma once
 
 #include "expert_loss.h"
-#include "row_state.h"
+#include "row_results.h"
 
 namespace shike {
 namespace {

@@ -43,7 +43,7 @@ struct DktCall {
     bool detach_teacher;
     bool hardest_term;  // the weight is not 0
     bool mutual_term;
-    void* state;  // [B, 5 K + 4]: DktSaved (row_state.h) of each row
+    void* state;  // [B, 5 K + 4]: DktSaved (row_results.h) of each row
 };
 
 struct CrossEntropyCall {

@@ -8,7 +8,7 @@
 #include "chunk_stream.h"
 #include "device_rows.h"
 #include "expert_loss.h"
-#include "row_state.h"
+#include "row_results.h"
 
 // What assert() calls; declared here because <cassert> declares it in debug builds only.
 extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,

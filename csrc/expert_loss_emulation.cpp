@@ -12,6 +12,7 @@
 #include "chunk_stream.h"
 #include "expert_loss.h"
 #include "module.h"
+#include "row_results.h"
 
 namespace shike {
 namespace {

@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "expert_loss_cpu.h"
-#include "simd.h"  // before row_state.h
+#include "simd.h"  // before row_results.h
 //
 #include "dkt_options.h"
-#include "row_state.h"
+#include "row_results.h"
 #include "tile.h"
 
 namespace shike {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from shike_fast._native_loader import native
 from shike_fast.ops import _backend
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -57,6 +58,20 @@ def golden_case(request, golden):
     name, case = request.param
     fields = {key.partition("/")[2]: value for key, value in golden(name).items() if key.startswith(f"{case}/")}
     return SimpleNamespace(**{key: torch.from_numpy(value.copy()) for key, value in fields.items()})
+
+
+@pytest.fixture(
+    params=[*native().cpu_levels(), *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
+)
+def kernels(request):
+    """A backend and a device: each instruction set of the CPU kernels, and each set of GPU kernels."""
+    if request.param in GPU_KERNELS:
+        yield request.param, torch.device("cuda")
+        return
+    default = native().cpu_level()
+    native().set_cpu_level(request.param)
+    yield "cpu", torch.device("cpu")
+    native().set_cpu_level(default)
 
 
 @pytest.fixture
