@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shike_fast.kernels._dkt_block import FLOOR, MASKED, add_block, expert_rows, gap_of, log1p, logits_at, total_of
 from shike_fast.kernels._rows import (
     BACKWARD_BUDGET,
     FORWARD_BUDGET,
@@ -18,155 +19,8 @@ from shike_fast.kernels._rows import (
     gradient_arguments,
     layout_of,
     multiple,
-    reduced,
     times_factor,
 )
-
-# Classes that take no part in a row (the target; the padding of a block) carry a finite logit far below the floor of
-# every pivot: their exponential is exactly 0, and no ∞ − ∞ or 0 · ∞ arises. Real logits lie above both.
-_MASKED = tl.constexpr(-1e30)
-_FLOOR = tl.constexpr(-1e29)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x ≥ 0, accurate for small x: the rounding of 1 + x cancels in the quotient."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
-
-
-@triton.jit
-def _total(values):  # Σ_k values[k], the first two first: the order decides which class is the hardest negative
-    total = values[0]
-    for k in tl.static_range(1, len(values)):
-        total = total + values[k]
-    return total
-
-
-@triton.jit
-def _strongest(z):  # K logits -> r
-    r = z[0]
-    for k in tl.static_range(1, len(z)):
-        r = tl.maximum(r, z[k])
-    return r
-
-
-@triton.jit
-def _gap(r, z):  # Σ_k (r − z_k); not K r − Σ_k z_k, which cancels
-    gap = r - z[0]
-    for k in tl.static_range(1, len(z)):
-        gap += r - z[k]
-    return gap
-
-
-@triton.jit
-def _logits_at(rows, offset, valid, other):  # K pointers to z_k[0] -> K logits of one class, or of a block of classes
-    z = ()
-    for k in tl.static_range(len(rows)):
-        loaded = tl.load(rows[k] + offset, mask=valid).to(tl.float32)
-        z += (tl.where(valid, loaded, other),)  # after the conversion: float16 cannot hold _MASKED
-    return z
-
-
-@triton.jit
-def _expert_rows(logits, offsets, offset, ALIGN: tl.constexpr):  # K pointers to z_k[0] of one sample
-    rows = ()
-    for k in tl.static_range(len(offsets)):
-        rows += (logits + multiple(offsets[k] + offset, ALIGN),)
-    return rows
-
-
-@triton.jit
-def _add_block(
-    rows,  # K pointers to z_k[0]
-    class_stride,
-    classes,
-    y,  # the target
-    start,  # the first class of this block
-    sums,  # the row so far: M_k, s_k, v_k; best S, h; Tm, Ts, Tg
-    K: tl.constexpr,
-    HARDEST: tl.constexpr,
-    MUTUAL: tl.constexpr,
-    FIRST: tl.constexpr,  # nothing came before this block
-    BLOCK: tl.constexpr,
-):
-    """Add one block of classes to the sums of a row."""
-    pivots, exps, divergences, best, h, teacher_pivot, teacher_exps, teacher_gaps = sums
-    c = start + tl.arange(0, BLOCK)
-    loaded = _logits_at(rows, class_offset(c, class_stride), c < classes, _MASKED)
-    z = ()  # the target's left out
-    for k in tl.static_range(K):
-        z += (tl.where(c == y, _MASKED, loaded[k]),)
-
-    candidates = z
-    if HARDEST:
-        candidates += (_total(z),)
-    maxima = reduced(candidates, True)
-    new_pivots = ()
-    for k in tl.static_range(K):
-        new_pivots += (tl.maximum(pivots[k], maxima[k]),)
-
-    x = ()
-    e = ()
-    for k in tl.static_range(K):
-        x += (z[k] - new_pivots[k],)
-        e += (exp(x[k]),)
-    addends = e
-    if MUTUAL:
-        x_total = _total(x)
-        for k in tl.static_range(K):
-            addends += (e[k] * (K * x[k] - x_total),)
-    if HARDEST:
-        # The lowest class that attains the largest sum over experts. Clamped, because it is an address later on and
-        # NaN logits equal no maximum.
-        first = tl.min(tl.where(_total(z) == maxima[K], c, classes - 1), 0)
-        better = maxima[K] > best  # also in the first block: with two classes or more it holds one that is no target
-        held_out = tl.where(better, first, -1)
-        r = _strongest(z)
-        gap = _gap(r, z)
-        r = tl.where(c == held_out, _MASKED, r)
-        new_teacher_pivot = tl.maximum(teacher_pivot, tl.max(r, 0))
-        if not FIRST:  # a better candidate sends the one so far into the sums
-            at_h = _logits_at(rows, class_offset(h, class_stride), better & (h >= 0), _MASKED)
-            released = _strongest(at_h)
-            released_gap = _gap(released, at_h)
-            new_teacher_pivot = tl.maximum(new_teacher_pivot, released)
-        q = exp(r - new_teacher_pivot)
-        addends += (q, q * gap)
-
-    added = reduced(addends, False)
-    new_exps = ()
-    new_divergences = ()
-    if FIRST:
-        for k in tl.static_range(K):
-            new_exps += (added[k],)
-            new_divergences += (added[K + k] if MUTUAL else divergences[k],)
-    else:
-        delta = ()  # ≤ 0: how far each pivot moved
-        for k in tl.static_range(K):
-            delta += (pivots[k] - new_pivots[k],)
-        delta_total = _total(delta)
-        for k in tl.static_range(K):
-            factor = exp(delta[k])
-            new_exps += (factor * exps[k] + added[k],)
-            if MUTUAL:
-                shifted = divergences[k] + exps[k] * (K * delta[k] - delta_total)
-                new_divergences += (factor * shifted + added[K + k],)
-            else:
-                new_divergences += (divergences[k],)
-    if HARDEST:
-        at: tl.constexpr = 2 * K if MUTUAL else K
-        if FIRST:
-            teacher_exps, teacher_gaps = added[at], added[at + 1]
-        else:
-            factor = exp(teacher_pivot - new_teacher_pivot)
-            released_exp = exp(released - new_teacher_pivot)
-            teacher_exps = factor * teacher_exps + (added[at] + released_exp)
-            teacher_gaps = factor * teacher_gaps + (added[at + 1] + released_exp * released_gap)
-        teacher_pivot = new_teacher_pivot
-        h = tl.where(better, first, h)
-        best = tl.maximum(best, maxima[K])
-    return new_pivots, new_exps, new_divergences, best, h, teacher_pivot, teacher_exps, teacher_gaps
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -196,12 +50,12 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     classes = multiple(classes, ALIGN)
     y = tl.load(target + row * target_stride)
-    rows = _expert_rows(logits, offsets, row * row_stride, ALIGN)
+    rows = expert_rows(logits, offsets, row * row_stride, ALIGN)
     # NaN, so that it shows, if the target is out of range
-    at_target = _logits_at(rows, class_offset(y, class_stride), (y >= 0) & (y < classes), float("nan"))
+    at_target = logits_at(rows, class_offset(y, class_stride), (y >= 0) & (y < classes), float("nan"))
 
     zero = tl.full((), 0.0, tl.float32)
-    floor = tl.full((), _FLOOR, tl.float32)
+    floor = tl.full((), FLOOR, tl.float32)
     zeros = ()
     floors = ()
     for _ in tl.static_range(K):
@@ -209,10 +63,10 @@ def _forward_kernel(
         floors += (floor,)
     sums = (floors, zeros, zeros, tl.full((), -float("inf"), tl.float32), tl.full((), -1, tl.int32), floor, zero, zero)
     if BLOCKS == 1:
-        sums = _add_block(rows, class_stride, classes, y, 0, sums, K, HARDEST, MUTUAL, True, BLOCK)
+        sums = add_block(rows, class_stride, classes, y, 0, sums, K, HARDEST, MUTUAL, True, BLOCK)
     else:
         for i in range(0, BLOCKS):
-            sums = _add_block(rows, class_stride, classes, y, i * BLOCK, sums, K, HARDEST, MUTUAL, False, BLOCK)
+            sums = add_block(rows, class_stride, classes, y, i * BLOCK, sums, K, HARDEST, MUTUAL, False, BLOCK)
     pivots, exps, divergences, _, h, teacher_pivot, teacher_exps, teacher_gaps = sums
 
     state += row * (5 * K + 4)
@@ -226,14 +80,14 @@ def _forward_kernel(
         smaller = exp(-tl.abs(distance))
         lse = tl.log(exps[k] + smaller)
         high = distance >= 0
-        loss = tl.where(high, _log1p(exps[k] * smaller), lse - distance)
+        loss = tl.where(high, log1p(exps[k] * smaller), lse - distance)
         losses += (loss,)
         lses += (tl.where(high, distance + loss, lse),)
         scales += (exp(-lses[k]),)
         rests += (exps[k] * scales[k],)
-    loss_total = _total(losses)
-    lse_total = _total(lses)
-    rest_total = _total(rests)
+    loss_total = total_of(losses)
+    lse_total = total_of(lses)
+    rest_total = total_of(rests)
     v = times_factor(v, factors, 1)
     mutual = zero
     for k in tl.static_range(K):
@@ -257,8 +111,8 @@ def _forward_kernel(
 
     hardest = zero
     if HARDEST:
-        z = _logits_at(rows, class_offset(h, class_stride), h >= 0, _MASKED)
-        mean = _total(z) / K
+        z = logits_at(rows, class_offset(h, class_stride), h >= 0, MASKED)
+        mean = total_of(z) / K
         pivot = tl.maximum(tl.maximum(teacher_pivot, mean), teacher_target_logit)
         others = exp(teacher_pivot - pivot)
         at_h = exp(mean - pivot)
@@ -266,7 +120,7 @@ def _forward_kernel(
         t = teacher_exps * others + at_h + at_y
         gap_at_y = K * (teacher_target_logit - student_target_logit)
         # E_q[Σ_k (r − ŝ_k's logit)]
-        expected_gap = (teacher_gaps * others + at_h * _gap(mean, z) + at_y * gap_at_y) / t
+        expected_gap = (teacher_gaps * others + at_h * gap_of(mean, z) + at_y * gap_at_y) / t
         log_t = tl.log(t)
         hardest = expected_gap
         for k in tl.static_range(K):
@@ -316,8 +170,8 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     classes = multiple(classes, ALIGN)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    rows = _expert_rows(logits, offsets, row * row_stride, ALIGN)
-    z = _logits_at(rows, class_offset(c, class_stride), c < classes, _MASKED)
+    rows = expert_rows(logits, offsets, row * row_stride, ALIGN)
+    z = logits_at(rows, class_offset(c, class_stride), c < classes, MASKED)
     y = tl.load(target + row * target_stride)
     g = tl.load(incoming).to(tl.float32)
     w = times_factor(w, factors, 0)
@@ -331,12 +185,12 @@ def _backward_kernel(
         e += (exp(x[k]),)
     common = tl.full([BLOCK], 0.0, tl.float32)  # what all experts' gradients have in common, negated
     if MUTUAL:
-        x_total = _total(x)
+        x_total = total_of(x)
         for k in tl.static_range(K):
             common += (g * v * tl.load(state + K + k)) * e[k]
     if HARDEST:
         h = tl.load(state + 5 * K + 3).to(tl.int32)
-        mean = _total(_logits_at(rows, class_offset(h, class_stride), (h >= 0) & (h < classes), _MASKED)) / K
+        mean = total_of(logits_at(rows, class_offset(h, class_stride), (h >= 0) & (h < classes), MASKED)) / K
         r = z[0]
         winner = tl.full([BLOCK], 0, tl.int32)  # the first expert that attains the maximum
         for k in tl.static_range(1, K):
@@ -344,7 +198,7 @@ def _backward_kernel(
             r = tl.maximum(r, z[k])
         r = tl.where(c == h, mean, r)
         q = (g * w) * exp(r - tl.load(state + 5 * K)) * tl.load(state + 5 * K + 1)
-        dr = attached * q * (_gap(r, z) - tl.load(state + 5 * K + 2))  # d(loss)/d r[c]
+        dr = attached * q * (gap_of(r, z) - tl.load(state + 5 * K + 2))  # d(loss)/d r[c]
         common += q - tl.where(c == h, dr / K, 0.0)  # the mean at h hands its gradient to every expert
         winner = tl.where(c == h, -1, winner)
 
