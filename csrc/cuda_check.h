@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -32,5 +33,17 @@ private:
     int former_ = 0;
     int device_;
 };
+
+// Multiprocessors of a device.
+inline int processors_of(int device) {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];  // zeros: not asked yet
+    int count = device >= 0 && device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+    if (count != 0) return count;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+          "cudaDeviceGetAttribute(device " + std::to_string(device) + ")");
+    if (device >= 0 && device < kDevices) known[device].store(count, std::memory_order_relaxed);
+    return count;
+}
 
 }  // namespace shike

@@ -7,68 +7,11 @@
 #include <cstdint>
 
 #include "block_plan.h"
+#include "device_elements.h"
 #include "expert_loss.h"
 
 namespace shike {
 namespace {
-
-__device__ __forceinline__ int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// Two 16-bit numbers to float.
-__device__ __forceinline__ void widen_bfloat16(std::uint32_t pair, float& low, float& high) {
-    low = __uint_as_float(pair << 16);
-    high = __uint_as_float(pair & 0xffff0000u);
-}
-__device__ __forceinline__ void widen_float16(std::uint32_t pair, float& low, float& high) {
-    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
-        : "=f"(low), "=f"(high)
-        : "r"(pair));
-}
-
-// Two numbers to 16 bits each; round to nearest, ties to even.
-__device__ __forceinline__ std::uint32_t narrow_to_bfloat16(float low, float high) {
-    std::uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-__device__ __forceinline__ std::uint32_t narrow_to_float16(float low, float high) {
-    std::uint32_t pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-// N neighbouring 32-bit words, N even: the fewest accesses.
-template <int N>
-__device__ __forceinline__ void load_words(const char* from, std::uint32_t (&words)[N]) {
-    if constexpr (N == 2) {
-        const uint2 two = __ldg(reinterpret_cast<const uint2*>(from));
-        words[0] = two.x;
-        words[1] = two.y;
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            const uint4 four = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
-            words[i] = four.x;
-            words[i + 1] = four.y;
-            words[i + 2] = four.z;
-            words[i + 3] = four.w;
-        }
-    }
-}
-
-template <int N>
-__device__ __forceinline__ void store_words(char* to, const std::uint32_t (&words)[N]) {
-    if constexpr (N == 2) {
-        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to + 4 * i), "r"(words[i]),
-                         "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
-                         : "memory");
-        }
-    }
-}
 
 // How a chunk is accessed: with wide loads and stores of one type, or element by element.
 enum class Access : int { kFloat32, kBFloat16, kFloat16, kEach };

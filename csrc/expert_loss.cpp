@@ -1,4 +1,4 @@
-// Python bindings of the expert losses, the choice of the CPU's instruction set, and the threads of the CPU kernels.
+// Python bindings of the expert losses, and the threads of their CPU kernels.
 #include "expert_loss.h"
 
 #include <pybind11/stl.h>
@@ -11,57 +11,19 @@
 #include <vector>
 
 #include "build_config.h"
+#include "cpu_level.h"
 #include "expert_loss_cpu.h"
 #include "expert_loss_cuda.h"
 #include "module.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
 namespace shike {
 namespace {
 
-// The instruction sets that were compiled and that this processor has, best first.
-std::vector<const CpuKernels*> usable_kernels() {
-    std::vector<const CpuKernels*> usable;
-#if defined(__x86_64__)
-    if (avx512_kernels() != nullptr && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        usable.push_back(avx512_kernels());
-    }
-    // Whoever has AVX2 has F16C; not every compiler can ask for it.
-    if (avx2_kernels() != nullptr && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        usable.push_back(avx2_kernels());
-    }
-#endif
-    usable.push_back(generic_kernels());
-    return usable;
-}
-
-const CpuKernels*& chosen_kernels() {
-    static const CpuKernels* chosen = usable_kernels().front();
-    return chosen;
-}
-
 const CpuKernels* kernels_for(DType dtype) {
-    return dtype == DType::kFloat64 ? generic_kernels() : chosen_kernels();
-}
-
-std::vector<std::string> cpu_levels() {
-    std::vector<std::string> names;
-    for (const CpuKernels* kernels : usable_kernels()) names.emplace_back(kernels->name);
-    return names;
-}
-
-void set_cpu_level(const std::string& name) {
-    for (const CpuKernels* kernels : usable_kernels()) {
-        if (kernels->name == name) {
-            chosen_kernels() = kernels;
-            return;
-        }
-    }
-    std::string known;
-    for (const std::string& level : cpu_levels()) known += (known.empty() ? "" : ", ") + level;
-    throw std::invalid_argument("set_cpu_level: expected one of " + known + ", got " + name);
+    return at_level(cpu_level_for(dtype), generic_kernels(), avx2_kernels(), avx512_kernels());
 }
 
 // One tensor [K, B, C] as its address, the bytes of an element and its strides, or K tensors [B, C] as the
@@ -135,18 +97,11 @@ Experts gradient_of(const Experts& logits, const Layout& layout) {
     return experts_of(int(logits.dtype), logits.count, layout, logits.batch, logits.classes);
 }
 
-// Calls work(first, last) for all rows, in contiguous ranges, one a thread. A row does not depend on the split.
+// Calls work(first, last) for all rows. A row does not depend on the split.
 template <class Work>
 void over_rows(const Experts& logits, int threads, const Work& work) {
-    constexpr double kWorthAThread = 16384;  // logits: some 10 us of work, several times what waking a thread costs
     const double logit_count = double(logits.count) * double(logits.batch) * double(logits.classes);
-    const std::int64_t useful = std::min(std::int64_t(logit_count / kWorthAThread) + 1, logits.batch);
-    const int ranges = int(std::min<std::int64_t>(threads, useful));
-    if (ranges <= 1) return work(0, logits.batch);
-#pragma omp parallel for schedule(static, 1) num_threads(ranges)
-    for (int range = 0; range < ranges; ++range) {
-        work(logits.batch * range / ranges, logits.batch * (range + 1) / ranges);
-    }
+    over_ranges(logits.batch, logit_count, threads, work);
 }
 
 void store(DType dtype, std::intptr_t address, double value) {
@@ -301,12 +256,6 @@ void gpu_cross_entropy_backward(const Common& common, std::intptr_t bias, std::i
 
 SHIKE_BINDINGS(module) {
     module.attr("MAX_EXPERTS") = shike::kMaxExperts;
-    module.def("cpu_levels", &shike::cpu_levels,
-               "The instruction sets with kernels in this library that this processor has, best first.");
-    module.def("cpu_level", [] { return std::string(shike::chosen_kernels()->name); },
-               "The instruction set that the CPU kernels use.");
-    module.def("set_cpu_level", &shike::set_cpu_level, py::arg("name"),
-               "Make the CPU kernels use another of cpu_levels(); for tests and comparisons.");
     module.def("extremes", &shike::extremes, "Smallest and largest of int64 numbers: address, stride, count >= 1.");
     module.def("cpu_dkt_forward", &shike::cpu_dkt_forward);
     module.def("cpu_dkt_backward", &shike::cpu_dkt_backward);

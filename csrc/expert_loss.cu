@@ -1,4 +1,3 @@
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -12,17 +11,6 @@
 
 namespace shike {
 namespace {
-
-int processors_of(int device) {
-    constexpr int kDevices = 64;
-    static std::atomic<int> known[kDevices];  // zeros: not asked yet
-    int count = device >= 0 && device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-    if (count != 0) return count;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-          "cudaDeviceGetAttribute(device " + std::to_string(device) + ")");
-    if (device >= 0 && device < kDevices) known[device].store(count, std::memory_order_relaxed);
-    return count;
-}
 
 std::string shape_text(const Experts& logits) {
     return "K=" + std::to_string(logits.count) + ", B=" + std::to_string(logits.batch) +

@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace shike {
-
-constexpr int kMaxExperts = 8;
-
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // The logits or the gradient [B, C] of one expert; strides in elements.
 struct Matrix {

@@ -3,7 +3,7 @@
 
 #include "expert_loss_rows.h"
 
-const shike::CpuKernels* shike::avx2_kernels() { return kernels_named("avx2"); }
+const shike::CpuKernels* shike::avx2_kernels() { return kernels_of_this_file(); }
 
 #else
 

@@ -3,7 +3,7 @@
 
 #include "expert_loss_rows.h"
 
-const shike::CpuKernels* shike::avx512_kernels() { return kernels_named("avx512"); }
+const shike::CpuKernels* shike::avx512_kernels() { return kernels_of_this_file(); }
 
 #else
 

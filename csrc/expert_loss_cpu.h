@@ -9,7 +9,6 @@ namespace shike {
 // Row ranges of a call: threads take one each. `terms` is [B, 3] for dkt (cross-entropy, hardest, mutual, without
 // weights) and [B] for cross-entropy, in double. `incoming` is the gradient of the loss.
 struct CpuKernels {
-    const char* name;
     void (*dkt_forward)(const DktCall&, double* terms, std::int64_t first, std::int64_t last);
     void (*dkt_backward)(const DktCall&, const Experts& gradient, double incoming, std::int64_t first,
                          std::int64_t last);

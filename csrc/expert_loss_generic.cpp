@@ -2,4 +2,4 @@
 #define SHIKE_FLOAT64 1
 #include "expert_loss_rows.h"
 
-const shike::CpuKernels* shike::generic_kernels() { return kernels_named("generic"); }
+const shike::CpuKernels* shike::generic_kernels() { return kernels_of_this_file(); }

@@ -54,16 +54,20 @@ def register_missing(backend: str, missing: Callable[[], str | None]) -> None:
 
 def run(op: str, backend: str | None, *args: Any) -> Any:
     """Call the implementation of ``op`` that ``backend`` names, or the fastest one that takes these arguments."""
-    implementations = _implementations[op]
+    return _implementations[op][choose(op, backend, *args)].function(*args)
+
+
+def choose(op: str, backend: str | None, *args: Any) -> str:
+    """The backend that ``run`` takes."""
     if backend is not None:
-        return _named(op, backend, args)(*args)
-    for candidate in implementations.values():
+        return _checked_backend(op, backend, args)
+    for name, candidate in _implementations[op].items():
         if candidate.verified and (candidate.refuses is None or candidate.refuses(*args) is None):
-            return candidate.function(*args)
+            return name
     raise RuntimeError(f"{op}: no backend can run with these arguments")
 
 
-def _named(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+def _checked_backend(op: str, backend: str, args: tuple[Any, ...]) -> str:
     _check_name(op, backend)
     implementation = _implementations[op].get(backend)
     if implementation is None:
@@ -72,7 +76,7 @@ def _named(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
         reason = None if implementation.refuses is None else implementation.refuses(*args)
     if implementation is None or reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
-    return implementation.function
+    return backend
 
 
 def _check_name(op: str, backend: str) -> None:

@@ -110,9 +110,9 @@ def check_finite(op: str, name: str, value: float) -> float:
     return float(value)
 
 
-def check_maps(op: str, deep: Tensor, shallow: Tensor) -> None:
+def check_maps(op: str, deep: Tensor, shallow: Tensor, names: tuple[str, str] = ("deep", "shallow")) -> None:
     """Check a pair of feature maps."""
-    for name, value in (("deep", deep), ("shallow", shallow)):
+    for name, value in zip(names, (deep, shallow), strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor [B, C, H, W], got {type(value).__name__}")
         if value.dtype not in FLOAT_DTYPES:
@@ -120,10 +120,10 @@ def check_maps(op: str, deep: Tensor, shallow: Tensor) -> None:
         if value.dim() != 4:
             raise ValueError(f"{op}: {name} must be [B, C, H, W], got {describe(value)}")
     if shallow.shape != deep.shape:
-        raise ValueError(f"{op}: shallow must be {list(deep.shape)} as deep, got {describe(shallow)}")
+        raise ValueError(f"{op}: {names[1]} must be {list(deep.shape)} as {names[0]}, got {describe(shallow)}")
     if 0 in deep.shape[1:]:
-        raise ValueError(f"{op}: deep must have C, H, W >= 1, got {describe(deep)}")
-    check_device(op, "shallow", shallow, deep, "deep")
+        raise ValueError(f"{op}: {names[0]} must have C, H, W >= 1, got {describe(deep)}")
+    check_device(op, names[1], shallow, deep, names[0])
 
 
 def check_channel_vector(op: str, name: str, value: Tensor | None, deep: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The backends of the expert losses beside the reference: which kernels they run, and what they refuse."""
+"""The backends beside the reference: which kernels they run, and what they refuse."""
 
 import importlib
 import importlib.util
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shike_fast._native_loader import native, native_error
-from shike_fast.ops import _backend, _native_loss
+from shike_fast.ops import _backend
 
 MAX_EXPERTS = 8
 MAX_CLASSES = 2**24  # the kernels keep class numbers in float32
@@ -53,10 +53,10 @@ def cuda_missing() -> str | None:
     return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 
 
-def kernels(stem: str, backend: str) -> ModuleType:
-    """The module with the backend's ``<stem>_forward`` and ``<stem>_backward``."""
+def kernels(stem: str, backend: str, native_kernels: ModuleType) -> ModuleType:
+    """The module with the backend's ``<stem>_forward`` and so on."""
     if backend != "triton":
-        return _native_loss
+        return native_kernels
     try:
         return importlib.import_module(f"shike_fast.kernels.{stem}")
     except Exception as error:  # a broken Triton raises anything; say whose failure it is
@@ -72,10 +72,10 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def register_fused(op: str, function: Callable[..., Any], refuses_more: Callable[..., str | None] = _nothing) -> None:
+def register_fused(op: str, function: Callable[..., Any], refuses: Callable[..., str | None]) -> None:
     """Make ``function(*args, backend)`` the implementation of ``op`` on the three backends.
 
-    ``refuses_more(*args)`` says what no fused kernel of this op takes, beside what follows from the logits.
+    ``refuses(backend, *args)`` says why the fused kernels do not take these arguments, or None.
     """
     # Neither has passed its tests on a device yet, so neither is the default there.
     for backend, verified in (("cpu", True), ("triton", False), ("cuda", False)):
@@ -83,30 +83,47 @@ def register_fused(op: str, function: Callable[..., Any], refuses_more: Callable
             op,
             backend,
             lambda *args, _backend=backend: function(*args, _backend),
-            refuses=lambda *args, _backend=backend: _refusal(_backend, args[0]) or refuses_more(*args),
+            refuses=lambda *args, _backend=backend: refuses(_backend, *args),
             verified=verified,
         )
 
 
-def _refusal(backend: str, logits: Tensor | Sequence[Tensor]) -> str | None:
+def register_fused_loss(
+    op: str, function: Callable[..., Any], refuses_more: Callable[..., str | None] = _nothing
+) -> None:
+    """``register_fused`` for a loss whose first argument are the logits.
+
+    ``refuses_more(*args)`` says what no fused kernel of this op takes, beside what follows from the logits.
+    """
+    register_fused(op, function, lambda backend, *args: _refuses_logits(backend, args[0]) or refuses_more(*args))
+
+
+def _refuses_logits(backend: str, logits: Tensor | Sequence[Tensor]) -> str | None:
     first, count = (logits, logits.shape[0]) if isinstance(logits, Tensor) else (logits[0], len(logits))
-    device = first.device.type
-    if backend == "cpu":
-        if device != "cpu":
-            return f"the logits are on {first.device}, not on the CPU"
-        if _NATIVE_MISSING is not None:
-            return _NATIVE_MISSING
-    elif device != "cuda" and not (backend == "triton" and _INTERPRETED):
-        return f"the logits are on {first.device}, not on a GPU"
-    elif (missing := triton_missing() if backend == "triton" else cuda_missing()) is not None:
-        return missing
-    elif first.dtype == torch.float64:
-        return "it has no float64 kernels"
+    if (reason := refuses_tensor(backend, first, "the logits are")) is not None:
+        return reason
     if count > MAX_EXPERTS:
         return f"it takes at most {MAX_EXPERTS} experts, got {count}"
     if first.shape[-1] > MAX_CLASSES:
         return f"it takes at most {MAX_CLASSES} classes, got {first.shape[-1]}"
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(first):
+    return None
+
+
+def refuses_tensor(backend: str, tensor: Tensor, what: str) -> str | None:
+    """Why the backend cannot run on a tensor of this device, dtype and kind, or None."""
+    device = tensor.device.type
+    if backend == "cpu":
+        if device != "cpu":
+            return f"{what} on {tensor.device}, not on the CPU"
+        if _NATIVE_MISSING is not None:
+            return _NATIVE_MISSING
+    elif device != "cuda" and not (backend == "triton" and _INTERPRETED):
+        return f"{what} on {tensor.device}, not on a GPU"
+    elif (missing := triton_missing() if backend == "triton" else cuda_missing()) is not None:
+        return missing
+    elif tensor.dtype == torch.float64:
+        return "it has no float64 kernels"
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor):
         return "it has no rule for torch.func.vmap"
     return None
 

@@ -24,6 +24,23 @@ def define_composite(schema: str, function: Callable[..., Any]) -> Callable[...,
     return getattr(torch.ops.shike_fast, name).default
 
 
+def define_opaque(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register ``function``, into which PyTorch cannot see, as ``shike_fast::<name>`` and return the op.
+
+    ``fake`` is the same on tensors without data: shapes, dtypes and strides; ``autograd`` what the op does where
+    gradients may be wanted, or ``torch.library.fallthrough_kernel``.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, function, key)
+    torch.library.register_fake(f"shike_fast::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, autograd, "Autograd")
+    return getattr(torch.ops.shike_fast, name).default
+
+
 def define_fused_loss(
     name: str,
     arguments: str,
@@ -61,22 +78,6 @@ def define_fused_loss(
         through Python costs as much as a small loss.
     """
     tensors = len(arguments.split(","))
-    _LIBRARY.define(
-        f"{name}(Tensor[] logits, {arguments}, {options}, str backend) -> ({', '.join(['Tensor'] * results)})",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    _LIBRARY.define(
-        f"{name}_backward(Tensor incoming, Tensor[] logits, {arguments}, Tensor state, {options}, str backend)"
-        " -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, forward, key)
-        _LIBRARY.impl(f"{name}_backward", backward, key)
-    torch.library.register_fake(f"shike_fast::{name}", fake_forward, lib=_LIBRARY)
-    torch.library.register_fake(f"shike_fast::{name}_backward", _fake_gradient, lib=_LIBRARY)
-    op = getattr(torch.ops.shike_fast, name).default
-    backward_op = getattr(torch.ops.shike_fast, f"{name}_backward").default
 
     def run_forward(direct: bool, logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
         if direct:
@@ -127,21 +128,6 @@ def define_fused_loss(
             gradients = gradients_of(ctx, ctx.count, incoming)
             return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - ctx.count)
 
-    class SecondDerivative(torch.autograd.Function):
-        """A gradient that is no constant, although its derivative is not known: asking for it must not give 0."""
-
-        @staticmethod
-        def forward(gradient: Tensor, *_: Tensor) -> Tensor:
-            return gradient.view_as(gradient)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *_: Tensor) -> Tensor:
-            raise RuntimeError(f"{name}: it can be differentiated once only; backend='reference' has no such limit")
-
     def gradients_of(ctx: Any, count: int, incoming: Tensor | None) -> Sequence[Tensor | None]:
         if incoming is None:
             return (None,) * count
@@ -157,7 +143,7 @@ def define_fused_loss(
             run = backward if is_plain(incoming, *logits) else backward_op
             gradient = run(incoming, logits, *saved[count:], *ctx.options)
             if in_graph:
-                gradient = SecondDerivative.apply(gradient, incoming, *logits)
+                gradient = differentiable_once(name, gradient, incoming, *logits)
         return (gradient,) if ctx.stacked else gradient.unbind(0)
 
     def needs_gradient(logits: Sequence[Tensor]) -> bool:
@@ -181,9 +167,42 @@ def define_fused_loss(
         )
         return out
 
-    _LIBRARY.impl(name, with_autograd, "Autograd")
-    _LIBRARY.impl(f"{name}_backward", torch.library.fallthrough_kernel, "Autograd")
+    op = define_opaque(
+        f"{name}(Tensor[] logits, {arguments}, {options}, str backend) -> ({', '.join(['Tensor'] * results)})",
+        forward,
+        fake_forward,
+        with_autograd,
+    )
+    backward_op = define_opaque(
+        f"{name}_backward(Tensor incoming, Tensor[] logits, {arguments}, Tensor state, {options}, str backend)"
+        " -> Tensor",
+        backward,
+        _fake_gradient,
+        torch.library.fallthrough_kernel,
+    )
     return call
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """A gradient that is no constant, although its derivative is not known: asking for it must not give 0."""
+
+    @staticmethod
+    def forward(name: str, gradient: Tensor, *_: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError(f"{ctx.name}: it can be differentiated once only; backend='reference' has no such limit")
+
+
+def differentiable_once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient, as a function of the inputs whose derivative raises."""
+    result: Tensor = _SecondDerivative.apply(name, gradient, *inputs)
+    return result
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -15,7 +15,7 @@ from shike_fast._native_loader import native
 from shike_fast.ops._checks import accumulation_dtype
 from shike_fast.ops._library import gradient_like
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/expert_loss.h
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/dtype.h
 
 
 def shape_of(logits: Sequence[Tensor]) -> tuple[int, int, int]:
@@ -47,7 +47,7 @@ def dkt_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [3] and the state of the backward."""
     loss, terms, state = new_dkt_results(logits)
-    call = (_common(logits, target, state), (_address(factors), *options), loss.data_ptr(), terms.data_ptr())
+    call = (_common(logits, target, state), (address(factors), *options), loss.data_ptr(), terms.data_ptr())
     if loss.device.type == "cpu":
         native().cpu_dkt_forward(*call, torch.get_num_threads())
     elif target.shape[0] == 0:
@@ -56,7 +56,7 @@ def dkt_forward(
     else:
         device = loss.device.index
         size = native().cuda_dkt_workspace(*shape_of(logits), device)
-        native().cuda_dkt_forward(*call, new_floats(logits, size).data_ptr(), device, _stream(device))
+        native().cuda_dkt_forward(*call, new_floats(logits, size).data_ptr(), device, stream(device))
     return loss, terms, state
 
 
@@ -72,14 +72,14 @@ def dkt_backward(
     gradient = gradient_like(logits)
     call = (
         _common(logits, target, state),
-        (_address(factors), *options),
+        (address(factors), *options),
         _layout([gradient]),
         incoming.data_ptr(),
     )
     if gradient.device.type == "cpu":
         native().cpu_dkt_backward(*call, torch.get_num_threads())
     elif gradient.numel() > 0:
-        native().cuda_dkt_backward(*call, gradient.device.index, _stream(gradient.device.index))
+        native().cuda_dkt_backward(*call, gradient.device.index, stream(gradient.device.index))
     return gradient
 
 
@@ -97,7 +97,7 @@ def dkt_both(
     gradient = gradient_like(logits)
     native().cpu_dkt_both(
         _common(logits, target, state),
-        (_address(factors), *options),
+        (address(factors), *options),
         loss.data_ptr(),
         terms.data_ptr(),
         _layout([gradient]),
@@ -119,7 +119,7 @@ def cross_entropy_forward(
     else:
         device = loss.device.index
         size = native().cuda_cross_entropy_workspace(*shape_of(logits), device)
-        native().cuda_cross_entropy_forward(*call, new_floats(logits, size).data_ptr(), device, _stream(device))
+        native().cuda_cross_entropy_forward(*call, new_floats(logits, size).data_ptr(), device, stream(device))
     return loss, state
 
 
@@ -143,7 +143,7 @@ def cross_entropy_backward(
     if gradient.device.type == "cpu":
         native().cpu_cross_entropy_backward(*call, torch.get_num_threads())
     elif gradient.numel() > 0:
-        native().cuda_cross_entropy_backward(*call, gradient.device.index, _stream(gradient.device.index))
+        native().cuda_cross_entropy_backward(*call, gradient.device.index, stream(gradient.device.index))
     return gradient
 
 
@@ -151,7 +151,7 @@ def _common(logits: Sequence[Tensor], target: Tensor, state: Tensor) -> tuple[An
     """What every call begins with: Common of csrc/expert_loss.cpp."""
     experts, batch, classes = shape_of(logits)
     return (
-        _DTYPES[logits[0].dtype],
+        DTYPES[logits[0].dtype],
         experts,
         _layout(logits),
         batch,
@@ -170,15 +170,17 @@ def _layout(tensors: Sequence[Tensor]) -> list[int]:
     return [number for expert in tensors for number in (expert.data_ptr(), *expert.stride())]
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def _bias(bias: Tensor | None) -> tuple[int, int]:
     """Address, and stride from expert to expert."""
-    return _address(bias), bias.shape[1] if bias is not None and bias.dim() == 2 else 0
+    return address(bias), bias.shape[1] if bias is not None and bias.dim() == 2 else 0
 
 
-def _stream(device: int) -> int:
+def stream(device: int) -> int:
+    """The current stream of a CUDA device."""
     stream: int = torch.cuda.current_stream(device).cuda_stream
     return stream

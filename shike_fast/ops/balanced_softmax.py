@@ -108,4 +108,4 @@ def _fused_loss(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts:
 
 
 _backend.register(_NAME, "reference", _reference)
-_fused.register_fused(_NAME, _fused_loss)
+_fused.register_fused_loss(_NAME, _fused_loss)

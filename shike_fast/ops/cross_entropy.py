@@ -111,8 +111,8 @@ _fused_op = define_fused_loss(
     "Tensor target, Tensor? bias",
     "float label_smoothing",
     2,
-    forward=lambda *args: _fused.kernels("cross_entropy", args[-1]).cross_entropy_forward(*args[:-1]),
-    backward=lambda *args: _fused.kernels("cross_entropy", args[-1]).cross_entropy_backward(*args[:-1]),
+    forward=lambda *args: _fused.kernels("cross_entropy", args[-1], _native_loss).cross_entropy_forward(*args[:-1]),
+    backward=lambda *args: _fused.kernels("cross_entropy", args[-1], _native_loss).cross_entropy_backward(*args[:-1]),
     fake_forward=_native_loss.new_cross_entropy_results,
 )
 
@@ -141,4 +141,4 @@ def _refuses(
 
 
 _backend.register(_NAME, "reference", _reference)
-_fused.register_fused(_NAME, fused_cross_entropy, _refuses)
+_fused.register_fused_loss(_NAME, fused_cross_entropy, _refuses)

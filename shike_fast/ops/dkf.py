@@ -1,15 +1,24 @@
 """Depth-wise knowledge fusion: the product of a deep and a normalised shallow feature map, pooled."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shike_fast.ops import _backend
-from shike_fast.ops._checks import accumulation_dtype, check_channel_vector, check_finite, check_maps
+from shike_fast.ops import _backend, _fused
+from shike_fast.ops._checks import accumulation_dtype, check_channel_vector, check_finite, check_maps, describe
+from shike_fast.ops._dkf_arguments import BatchNormArguments
+from shike_fast.ops._fused_dkf import fuse
 from shike_fast.ops._library import define_composite
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _POOL = "dkf_pool"
 _BN_POOL = "dkf_bn_pool"
+_EXPERTS = "dkf_experts"
 
 
 def dkf_pool(deep: Tensor, shallow: Tensor, *, backend: str | None = None) -> Tensor:
@@ -54,6 +63,7 @@ def dkf_bn_pool(
     eps: float = 1e-5,
     relu: bool = False,
     backend: str | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Normalise the shallow map over the batch, multiply with the deep one and average over the positions.
 
@@ -78,6 +88,9 @@ def dkf_bn_pool(
         eps: added to the variance, > 0.
         relu: apply ReLU to the normalised map.
         backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        process_group: in training, take the statistics over the batches of all processes of this
+            ``torch.distributed`` group, as ``torch.nn.SyncBatchNorm`` does, on every device; ``None``: over this
+            process's batch. Every process of the group has to take part; only vectors [C] are exchanged.
 
     Returns:
         [B, C] in the dtype to which PyTorch promotes the two maps' dtypes (their common dtype when they agree),
@@ -93,38 +106,164 @@ def dkf_bn_pool(
     Source: SHIKE (CVPR 2023), section 3.2; Ioffe and Szegedy, "Batch Normalization", 2015.
     """
     check_maps(_BN_POOL, deep, shallow)
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        check_channel_vector(_BN_POOL, name, vector, deep)
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(
-            f"{_BN_POOL}: running_mean and running_var must both be given or both be None, got no {missing}"
-        )
-    if running_mean is None and not training:
-        raise ValueError(f"{_BN_POOL}: running_mean and running_var must be given when training=False, got None")
-    if training and deep.shape[0] * deep.shape[2] * deep.shape[3] == 1:
-        raise ValueError(
-            f"{_BN_POOL}: Expected more than 1 value per channel when training, got input size {shallow.shape}"
-        )
-    momentum = check_finite(_BN_POOL, "momentum", momentum)
-    eps = check_finite(_BN_POOL, "eps", eps)
-    if eps <= 0.0:
-        raise ValueError(f"{_BN_POOL}: eps must be > 0, got {eps}")
-    pooled: Tensor = _backend.run(
-        _BN_POOL, backend, deep, shallow, weight, bias, running_mean, running_var, training, momentum, eps, relu
-    )
+    norm = BatchNormArguments(weight, bias, running_mean, running_var, training, momentum, eps)
+    norm = _checked_norm(_BN_POOL, "", norm, shallow, process_group)
+    if process_group is not None and training:
+        return _synced(_BN_POOL, backend, [deep], [shallow], [], [norm], [relu], process_group)[0]
+    pooled: Tensor = _backend.run(_BN_POOL, backend, deep, shallow, *norm, relu)
     return pooled
+
+
+def dkf_experts(
+    deep: Sequence[Tensor],
+    shallow: Sequence[Tensor],
+    norms: Sequence[BatchNormArguments],
+    *,
+    relu: Sequence[bool],
+    shortcut: Sequence[Tensor] | None = None,
+    deep_norms: Sequence[BatchNormArguments] | None = None,
+    backend: str | None = None,
+    process_group: "ProcessGroup | None" = None,
+) -> Tensor:
+    """``dkf_bn_pool`` of K experts at once, with the end of each expert's own last block if wanted.
+
+        f_k = mean_hw( D_k · [relu] batch_norm(shallow_k) )
+        D_k = deep_k, or, with ``shortcut`` and ``deep_norms``, relu(batch_norm(deep_k) + shortcut_k)
+
+    One launch a stage serves all experts, and nothing of the size of a map is stored between forward and backward but
+    the maps passed in: with ``shortcut`` neither the normalised deep map nor D.
+
+    Args:
+        deep: K tensors, floating [B, C, H, W], of one shape and device, any strides (channels-last preferred).
+        shallow: K tensors of the same shape and device.
+        norms: K, what ``dkf_bn_pool`` takes for the shallow maps, as :class:`shike_fast.ops.BatchNormArguments`.
+        relu: K, whether ReLU follows the normalisation of the shallow map.
+        shortcut: K tensors of the same shape and device, given together with ``deep_norms``: what the residual
+            connection adds.
+        deep_norms: K, the last normalisation of each deep branch.
+        backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        process_group: as for ``dkf_bn_pool``, for all normalisations that train.
+
+    Returns:
+        [K, B, C] in the dtype to which PyTorch promotes the maps' dtypes, differentiable with respect to all maps,
+        weights and biases. With ``shortcut`` no sum is rounded to a lower precision before it is multiplied.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``dkf_bn_pool``; ValueError too if the sequences differ in length.
+
+    Source: SHIKE (CVPR 2023), section 3.2; the residual block of He et al., 2016.
+    """
+    maps = _checked_maps(deep, shallow, shortcut, deep_norms)
+    all_norms = [*norms, *(deep_norms or ())]
+    for name, members in (("norms", norms), ("relu", relu), ("deep_norms", deep_norms)):
+        if members is not None and len(members) != len(deep):
+            raise ValueError(f"{_EXPERTS}: {name} must have K={len(deep)} members, got {len(members)}")
+    all_norms = [
+        _checked_norm(
+            _EXPERTS, f"{'deep_' if i >= len(deep) else ''}norms[{i % len(deep)}].", norm, maps[1][0], process_group
+        )
+        for i, norm in enumerate(all_norms)
+    ]
+    flags = [bool(flag) for flag in relu]
+    if process_group is not None and all(norm.training for norm in all_norms):
+        return _synced(_EXPERTS, backend, *maps, all_norms, flags, process_group)
+    if process_group is not None and any(norm.training for norm in all_norms):
+        raise ValueError(f"{_EXPERTS}: process_group needs norms that all train, or none")
+    fused: Tensor = _backend.run(_EXPERTS, backend, *maps, all_norms, flags)
+    return fused
+
+
+# ---- checks
+
+
+def _checked_maps(
+    deep: Sequence[Tensor],
+    shallow: Sequence[Tensor],
+    shortcut: Sequence[Tensor] | None,
+    deep_norms: Sequence[BatchNormArguments] | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    if (shortcut is None) != (deep_norms is None):
+        missing = "shortcut" if shortcut is None else "deep_norms"
+        raise ValueError(f"{_EXPERTS}: shortcut and deep_norms must both be given or both be None, got no {missing}")
+    for name, maps in (("deep", deep), ("shallow", shallow), ("shortcut", shortcut or [])):
+        if not isinstance(maps, list | tuple):
+            kind = type(maps).__name__
+            raise TypeError(f"{_EXPERTS}: {name} must be a list or tuple of K tensors [B, C, H, W], got {kind}")
+    if len(deep) == 0:
+        raise ValueError(f"{_EXPERTS}: deep must have K >= 1 members, got none")
+    for name, members in (("shallow", shallow), ("shortcut", shortcut)):
+        if members is not None and len(members) != len(deep):
+            raise ValueError(f"{_EXPERTS}: {name} must have K={len(deep)} members, got {len(members)}")
+    check_maps(_EXPERTS, deep[0], deep[0], ("deep[0]", "deep[0]"))
+    for name, maps in (("deep", deep), ("shallow", shallow), ("shortcut", shortcut or [])):
+        for k, map_ in enumerate(maps):
+            check_maps(_EXPERTS, deep[0], map_, ("deep[0]", f"{name}[{k}]"))
+    return list(deep), list(shallow), list(shortcut or [])
+
+
+def _checked_norm(
+    op: str, prefix: str, norm: BatchNormArguments, map_: Tensor, process_group: "ProcessGroup | None"
+) -> BatchNormArguments:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        check_channel_vector(op, prefix + name, getattr(norm, name), map_)
+    if (norm.running_mean is None) != (norm.running_var is None):
+        missing = "running_mean" if norm.running_mean is None else "running_var"
+        raise ValueError(
+            f"{op}: {prefix}running_mean and {prefix}running_var must both be given or both be None, "
+            f"got no {prefix}{missing}"
+        )
+    if norm.running_mean is None and not norm.training:
+        raise ValueError(
+            f"{op}: {prefix}running_mean and {prefix}running_var must be given when training=False, got None"
+        )
+    if norm.training and process_group is None and map_.shape[0] * map_.shape[2] * map_.shape[3] == 1:
+        raise ValueError(f"{op}: Expected more than 1 value per channel when training, got input size {map_.shape}")
+    momentum = check_finite(op, prefix + "momentum", norm.momentum)
+    eps = check_finite(op, prefix + "eps", norm.eps)
+    if eps <= 0.0:
+        raise ValueError(f"{op}: {prefix}eps must be > 0, got {eps}")
+    return norm._replace(momentum=momentum, eps=eps)
+
+
+# ---- the reference
 
 
 def _composite_pool(deep: Tensor, shallow: Tensor) -> Tensor:
     result = torch.promote_types(deep.dtype, shallow.dtype)
     dtype = accumulation_dtype(result)
     return (deep.to(dtype) * shallow.to(dtype)).mean((2, 3)).to(result)
+
+
+def _batch_norm(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    running_mean: Tensor | None,  # [C]
+    running_var: Tensor | None,  # [C]
+    training: bool,
+    momentum: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    # batch_norm wants all its tensors in one dtype. ``to`` returns the tensor itself where that dtype is its own; else
+    # the update is copied back.
+    mean = None if running_mean is None else running_mean.to(dtype)
+    var = None if running_var is None else running_var.to(dtype)
+    normalised = F.batch_norm(
+        x.to(dtype),
+        mean,
+        var,
+        None if weight is None else weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        training,
+        momentum,
+        eps,
+    )
+    if training:
+        for running, updated in ((running_mean, mean), (running_var, var)):
+            if running is not None and updated is not None and running.dtype != dtype:
+                running.copy_(updated)
+    return normalised
 
 
 def _composite_bn_pool(
@@ -141,24 +280,7 @@ def _composite_bn_pool(
 ) -> Tensor:
     result = torch.promote_types(deep.dtype, shallow.dtype)
     dtype = accumulation_dtype(result)
-    # batch_norm wants all its tensors in one dtype. ``to`` returns the tensor itself where that dtype is its own; else
-    # the update is copied back.
-    mean = None if running_mean is None else running_mean.to(dtype)
-    var = None if running_var is None else running_var.to(dtype)
-    normalised = F.batch_norm(
-        shallow.to(dtype),
-        mean,
-        var,
-        None if weight is None else weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        training,
-        momentum,
-        eps,
-    )
-    if training:
-        for running, updated in ((running_mean, mean), (running_var, var)):
-            if running is not None and updated is not None and running.dtype != dtype:
-                running.copy_(updated)
+    normalised = _batch_norm(shallow, weight, bias, running_mean, running_var, training, momentum, eps, dtype)
     activated = normalised.relu() if relu else normalised
     return (deep.to(dtype) * activated).mean((2, 3)).to(result)
 
@@ -169,5 +291,84 @@ _bn_pool_op = define_composite(
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu) -> Tensor",
     _composite_bn_pool,
 )
+
+
+def _reference_experts(
+    deep: list[Tensor],
+    shallow: list[Tensor],
+    shortcut: list[Tensor],
+    norms: list[BatchNormArguments],
+    relu: list[bool],
+) -> Tensor:
+    result = deep[0].dtype
+    for map_ in (*deep, *shallow, *shortcut):
+        result = torch.promote_types(result, map_.dtype)
+    dtype, pooled = accumulation_dtype(result), []
+    for k, (map_, norm) in enumerate(zip(deep, norms, strict=False)):
+        if shortcut:
+            map_ = (_batch_norm(map_, *norms[len(deep) + k], dtype) + shortcut[k].to(dtype)).relu()
+        pooled.append(_bn_pool_op(map_, shallow[k], *norm, relu[k]).to(result))
+    return torch.stack(pooled)
+
+
+# ---- the fused kernels
+
+
+def _synced(
+    op: str,
+    backend: str | None,
+    deep: list[Tensor],
+    shallow: list[Tensor],
+    shortcut: list[Tensor],
+    norms: list[BatchNormArguments],
+    relu: list[bool],
+    group: "ProcessGroup",
+) -> Tensor:
+    from shike_fast.ops._synced_dkf import fuse_synced  # a PyTorch without torch.distributed has no groups either
+
+    # A process without samples has to take part whatever backend is named, but runs no kernel.
+    empty = deep[0].shape[0] == 0
+    chosen = "reference" if empty else _backend.choose(_EXPERTS, backend, deep, shallow, shortcut, norms, relu)
+    return fuse_synced(op, deep, shallow, shortcut, norms, relu, group, chosen)
+
+
+def _refuses(
+    backend: str,
+    deep: list[Tensor],
+    shallow: list[Tensor],
+    shortcut: list[Tensor],
+    norms: list[BatchNormArguments],
+    relu: list[bool],
+) -> str | None:
+    for map_ in (*deep, *shallow, *shortcut):
+        if (reason := _fused.refuses_tensor(backend, map_, "the maps are")) is not None:
+            return reason
+        if map_.dtype != deep[0].dtype:
+            return f"it takes maps of one dtype, got {describe(deep[0])} and {describe(map_)}"
+    if len(deep) > _fused.MAX_EXPERTS:
+        return f"it takes at most {_fused.MAX_EXPERTS} experts, got {len(deep)}"
+    if any(norm.training != norms[0].training for norm in norms):
+        return "some normalisations train and some do not"
+    if deep[0].shape[0] == 0:
+        return "the batch is empty"
+    return None
+
+
+def _norms(arguments: Sequence[object]) -> list[BatchNormArguments]:
+    return [BatchNormArguments(*arguments)]  # type: ignore[arg-type]
+
+
 _backend.register(_POOL, "reference", _pool_op)
 _backend.register(_BN_POOL, "reference", _bn_pool_op)
+_backend.register(_EXPERTS, "reference", _reference_experts)
+_fused.register_fused(
+    _POOL,
+    lambda deep, shallow, backend: fuse([deep], [shallow], [], [], [False], backend)[0],
+    lambda backend, deep, shallow: _refuses(backend, [deep], [shallow], [], [], [False]),
+)
+_fused.register_fused(
+    _BN_POOL,
+    lambda deep, shallow, *rest: fuse([deep], [shallow], [], _norms(rest[:-2]), [rest[-2]], rest[-1]).squeeze(0),
+    lambda backend, deep, shallow, *rest: _refuses(backend, [deep], [shallow], [], _norms(rest[:-1]), [rest[-1]]),
+)
+_fused.register_fused(_EXPERTS, fuse, _refuses)

@@ -177,8 +177,8 @@ _fused_op = define_fused_loss(
     "Tensor target, Tensor? factors",  # float64 [2], factors of the two weights
     _OPTIONS,
     3,
-    forward=lambda *args: _fused.kernels("dkt", args[-1]).dkt_forward(*args[:-1]),
-    backward=lambda *args: _fused.kernels("dkt", args[-1]).dkt_backward(*args[:-1]),
+    forward=lambda *args: _fused.kernels("dkt", args[-1], _native_loss).dkt_forward(*args[:-1]),
+    backward=lambda *args: _fused.kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:-1]),
     fake_forward=_native_loss.new_dkt_results,
     both=lambda *args: _native_loss.dkt_both(*args[:-1]) if args[-1] == "cpu" else None,
 )
@@ -207,4 +207,4 @@ def _fused_loss(
 
 
 _backend.register(_NAME, "reference", _reference)
-_fused.register_fused(_NAME, _fused_loss)
+_fused.register_fused_loss(_NAME, _fused_loss)

@@ -4,9 +4,6 @@ Triton decides at its import whether it interprets, so the checks run in a proce
 the functions of this file that are named ``check_``.
 """
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,26 +36,8 @@ DEFAULTS = {
 }
 
 
-def test_in_the_interpreter():
-    checks = [name for name in globals() if name.startswith("check_")]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=check_",
-        __file__,
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    environment["TRITON_INTERPRET"] = "1"
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    output = run.stdout + run.stderr
-    assert run.returncode == 0, output[-6000:]
-    missing = [name for name in checks if f"::{name}" not in output]
-    assert checks and not missing and " skipped" not in output.splitlines()[-1], (missing, output[-2000:])
+def test_in_the_interpreter(interpret):
+    interpret(__file__, [name for name in globals() if name.startswith("check_")])
 
 
 def dkt(logits, target, incoming=1.0, factors=None, **options):

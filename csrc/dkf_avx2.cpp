@@ -1,0 +1,15 @@
+// The CPU kernels of depth-wise knowledge fusion for AVX2; CMakeLists.txt sets the compiler's flags where the processor
+// is an x86-64.
+#if defined(__AVX2__)
+
+#include "dkf_rows.h"
+
+const shike::DkfKernels* shike::dkf_avx2_kernels() { return dkf_kernels_of_this_file(); }
+
+#else
+
+#include "dkf_cpu.h"
+
+const shike::DkfKernels* shike::dkf_avx2_kernels() { return nullptr; }
+
+#endif
