@@ -1,5 +1,7 @@
 """Modules built on :mod:`shike_fast.ops`: the classifiers of all experts, depth-wise knowledge fusion, two losses.
 
+:class:`SyncBatchNorm` takes batch statistics over all processes, on the CPU too.
+
 Tensor layouts: ``K`` experts, ``B`` samples, ``C`` classes, ``D`` feature channels. Every module works in a user's
 own network.
 """
@@ -16,8 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shike_fast import ops
+from shike_fast.sync_batch_norm import SyncBatchNorm, arguments_of, convert_sync_batchnorm
+from shike_fast.sync_batch_norm import process_group_of as _process_group
 
-__all__ = ["BalancedSoftmaxLoss", "CosineClassifier", "DKTLoss", "DepthwiseKnowledgeFusion", "LinearClassifier"]
+__all__ = [
+    "BalancedSoftmaxLoss",
+    "CosineClassifier",
+    "DKTLoss",
+    "DepthwiseKnowledgeFusion",
+    "LinearClassifier",
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "fuse_experts",
+]
 
 NORMALIZE_EPS = 1e-12
 
@@ -87,9 +100,10 @@ class CosineClassifier(_ExpertClassifier):
     def forward(self, features: Tensor) -> Tensor:
         features, weight = self._operands(features)
         with _without_autocast(features.device):
-            features = F.normalize(features, dim=2, eps=NORMALIZE_EPS)
-            weight = F.normalize(weight, dim=1, eps=NORMALIZE_EPS)
-            return self.scale * torch.bmm(features, weight)
+            # The scale goes with the features' norms, [K, B, 1]; the weight's norms, [K, 1, C], divide the product: a
+            # normalised weight is a copy of [K, D, C], and so are the gradients through it.
+            scaled = features * (self.scale / _norm(features, dim=2))
+            return torch.bmm(scaled, weight) / _norm(weight, dim=1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -134,13 +148,14 @@ class DepthwiseKnowledgeFusion(nn.Module):
 
     ``S`` repeats [3x3 convolution, stride 2, padding 1, no bias -> BatchNorm -> ReLU], doubling the channels each
     time (the last one goes to ``channels_out``). The convolution with index 1 has no ReLU, as published. The last
-    BatchNorm, its ReLU, the product and the pooling are one operator, :func:`shike_fast.ops.dkf_bn_pool`, so
-    ``S(shallow)`` is never stored.
+    BatchNorm, its ReLU, the product and the pooling are one operator, :func:`shike_fast.ops.dkf_experts`, so
+    ``S(shallow)`` is never stored. :func:`fuse_experts` serves several experts with one call of it.
 
     ``convs`` and ``norms`` hold plain :class:`torch.nn.Conv2d` and :class:`torch.nn.BatchNorm2d`; the last norm keeps
-    all of BatchNorm's behaviour (running statistics, ``momentum=None``, ``track_running_stats=False``, ``eval()``),
-    but its forward hooks do not run. Where it was replaced, for instance by ``convert_sync_batchnorm``, it is called
-    as a module and only the product and the pooling are fused.
+    all of BatchNorm's behaviour (running statistics, ``momentum=None``, ``track_running_stats=False``, ``eval()``).
+    Converted by :func:`convert_sync_batchnorm` or ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` it is fused too,
+    with statistics over all processes of its group, on the CPU as well. Where it has hooks or was replaced by
+    something else, it is called as a module and only the product and the pooling are fused.
 
     ``forward(shallow, deep)``: shallow [B, channels_in, H', W'] and deep [B, channels_out, H, W], floating, any
     strides (channels-last preferred), where H and W are H' and W' halved ``depth`` times, rounding up. Returns [B,
@@ -168,7 +183,13 @@ class DepthwiseKnowledgeFusion(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
 
-    def forward(self, shallow: Tensor, deep: Tensor) -> Tensor:
+    @property
+    def relu(self) -> bool:
+        """Whether ReLU follows the last BatchNorm."""
+        return self._has_relu(len(self.convs) - 1)
+
+    def convolve(self, shallow: Tensor) -> Tensor:
+        """All of ``S`` but its last BatchNorm and ReLU."""
         x = shallow
         last = len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
@@ -177,16 +198,75 @@ class DepthwiseKnowledgeFusion(nn.Module):
                 x = norm(x)
                 if self._has_relu(i):
                     x = F.relu(x, inplace=True)
-        if x.shape != deep.shape:
-            raise ValueError(
-                f"DepthwiseKnowledgeFusion: deep must have the shape of the convolved shallow map, {list(x.shape)}, "
-                f"got {list(deep.shape)} (shallow {list(shallow.shape)}, {last + 1} strided convolutions)"
-            )
-        return _bn_product_pool(self.norms[last], x, deep, relu=self._has_relu(last))
+        return x
+
+    def forward(self, shallow: Tensor, deep: Tensor) -> Tensor:
+        return fuse_experts([self], [shallow], [deep])[0]
 
     @staticmethod
     def _has_relu(index: int) -> bool:
         return index != 1  # the second convolution of a chain stays linear, as published
+
+
+def fuse_experts(
+    fusions: Sequence[DepthwiseKnowledgeFusion],
+    shallow: Sequence[Tensor],
+    deep: Sequence[Tensor],
+    *,
+    shortcut: Sequence[Tensor] | None = None,
+    deep_norms: Sequence[nn.Module] | None = None,
+) -> Tensor:
+    r"""Depth-wise knowledge fusion of K experts, all in one operator: :func:`shike_fast.ops.dkf_experts`.
+
+    .. math:: f_k = \mathrm{mean}_{hw}(deep_k \odot S_k(shallow_k))
+
+    With ``shortcut`` and ``deep_norms``, the deep map of expert k is ``relu(deep_norms[k](deep[k]) + shortcut[k])``:
+    the end of a residual block, which then is not stored either.
+
+    Args:
+        fusions: K modules, whose last norm works as described there.
+        shallow: K maps [B, channels_in, H', W'], as each module takes them.
+        deep: K maps [B, channels_out, H, W].
+        shortcut: K maps of the same shape.
+        deep_norms: K BatchNorm modules.
+
+    Returns:
+        [K, B, channels_out].
+
+    Raises:
+        ValueError: a deep map has another shape than the convolved shallow map, the numbers of members differ, or only
+            one of ``shortcut`` and ``deep_norms`` is given.
+    """
+    if (shortcut is None) != (deep_norms is None):
+        raise ValueError("fuse_experts: shortcut and deep_norms must both be given or both be None")
+    convolved = [fusion.convolve(map_) for fusion, map_ in zip(fusions, shallow, strict=True)]
+    for fusion, x, map_, source in zip(fusions, convolved, deep, shallow, strict=True):
+        if x.shape != map_.shape:
+            raise ValueError(
+                f"DepthwiseKnowledgeFusion: deep must have the shape of the convolved shallow map, {list(x.shape)}, "
+                f"got {list(map_.shape)} (shallow {list(source.shape)}, {len(fusion.convs)} strided convolutions)"
+            )
+    norms = [fusion.norms[-1] for fusion in fusions]
+    groups = {_process_group(norm) for norm in (*norms, *(deep_norms or ()))}
+    same_shapes = len({(x.shape, x.device) for x in (*deep, *(shortcut or ()))}) == 1
+    if all(map(is_batch_norm, (*norms, *(deep_norms or ())))) and len(groups) == 1 and same_shapes:
+        return ops.dkf_experts(
+            deep,
+            convolved,
+            [arguments_of(norm) for norm in norms],
+            relu=[fusion.relu for fusion in fusions],
+            shortcut=shortcut,
+            deep_norms=None if deep_norms is None else [arguments_of(norm) for norm in deep_norms],
+            process_group=groups.pop(),
+        )
+    if shortcut is not None and deep_norms is not None:
+        deep = [F.relu(norm(y) + s) for norm, y, s in zip(deep_norms, deep, shortcut, strict=True)]
+    return torch.stack(
+        [
+            _bn_product_pool(norm, x, y, fusion.relu)
+            for fusion, norm, x, y in zip(fusions, norms, convolved, deep, strict=True)
+        ]
+    )
 
 
 class DKTLoss(nn.Module):
@@ -252,6 +332,11 @@ class BalancedSoftmaxLoss(nn.Module):
         return ops.balanced_softmax_loss(logits, target, self.class_counts, backend=self.backend)
 
 
+def _norm(vectors: Tensor, dim: int) -> Tensor:
+    """max(|v|, ε), the dimension kept."""
+    return torch.linalg.vector_norm(vectors, dim=dim, keepdim=True).clamp_min(NORMALIZE_EPS)
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
     # autocast rejects devices it does not know (meta), even when asked to be off
     if torch.amp.is_autocast_available(device.type):
@@ -259,28 +344,35 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _bn_product_pool(norm: nn.Module, x: Tensor, deep: Tensor, *, relu: bool) -> Tensor:
-    """mean_hw(deep * [relu](norm(x))), fused with the norm's arithmetic where it is a plain BatchNorm2d."""
-    if not isinstance(norm, nn.BatchNorm2d):
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether an operator can do the module's work: a BatchNorm2d or a SyncBatchNorm that nothing watches."""
+    own = type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+    return isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | SyncBatchNorm) and own and not has_hooks(norm)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see the module's forward or backward."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return "forward" in module.__dict__ or bool(own) or bool(nn.modules.module._has_any_global_hook())
+
+
+def _bn_product_pool(norm: nn.Module, x: Tensor, deep: Tensor, relu: bool) -> Tensor:
+    """mean_hw(deep * [relu](norm(x))), fused with the norm's arithmetic where an operator can do its work."""
+    if not is_batch_norm(norm):
         x = norm(x)
         return ops.dkf_pool(deep, F.relu(x) if relu else x)
-    # The state that BatchNorm2d.forward handles around F.batch_norm: which statistics to use and update, and how fast.
-    training = norm.training or norm.running_mean is None
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    tracks = not norm.training or norm.track_running_stats
+    group = _process_group(norm)
+    weight, bias, mean, var, training, momentum, eps = arguments_of(norm)
     return ops.dkf_bn_pool(
         deep,
         x,
-        norm.weight,
-        norm.bias,
-        norm.running_mean if tracks else None,
-        norm.running_var if tracks else None,
+        weight,
+        bias,
+        mean,
+        var,
         training=training,
         momentum=momentum,
-        eps=norm.eps,
+        eps=eps,
         relu=relu,
+        process_group=group,
     )

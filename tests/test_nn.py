@@ -42,6 +42,68 @@ def test_cosine_classifier_of_zero_features_is_zero():
     assert features.grad.isfinite().all()
 
 
+def published_cosine(features, weight, scale):
+    return scale * F.normalize(features, dim=2) @ F.normalize(weight, dim=1)
+
+
+def cosine_case(dtype=torch.float64):
+    """A classifier with a zero column, and features of which one vector is zero."""
+    classifier = nn.CosineClassifier(3, 16, 7).to(dtype)
+    with torch.no_grad():
+        classifier.weight.mul_(torch.rand(3, 1, 7) + 0.5)
+        classifier.weight[1, :, 2] = 0.0
+    features = torch.randn(3, 5, 16, dtype=dtype)
+    features[2, 3] = 0.0
+    return classifier, features.requires_grad_()
+
+
+def test_cosine_classifier_equals_the_published_expression():
+    classifier, features = cosine_case()
+    logits, expected = classifier(features), published_cosine(features, classifier.weight, 30.0)
+    torch.testing.assert_close(logits, expected, rtol=1e-13, atol=1e-13)
+    assert not logits[1, :, 2].any() and not logits[2, 3].any()
+    incoming, inputs = torch.randn_like(logits), (features, classifier.weight)
+    gradients, theirs = (torch.autograd.grad(z, inputs, incoming) for z in (logits, expected))
+    torch.testing.assert_close(gradients, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_cosine_classifier_passes_gradcheck_in_features_and_weight():
+    classifier = nn.CosineClassifier(2, 4, 3).double()
+    features = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def logits(features, weight):
+        return torch.func.functional_call(classifier, {"weight": weight}, (features,))
+
+    assert torch.autograd.gradcheck(logits, (features, classifier.weight))
+    assert torch.autograd.gradgradcheck(logits, (features, classifier.weight))
+
+
+def test_cosine_classifier_under_autocast_is_exact_on_rounded_features():
+    classifier, features = cosine_case(torch.float32)
+    rounded = features.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = classifier(rounded)
+    exact = published_cosine(rounded.double(), classifier.weight.double(), 30.0)
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-5
+    logits.square().sum().backward()
+    assert rounded.grad.dtype == torch.bfloat16 and classifier.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("of_weight", [1e-20, 1.0, 1e15])
+@pytest.mark.parametrize("of_features", [1e-20, 1.0, 1e15])
+def test_cosine_classifier_takes_vectors_of_any_length(of_features, of_weight):
+    classifier, features = cosine_case(torch.float32)
+    features = (of_features * features.detach()).requires_grad_()
+    with torch.no_grad():
+        classifier.weight.mul_(of_weight)
+    logits = classifier(features)
+    exact = published_cosine(features.double(), classifier.weight.double(), 30.0)
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    for gradient in torch.autograd.grad(logits.square().sum(), (features, classifier.weight)):
+        assert gradient.isfinite().all()
+
+
 def test_linear_classifier_is_k_linear_layers():
     classifier = nn.LinearClassifier(3, 50, 40).double()
     features = torch.randn(3, 7, 50, dtype=torch.float64)
@@ -151,15 +213,17 @@ def test_fusion_matches_plain_modules(depth, variant):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_fusion_runs_the_last_norm_inside_the_operator(monkeypatch):
-    fusion, shallow, deep = fusion_case(2)
+@pytest.mark.parametrize(("depth", "relu"), [(1, True), (2, False), (3, True)])
+def test_fusion_runs_the_last_norm_inside_the_operator(monkeypatch, depth, relu):
+    fusion, shallow, deep = fusion_case(depth)
     calls = []
-    monkeypatch.setattr(ops, "dkf_bn_pool", lambda *args, **options: calls.append(options) or deep.mean((2, 3)))
-    fusion(shallow, deep)
-    assert [call["relu"] for call in calls] == [False]
-    fusion, shallow, deep = fusion_case(3)
-    fusion(shallow, deep)
-    assert [call["relu"] for call in calls] == [False, True]
+    monkeypatch.setattr(
+        ops, "dkf_experts", lambda *args, **options: calls.append((args, options)) or torch.zeros(1, 5, 4 * 2**depth)
+    )
+    assert torch.equal(fusion(shallow, deep), torch.zeros(5, 4 * 2**depth))
+    [((deep_maps, _, [norm]), options)] = calls
+    assert deep_maps[0] is deep and norm.weight is fusion.norms[-1].weight
+    assert options["relu"] == [relu] and options["shortcut"] is None
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shike_fast.nn import CosineClassifier, DepthwiseKnowledgeFusion, LinearClassifier
+from shike_fast.models._recompute import recomputed
+from shike_fast.nn import (
+    CosineClassifier,
+    DepthwiseKnowledgeFusion,
+    LinearClassifier,
+    SyncBatchNorm,
+    fuse_experts,
+    has_hooks,
+    is_batch_norm,
+)
 
 
 class BasicBlock(nn.Module):
@@ -24,11 +33,17 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = _projection(channels_in, width, stride)
 
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn2
+
+    def before_last_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last BatchNorm gets, and the shortcut that is added to what it gives."""
+        out = self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        return out, x if self.downsample is None else self.downsample(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return F.relu(out, inplace=True)
+        return _end_of_block(self.last_norm, *self.before_last_norm(x))
 
 
 class Bottleneck(nn.Module):
@@ -51,15 +66,33 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(self.channels_out)
         self.downsample = _projection(channels_in, self.channels_out, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn3
+
+    def before_last_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last BatchNorm gets, and the shortcut that is added to what it gives."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return F.relu(out, inplace=True)
+        out = self.conv3(F.relu(self.bn2(self.conv2(out)), inplace=True))
+        return out, x if self.downsample is None else self.downsample(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _end_of_block(self.last_norm, *self.before_last_norm(x))
 
 
+Result = TypeVar("Result")
 Block = Callable[[int, int, int], BasicBlock | Bottleneck]
+_DRAW_NOTHING = (  # of other modules nobody knows whether they draw random numbers
+    BasicBlock,
+    Bottleneck,
+    nn.Sequential,
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    SyncBatchNorm,
+    nn.MaxPool2d,
+    nn.Identity,
+)
 
 
 class MultiExpertResNet(nn.Module):
@@ -74,7 +107,9 @@ class MultiExpertResNet(nn.Module):
 
     Attributes: ``conv1``, ``bn1``, ``layer1`` ... (shared), ``experts`` (K copies of the last stage), ``fusions`` (K
     chains), ``classifiers``, ``rt_classifiers``; ``description``, set by :func:`~shike_fast.models.create_model`,
-    which rebuilds it.
+    which rebuilds it; ``checkpoint_activations``, a switch, off at first: store only what enters the stem and each
+    block, and compute their insides again in the backward pass (same results, less memory, more time; forward hooks
+    in there are called twice).
 
     Args:
         block: ``block(channels_in, width, stride)`` builds a block that says its ``channels_out``.
@@ -108,6 +143,7 @@ class MultiExpertResNet(nn.Module):
         super().__init__()
         _check_arguments(blocks, num_classes, num_experts, in_channels, classifier)
         self.description = {}
+        self.checkpoint_activations = False
         self.in_channels = in_channels
         self.num_experts = num_experts
         self.num_shared = len(blocks) - 1
@@ -161,15 +197,33 @@ class MultiExpertResNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features of every expert: images [B, in_channels, H, W] -> [K, B, D]."""
         self._check_images(images)
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = self._run(self._stem, images, self.conv1, self.bn1, self.maxpool)
         shallow = []
         for i in range(self.num_shared):
-            x = getattr(self, f"layer{i + 1}")(x)
+            x = self._run_stage(getattr(self, f"layer{i + 1}"), x)
             shallow.append(x)
-        deep = [expert(x) for expert in self.experts]
         if self.fusions is None:
-            return torch.stack([map_.mean(dim=(2, 3)) for map_ in deep])
-        return torch.stack([fuse(shallow[k % self.num_shared], deep[k]) for k, fuse in enumerate(self.fusions)])
+            return torch.stack([self._run_stage(expert, x).mean(dim=(2, 3)) for expert in self.experts])
+        fusions = cast(list[DepthwiseKnowledgeFusion], list(self.fusions))
+        sources = [shallow[k % self.num_shared] for k in range(self.num_experts)]
+        if not all(type(fusion) is DepthwiseKnowledgeFusion and not has_hooks(fusion) for fusion in fusions):
+            pairs = zip(fusions, sources, self.experts, strict=True)
+            return torch.stack([fusion(source, self._run_stage(expert, x)) for fusion, source, expert in pairs])
+        if not all(map(_foldable, self.experts)):
+            return fuse_experts(fusions, sources, [self._run_stage(expert, x) for expert in self.experts])
+        deep: list[Tensor] = []
+        shortcut: list[Tensor] = []
+        norms: list[nn.Module] = []
+        for expert in self.experts:
+            blocks, out = list(cast(nn.Sequential, expert)), x
+            for block in blocks[:-1]:
+                out = self._run(block, out, block)
+            last = cast(BasicBlock | Bottleneck, blocks[-1])
+            y, added = self._run(last.before_last_norm, out, last)
+            deep.append(y)
+            shortcut.append(added)
+            norms.append(last.last_norm)
+        return fuse_experts(fusions, sources, deep, shortcut=shortcut, deep_norms=norms)
 
     def classify(self, features: Tensor, stage: int = 1) -> Tensor:
         """Logits from features, [K, B, D] -> [K, B, C]: stage 1 by ``classifiers``, stage 2 by ``rt_classifiers``."""
@@ -182,6 +236,24 @@ class MultiExpertResNet(nn.Module):
     def stage2_parameters(self) -> list[nn.Parameter]:
         """The parameters of ``rt_classifiers``: stage 2 trains them and freezes all others, BatchNorm in train mode."""
         return list(self.rt_classifiers.parameters())
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+
+    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """``stage(x)``, block by block where nothing sees or replaces the stage as a whole."""
+        if not self.checkpoint_activations or type(stage).forward is not nn.Sequential.forward or has_hooks(stage):
+            return self._run(stage, x, stage)
+        for block in cast(nn.Sequential, stage):
+            x = self._run(block, x, block)
+        return x
+
+    def _run(self, function: Callable[[Tensor], Result], x: Tensor, *modules: nn.Module) -> Result:
+        """``function(x)``, which calls these modules; what is stored of it is up to ``checkpoint_activations``."""
+        if not (self.checkpoint_activations and self.training):
+            return function(x)
+        draws = not all(type(member) in _DRAW_NOTHING for module in modules for member in module.modules())
+        return recomputed(function, x, modules, draws=draws)
 
     def _check_images(self, images: Tensor) -> None:
         least = self.min_image_size
@@ -211,6 +283,25 @@ def _projection(channels_in: int, channels_out: int, stride: int) -> nn.Sequenti
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False), nn.BatchNorm2d(channels_out)
     )
+
+
+def _end_of_block(norm: nn.Module, y: Tensor, shortcut: Tensor) -> Tensor:
+    out = norm(y)
+    out = out + shortcut if has_hooks(norm) else out.add_(shortcut)  # what backward hooks see must not change in place
+    return F.relu(out, inplace=True)
+
+
+def _foldable(expert: nn.Module) -> bool:
+    """Whether the end of the expert's last block can be left to the fusion: nothing else sees or replaces it."""
+    if type(expert).forward is not nn.Sequential.forward or has_hooks(expert):
+        return False
+    last = cast(nn.Sequential, expert)[-1]
+    if not isinstance(last, BasicBlock | Bottleneck) or type(last).forward not in (
+        BasicBlock.forward,
+        Bottleneck.forward,
+    ):
+        return False
+    return not has_hooks(last) and is_batch_norm(last.last_norm)
 
 
 def _stage(block: Block, channels: int, width: int, count: int, stride: int) -> tuple[nn.Sequential, int]:
