@@ -20,6 +20,8 @@ class ArrayDataset(Dataset[tuple[Tensor, int]]):
         labels: int64 [N].
         augmentation: a key of :data:`shike_fast.data.augment.AUGMENTATIONS`.
         seed: seed of the augmentation where the caller names no other.
+        augment: that augmentation.
+        normalise: what follows it.
     """
 
     def __init__(
@@ -41,13 +43,13 @@ class ArrayDataset(Dataset[tuple[Tensor, int]]):
         self.labels = labels
         self.augmentation = augmentation
         self.seed = seed
-        self._augment = AUGMENTATIONS[augmentation]
-        self._normalise = Normalise(mean, std)
+        self.augment = AUGMENTATIONS[augmentation]
+        self.normalise = Normalise(mean, std)
 
     @property
     def one_by_one(self) -> bool:
         """Whether worker processes pay off: the augmentation handles each image in turn."""
-        return self._augment.one_by_one
+        return self.augment.one_by_one
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,8 +60,8 @@ class ArrayDataset(Dataset[tuple[Tensor, int]]):
 
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Normalised float32 images [B, C, H, W] and int64 labels [B]; a row depends on (seed, epoch, index) alone."""
-        words = self._augment.draw(indices, seed=seed, epoch=epoch)
-        return self._augment(self.images[indices], words, self._normalise), torch.from_numpy(self.labels[indices])
+        words = self.augment.draw(indices, seed=seed, epoch=epoch)
+        return self.augment(self.images[indices], words, self.normalise), torch.from_numpy(self.labels[indices])
 
 
 def build(

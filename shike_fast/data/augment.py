@@ -2,10 +2,14 @@
 
 Images are uint8 [B, C, H, W] until they are normalised. Every function takes its random draws as arguments, so what it
 does to a sample depends on that sample's draws alone, never on its neighbours in the batch.
+
+This is the plain form, with NumPy and Pillow. :mod:`shike_fast.data.batched` does the same on any device; what the
+words of a sample decide (``crop_corners``, ``flips``, ``policy_draws``, ``hole_corners``) is defined here for both.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +26,7 @@ _CROP_Y, _CROP_X, _FLIP, _POLICY, _APPLY1, _SIGN1, _APPLY2, _SIGN2, _CUTOUT_Y, _
 
 Words = NDArray[np.uint32]  # [B, words]
 Pixels = NDArray[np.uint8]  # [B, C, H, W]
+Positions = NDArray[np.int64]
 
 
 def padding_of(side: int) -> int:
@@ -34,59 +39,82 @@ def cutout_of(side: int) -> int:
     return side // 2
 
 
+def crop_corners(words: Words, height: int, width: int) -> tuple[Positions, Positions]:
+    """The upper left corner of each sample's window in its padded image: rows [B] and columns [B]."""
+    rows = integers(words[:, _CROP_Y], 2 * padding_of(height) + 1)
+    return rows, integers(words[:, _CROP_X], 2 * padding_of(width) + 1)
+
+
 def random_crop(images: Pixels, words: Words) -> Pixels:
     """Pad with zeros and cut a window of the old size at a uniformly drawn position."""
     height, width = images.shape[2:]
     pad_y, pad_x = padding_of(height), padding_of(width)
     padded = np.pad(images, ((0, 0), (0, 0), (pad_y, pad_y), (pad_x, pad_x)))
     windows = sliding_window_view(padded, (height, width), axis=(2, 3))  # [B, C, 2·pad+1, 2·pad+1, H, W], no copy
-    top = integers(words[:, _CROP_Y], 2 * pad_y + 1)
-    left = integers(words[:, _CROP_X], 2 * pad_x + 1)
+    top, left = crop_corners(words, height, width)
     return windows[np.arange(len(images)), :, top, left]
+
+
+def flips(words: Words) -> NDArray[np.bool_]:
+    """Which samples are mirrored, [B]: each with probability 1/2."""
+    return integers(words[:, _FLIP], 2) == 1
 
 
 def random_flip(images: Pixels, words: Words) -> Pixels:
     """Mirror left to right with probability 1/2."""
     flipped = images[..., ::-1]
-    return np.where((integers(words[:, _FLIP], 2) == 1)[:, None, None, None], flipped, images)
+    return np.where(flips(words)[:, None, None, None], flipped, images)
+
+
+class PolicyDraws(NamedTuple):
+    """What the random words say of the CIFAR-10 policy, for each sample of a batch."""
+
+    policies: Positions  # [B], the sub-policy
+    applied: NDArray[np.bool_]  # [B, 2], whether its first and its second step are applied
+    signs: Positions  # [B, 2], +1 or -1
+
+
+def policy_draws(words: Words) -> PolicyDraws:
+    """Draw a sub-policy uniformly, each of its steps with the step's probability, and a sign for either."""
+    policies = integers(words[:, _POLICY], len(CIFAR10_POLICY))
+    probabilities = np.array([[step.probability for step in steps] for steps in CIFAR10_POLICY])
+    applied = uniform(words[:, (_APPLY1, _APPLY2)]) < probabilities[policies]
+    return PolicyDraws(policies, applied, 2 * integers(words[:, (_SIGN1, _SIGN2)], 2) - 1)
 
 
 def auto_augment(images: Pixels, words: Words) -> Pixels:
     """Apply one uniformly drawn sub-policy of the CIFAR-10 policy to each image."""
-    policies = integers(words[:, _POLICY], len(CIFAR10_POLICY))
-    apply = uniform(words[:, (_APPLY1, _APPLY2)])
-    signs = 2 * integers(words[:, (_SIGN1, _SIGN2)], 2) - 1
+    draws = policy_draws(words)
     result = images.copy()
-    for b, policy in enumerate(policies):
-        steps = [
-            (step, int(sign))
-            for step, draw, sign in zip(CIFAR10_POLICY[policy], apply[b], signs[b], strict=True)
-            if draw < step.probability
-        ]
-        if not steps:
-            continue
+    for b in np.flatnonzero(draws.applied.any(1)):
         image = _to_image(images[b])
-        for step, sign in steps:
-            image = apply_step(image, step, sign)
+        for k in np.flatnonzero(draws.applied[b]):
+            image = apply_step(image, CIFAR10_POLICY[draws.policies[b]][k], int(draws.signs[b, k]))
         result[b] = _to_pixels(image)
     return result
 
 
-def cutout(images: Tensor, words: Words) -> None:
-    """Zero one square hole per normalised image, in place (DeVries & Taylor, arXiv 1708.04552).
+def hole_corners(words: Words, height: int, width: int) -> tuple[Positions, Positions]:
+    """The upper left corner of each sample's Cutout hole: rows [B] and columns [B], negative outside the image.
 
     The centre is uniform over the pixels, so the hole may reach over the border.
     """
+    rows = integers(words[:, _CUTOUT_Y], height) - cutout_of(height) // 2
+    return rows, integers(words[:, _CUTOUT_X], width) - cutout_of(width) // 2
+
+
+def cutout(images: Tensor, words: Words) -> None:
+    """Zero one square hole per normalised image, in place (DeVries & Taylor, arXiv 1708.04552)."""
     height, width = images.shape[2:]
-    rows = _span(integers(words[:, _CUTOUT_Y], height), cutout_of(height), height)  # [B, H]
-    columns = _span(integers(words[:, _CUTOUT_X], width), cutout_of(width), width)  # [B, W]
+    top, left = hole_corners(words, height, width)
+    rows, columns = span(top, height), span(left, width)
     images.masked_fill_(torch.from_numpy(rows[:, None, :, None] & columns[:, None, None, :]), 0.0)
 
 
-def _span(centre: NDArray[np.int64], size: int, length: int) -> NDArray[np.bool_]:
-    position = np.arange(length)[None, :]
-    start = centre[:, None] - size // 2
-    return (position >= start) & (position < start + size)
+def span(start: Positions, side: int) -> NDArray[np.bool_]:
+    """Which of ``side`` rows, or columns, a Cutout hole covers that starts at ``start`` [B]: [B, side]."""
+    position = np.arange(side)[None, :]
+    return (position >= start[:, None]) & (position < start[:, None] + cutout_of(side))
 
 
 def _to_image(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -100,17 +128,21 @@ def _to_pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 class Normalise:
-    """uint8 pixels to float32: (pixel / 255 − mean) / std for each channel."""
+    """uint8 pixels to float32: (pixel / 255 − mean) / std for each channel.
+
+    Attributes:
+        scale, shift: float32 [C, 1, 1]; the result is pixel · scale + shift, rounded after either operation.
+    """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         centre = torch.tensor(mean, dtype=torch.float64)[:, None, None]
         spread = torch.tensor(std, dtype=torch.float64)[:, None, None]
-        self._scale = (1 / (255 * spread)).float()
-        self._shift = (-centre / spread).float()
+        self.scale = (1 / (255 * spread)).float()
+        self.shift = (-centre / spread).float()
 
     def __call__(self, images: Pixels) -> Tensor:
         """Normalise uint8 [..., C, H, W]."""
-        return torch.from_numpy(images).float().mul_(self._scale).add_(self._shift)
+        return torch.from_numpy(images).float().mul_(self.scale).add_(self.shift)
 
 
 @dataclass(frozen=True)

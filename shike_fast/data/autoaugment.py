@@ -110,4 +110,16 @@ def apply_step(image: Image.Image, step: Step, sign: int) -> Image.Image:
         sign: +1 or -1, the direction of the signed operations.
     """
     magnitude = float(MAGNITUDES[step.operation][step.level]) if step.operation in MAGNITUDES else 0.0
-    return _OPERATIONS[step.operation](image, magnitude, sign)
+    return apply_operation(image, step.operation, magnitude, sign)
+
+
+def apply_operation(image: Image.Image, operation: str, magnitude: float, sign: int = 1) -> Image.Image:
+    """Apply an operation at a magnitude in the units of :data:`MAGNITUDES`; operations without one ignore it.
+
+    Args:
+        image: mode "RGB" or "L".
+        operation: its name.
+        magnitude: may be negative where a direction has a meaning: a negative angle rotates clockwise.
+        sign: +1 or -1, the direction of the signed operations.
+    """
+    return _OPERATIONS[operation](image, magnitude, sign)

@@ -57,8 +57,7 @@ class LongTailData:
         mean, std: normalisation of each channel, for pixels in [0, 1].
         imbalance_factor: the factor of the subset, None where the whole set is used.
         augmentation: name of the training augmentation.
-        fingerprint: hash that identifies exactly this training set (its labels and its pixels, or its file names and
-        sizes).
+        fingerprint: hash that identifies this training set (its labels, and its pixels or the names of its files).
     """
 
     name: str
@@ -114,6 +113,7 @@ class LoadOptions:
     verify: bool
     seed: int
     image_size: int | None
+    strict: bool = False
 
 
 def require_data_dir(info: DatasetInfo, options: LoadOptions) -> Path:
@@ -122,6 +122,8 @@ def require_data_dir(info: DatasetInfo, options: LoadOptions) -> Path:
         raise DataError(f"{info.name}: needs --data-dir; {info.how_obtained}")
     return options.data_dir
 
+
+MOST_PIXELS_A_SIDE = 4096  # of an image as the network sees it
 
 LoadFunction = Callable[[DatasetInfo, LoadOptions], LongTailData]
 
@@ -155,18 +157,20 @@ def load_dataset(
     download: bool = False,
     verify: bool = True,
     seed: int = 0,
+    strict: bool = False,
 ) -> LongTailData:
     """Load a long-tailed data set.
 
     Args:
         name: one of :func:`datasets`.
-        data_dir: folder with its files; None for the place where the system's package puts them, if there is one.
+        data_dir: folder with its files, or a pack of it; None for the place where the system's package puts them.
         imbalance_factor: IF of the long-tail subset, n_c = int(M · (1/IF)^(c/(C−1))); None for the data set's default.
         augmentation: training augmentation; None for the data set's default.
         image_size: side of the images in pixels, for data sets of image files (default 224).
         download: fetch missing files into ``data_dir`` (data sets that say so in :func:`datasets`).
         verify: check archive checksums and the exact number of records. Labels and formats are checked always.
         seed: seed of the augmentation, unless a loader names its own.
+        strict: raise DataError at the first image file that cannot be read, where another one would replace it.
 
     Returns:
         The training set, the test set and what describes them.
@@ -183,8 +187,8 @@ def load_dataset(
         raise DataError(f"{name}: unknown augmentation {augmentation!r}; choose one of {', '.join(info.augmentations)}")
     if image_size is not None and not info.resizable:
         raise DataError(f"{name}: image_size cannot be chosen, this data set has images of one size")
-    if image_size is not None and image_size < 1:
-        raise DataError(f"{name}: image_size must be at least 1, got {image_size}")
+    if image_size is not None and not 1 <= image_size <= MOST_PIXELS_A_SIDE:
+        raise DataError(f"{name}: image_size must be from 1 to {MOST_PIXELS_A_SIDE}, got {image_size}")
     if download and not info.downloadable:
         raise DataError(f"{name}: cannot be downloaded by this program; {info.how_obtained}")
     # A folder that is still to be downloaded into need not exist yet.
@@ -204,7 +208,12 @@ def load_dataset(
         verify=verify,
         seed=seed,
         image_size=image_size,
+        strict=strict,
     )
+    from shike_fast.data import pack  # which needs what is defined here
+
+    if options.data_dir is not None and pack.is_pack(options.data_dir):
+        return pack.load_pack(info, options, options.data_dir)
     return load(info, options)
 
 

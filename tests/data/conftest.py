@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from shike_fast.errors import DataError
 
@@ -128,18 +127,15 @@ def fashion_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def image_dir(tmp_path: Path) -> Path:
-    """An image folder: train/{cat,dog,eel} with 6, 4, 2 images of assorted sizes and formats, val with 2 each."""
-    root = tmp_path / "photos"
-    rng = np.random.default_rng(5)
-    for part, counts in (("train", (6, 4, 2)), ("val", (2, 2, 2))):
-        for label, (name, count) in enumerate(zip(("cat", "dog", "eel"), counts, strict=True)):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                height, width = rng.integers(24, 60, 2)
-                pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
-                pixels[..., label] += 150
-                extension = (".jpg", ".png", ".JPEG")[i % 3]
-                Image.fromarray(pixels).save(folder / f"{i}{extension}")
-    return root
+def failed(capsys):
+    """``failed(status, "a", "b")``: whether the command printed one line of an error that holds these texts."""
+
+    def check(status, *texts, expected=2):
+        error = capsys.readouterr().err
+        assert status == expected, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        for text in texts:
+            assert str(text) in error
+
+    return check

@@ -49,7 +49,7 @@ def test_unusable_imbalance_factor(factor, data_error):
 def test_image_size_only_where_there_is_a_choice(data_error):
     with data_error("digits-lt: image_size cannot be chosen"):
         load_dataset("digits-lt", image_size=16)
-    with data_error("imagefolder: image_size must be at least 1, got 0"):
+    with data_error("imagefolder: image_size must be from 1 to 4096, got 0"):
         load_dataset("imagefolder", image_size=0)
 
 
