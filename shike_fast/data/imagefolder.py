@@ -6,118 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from shike_fast.data._random import STREAM_AUGMENTATION, draw_words
-from shike_fast.data.augment import Normalise
-from shike_fast.data.base import (
-    DatasetInfo,
-    LoadOptions,
-    LongTailData,
-    count_classes,
-    fingerprint,
-    register_dataset,
-    require_data_dir,
-)
-from shike_fast.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD, WORDS, evaluation_transform, train_transform
-from shike_fast.data.longtail import long_tail_indices
+from shike_fast.data.base import DatasetInfo, LoadOptions, LongTailData, register_dataset, require_data_dir
+from shike_fast.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+from shike_fast.data.images import FileStore, ImagePart, build_images
+from shike_fast.data.paths import PathTable
+from shike_fast.data.photo_augment import PHOTO_AUGMENTATIONS
 from shike_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-DEFAULT_SIZE = 224
 
 INFO = DatasetInfo(
     name="imagefolder",
     description="your own images, 224x224 colour crops, one folder a class",
     how_obtained="--data-dir DIR with the images in DIR/train/CLASS and DIR/val/CLASS (or DIR/test/CLASS)",
     default_imbalance_factor=None,
-    augmentations=("rrc", "rrc-jitter", "none"),
+    augmentations=(*(name for name in PHOTO_AUGMENTATIONS if name != "none"), "none"),
     resizable=True,
 )
-
-
-class PathTable:
-    """File names in two arrays instead of a list of strings: workers share the memory, and sending them is one copy."""
-
-    def __init__(self, paths: list[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
-        self._bounds = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[self._bounds[index] : self._bounds[index + 1]].tobytes())
-
-    def take(self, indices: NDArray[np.int64]) -> "PathTable":
-        """The table of some of the names."""
-        return PathTable([self[i] for i in indices])
-
-
-class FolderDataset(Dataset[tuple[Tensor, int]]):
-    """Image files, decoded and transformed one by one.
-
-    Attributes:
-        root: folder that the paths are relative to.
-        paths: file names of the samples.
-        labels: int64 [N].
-        augmentation: "none" (resize the short side to size · 256/224, centre crop), "rrc" or "rrc-jitter".
-        size: side of the images in pixels.
-        seed: seed of the augmentation where the caller names no other.
-        one_by_one: worker processes pay off.
-    """
-
-    def __init__(
-        self, root: Path, paths: PathTable, labels: NDArray[np.int64], *, augmentation: str, size: int, seed: int = 0
-    ) -> None:
-        self.root = root
-        self.paths = paths
-        self.labels = labels
-        self.augmentation = augmentation
-        self.size = size
-        self.seed = seed
-        self.one_by_one = True
-        self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.batch(np.array([range(len(self))[index]]), seed=self.seed, epoch=0)
-        return images[0], int(labels[0])
-
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Normalised float32 images [B, C, H, W] and int64 labels [B]; a row depends on (seed, epoch, index) alone.
-
-        Raises:
-            DataError: an image cannot be decoded; names the file.
-        """
-        words = draw_words(seed, epoch, indices, WORDS, STREAM_AUGMENTATION)
-        pixels = np.empty((len(indices), 3, self.size, self.size), np.uint8)
-        for b, index in enumerate(indices):
-            image = self._decode(self.root / self.paths[index])
-            if self.augmentation == "none":
-                image = evaluation_transform(image, self.size)
-            else:
-                image = train_transform(image, self.size, words[b], jitter=self.augmentation == "rrc-jitter")
-            pixels[b] = np.asarray(image).transpose(2, 0, 1)
-        return self._normalise(pixels), torch.from_numpy(self.labels[indices])
-
-    @staticmethod
-    def _decode(path: Path) -> Image.Image:
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise many types on damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{path}: cannot be decoded as an image ({reason}); replace or remove it") from error
 
 
 @register_dataset(INFO)
@@ -139,26 +46,16 @@ def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
                 f"{test_dir / name}: a class without a folder in {train_dir}; add its training images or remove it"
             )
     paths, labels, sizes = _list_part(root, train_dir, class_names)
-    if options.imbalance_factor is not None:
-        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor)
-        paths, labels, sizes = paths.take(kept), labels[kept], sizes[kept]
     test_paths, test_labels, _ = _list_part(root, test_dir, class_names)
-    size = options.image_size or DEFAULT_SIZE
-    return LongTailData(
-        name=info.name,
-        train=FolderDataset(root, paths, labels, augmentation=options.augmentation, size=size, seed=options.seed),
-        test=FolderDataset(root, test_paths, test_labels, augmentation="none", size=size),
+    return build_images(
+        info,
+        options,
+        train=ImagePart(FileStore(root, paths), labels),
+        test=ImagePart(FileStore(root, test_paths), test_labels),
         class_names=class_names,
-        class_counts=count_classes(labels, len(class_names)),
-        in_channels=3,
-        image_size=size,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        imbalance_factor=options.imbalance_factor,
-        augmentation=options.augmentation,
-        fingerprint=fingerprint(
-            "\0".join(paths[i] for i in range(len(paths))).encode("utf-8", "surrogateescape"), sizes, labels
-        ),
+        identity=(*paths.arrays, sizes),
     )
 
 
@@ -184,8 +81,8 @@ def _list_part(
         if not folder.is_dir():
             continue  # a class without test images: it counts in no test average
         with _reading(folder):
-            files = sorted(_image_files(folder))
-            sizes += [os.path.getsize(path) for path in files]
+            files = sorted(image_files(folder))
+            sizes += [_size(path) for path in files]
         if not files:
             raise DataError(
                 f"{folder}: no images of this class ({', '.join(EXTENSIONS)}); add some or remove the folder"
@@ -195,7 +92,16 @@ def _list_part(
     return PathTable(paths), np.array(labels, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
 
-def _image_files(folder: Path) -> list[str]:
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:  # a link to nowhere: an image that cannot be read, like others
+        return 0
+
+
+def image_files(folder: Path) -> list[str]:
+    """The images in a folder and all folders below it, by their extensions, in no order."""
+
     def fail(error: OSError) -> None:
         raise error  # os.walk would pass over a folder that it cannot list
 

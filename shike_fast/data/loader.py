@@ -1,16 +1,22 @@
 """Batches of an epoch, in this process or from worker processes, resumable at any batch."""
 
 import contextlib
+import os
 import signal
 import time
-from collections.abc import Iterator
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from shike_fast.data._random import check_seed, permutation
 from shike_fast.data.base import BatchSource
@@ -22,7 +28,7 @@ _DEATH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """One batch to load: everything a worker needs to know."""
 
     indices: NDArray[np.int64]
@@ -32,36 +38,51 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A DataError on its way from a worker, sent as a value: torch would add a traceback to a raised one's text."""
+    """An error on its way from a worker, sent as a value: torch would add a traceback to the text of a raised one."""
 
     message: str
+    memory: bool = False
 
 
-class _WorkerDataset(Dataset[Batch]):
+class _WorkerDataset(Dataset[Any]):
     """What the worker processes hold: answers whole-batch requests."""
 
-    def __init__(self, source: BatchSource) -> None:
-        self.source = source
+    def __init__(self, load: Callable[[Request], Any]) -> None:
+        self.load = load
 
-    def __getitems__(self, request: _Request) -> Batch | _Failure:
+    def __getitems__(self, request: Request) -> Any:
         try:
-            return self.source.batch(request.indices, seed=request.seed, epoch=request.epoch)
+            return self.load(request)
         except DataError as error:
             return _Failure(str(error))
+        except MemoryError as error:
+            reason = " ".join(str(error).split()) or "no details"
+            message = f"out of memory in a loader process ({reason}); use fewer --workers, or a smaller --batch-size"
+            return _Failure(message, memory=True)
+
+
+@dataclass(frozen=True)
+class _LoadBatch:
+    """Answers a request with the data set's batch."""
+
+    source: BatchSource
+
+    def __call__(self, request: Request) -> Batch:
+        return self.source.batch(request.indices, seed=request.seed, epoch=request.epoch)
 
 
 class _Requests:
     """The batch sampler of the worker pool: yields the requests of the epoch that was set last."""
 
     def __init__(self) -> None:
-        self.pending: list[_Request] = []
+        self.pending: list[Request] = []
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Request]:
         return iter(self.pending)
 
 
-def _identity(batch: Batch | _Failure) -> Batch | _Failure:
-    return batch
+def _identity(answer: Any) -> Any:
+    return answer
 
 
 # Ctrl-C and a batch system's SIGTERM reach the whole process group. The main process finishes its step, saves and
@@ -69,7 +90,9 @@ def _identity(batch: Batch | _Failure) -> Batch | _Failure:
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _start_worker(_worker: int) -> None:
+def _start_worker(parent: int, _worker: int) -> None:
+    if os.getppid() != parent:  # which died meanwhile: nobody would ever end this process
+        os._exit(1)
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -84,22 +107,102 @@ def _holding_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-class Epoch:
-    """The batches of one epoch from ``start_batch`` on; ``len()`` is their number. Made by :meth:`Loader.epoch`."""
+def _end_workers(pool: DataLoader[Any]) -> None:
+    if pool._iterator is not None:
+        # There is no public way; left to the garbage collector, the workers would go on for a while.
+        pool._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
-    def __init__(self, loader: "Loader", epoch: int, start_batch: int) -> None:
+
+def share(indices: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
+    """The part of a global batch that process ``rank`` of ``world_size`` takes; the first ones take the odd samples."""
+    return np.array_split(indices, world_size)[rank]
+
+
+class Epoch:
+    """The batches of one epoch from ``start_batch`` on; ``len()`` is their number. Made by ``loader.epoch(...)``."""
+
+    def __init__(self, loader: "EpochLoader", epoch: int, start_batch: int) -> None:
         self._loader = loader
         self._epoch = epoch
         self._start_batch = start_batch
 
     def __len__(self) -> int:
-        return self._loader.batches_per_epoch - self._start_batch
+        count, size = len(self._loader.dataset), self._loader.batch_size
+        starts = range(self._start_batch * size, count, size)
+        return sum(min(size, count - start) > self._loader.rank for start in starts)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._loader._batches(self._epoch, self._start_batch)
 
 
-class Loader:
+class EpochLoader(ABC):
+    """What all loaders have in common: the order of an epoch, its global batches and this process's share of each.
+
+    The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index) alone, so a resumption
+    in the middle of an epoch and the number of processes change no sample.
+    """
+
+    def __init__(
+        self, dataset: BatchSource, *, batch_size: int, shuffle: bool, seed: int | None, rank: int, world_size: int
+    ) -> None:
+        name = type(self).__name__
+        if batch_size < 1:
+            raise ValueError(f"{name}: batch_size must be at least 1, got {batch_size}")
+        if world_size < 1:
+            raise ValueError(f"{name}: world_size must be at least 1, got {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"{name}: rank must be from 0 to {world_size - 1}, got {rank}")
+        if shuffle and len(dataset) > 0:
+            smallest = min(batch_size, (len(dataset) - 1) % batch_size + 1)
+            if smallest < world_size:
+                raise ValueError(
+                    f"{name}: the last batch of {len(dataset)} samples in batches of {batch_size} holds {smallest}, "
+                    f"too few for {world_size} processes; choose another batch size"
+                )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = check_seed(dataset.seed if seed is None else seed)
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of global batches of a whole epoch, the short last one included."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Epoch:
+        """The batches of an epoch, without the first ``start_batch`` (which are not loaded at all).
+
+        Raises:
+            ValueError: the epoch is negative or ``start_batch`` is not within the epoch.
+        """
+        name = type(self).__name__
+        if not 0 <= epoch < 2**32:
+            raise ValueError(f"{name}: epoch must be from 0 to 2**32 - 1, got {epoch}")
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(f"{name}: start_batch must be from 0 to {self.batches_per_epoch}, got {start_batch}")
+        return Epoch(self, epoch, start_batch)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The sample indices of an epoch in the order in which all processes load them, int64 [N]."""
+        return permutation(self.seed, epoch, len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+
+    def close(self) -> None:  # noqa: B027
+        """Release what is kept from epoch to epoch. The loader may be used again."""
+
+    @abstractmethod
+    def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]: ...
+
+    def _shares(self, epoch: int, start_batch: int) -> list[NDArray[np.int64]]:
+        """The indices that this process loads for each batch; without those of the end that leave it nothing."""
+        order = self.order(epoch)
+        starts = range(start_batch * self.batch_size, len(order), self.batch_size)
+        shares = [share(order[s : s + self.batch_size], self.rank, self.world_size) for s in starts]
+        return [indices for indices in shares if len(indices)]
+
+
+class Loader(EpochLoader):
     """Loads batches (images float32 [B, C, H, W] normalised, labels int64 [B]), the short last one included.
 
     The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index) alone: the number of
@@ -107,14 +210,16 @@ class Loader:
 
     Args:
         dataset: the samples.
-        batch_size: B.
+        batch_size: B, over all processes.
         shuffle: draw a new order every epoch, else file order.
         seed: of order and augmentation; None takes the data set's.
         num_workers: worker processes, kept from epoch to epoch until :meth:`close`; 0 loads in this process.
         pin_memory: return page-locked tensors, for asynchronous copies to a GPU; without effect where there is none.
+        rank, world_size: this process and the number of processes that train together; each loads its share of every
+            batch. Without shuffling, a last batch smaller than their number is left out where the share is empty.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or a shuffled epoch whose last batch has less than one sample a process.
     """
 
     def __init__(
@@ -126,81 +231,64 @@ class Loader:
         seed: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"Loader: batch_size must be at least 1, got {batch_size}")
+        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
         if num_workers < 0:
             raise ValueError(f"Loader: num_workers must be at least 0, got {num_workers}")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = check_seed(dataset.seed if seed is None else seed)
         self.num_workers = num_workers
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._requests = _Requests()
-        self._pool: DataLoader[Batch] | None = None
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches of a whole epoch, the short last one included."""
-        return -(-len(self.dataset) // self.batch_size)
-
-    def epoch(self, epoch: int, start_batch: int = 0) -> Epoch:
-        """The batches of an epoch, without the first ``start_batch`` (which are not loaded at all).
-
-        Raises:
-            ValueError: the epoch is negative or ``start_batch`` is not within the epoch.
-        """
-        if not 0 <= epoch < 2**32:
-            raise ValueError(f"Loader: epoch must be from 0 to 2**32 - 1, got {epoch}")
-        if not 0 <= start_batch <= self.batches_per_epoch:
-            raise ValueError(f"Loader: start_batch must be from 0 to {self.batches_per_epoch}, got {start_batch}")
-        return Epoch(self, epoch, start_batch)
-
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """The sample indices of an epoch in the order in which they are loaded, int64 [N]."""
-        return permutation(self.seed, epoch, len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+        self._pool: DataLoader[Any] | None = None
+        self._end_workers: Callable[[], object] = lambda: None
 
     def close(self) -> None:
         """End the worker processes. The loader may be used again: it then starts new ones."""
         if self._pool is not None:
-            iterator = self._pool._iterator
             self._pool = None
-            if iterator is not None:
-                # There is no public way; left to the garbage collector, the workers would go on for a while.
-                iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._end_workers()
+
+    def _load_function(self) -> Callable[[Request], Any]:
+        """What a worker does with a request. It goes to the workers: it must not refer to this loader."""
+        return _LoadBatch(self.dataset)
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
-        order = self.order(epoch)
-        starts = range(start_batch * self.batch_size, len(order), self.batch_size)
-        requests = [_Request(order[s : s + self.batch_size], self.seed, epoch) for s in starts]
+        return self._loaded(epoch, start_batch)
+
+    def _loaded(self, epoch: int, start_batch: int) -> Iterator[Any]:
+        """What ``_load_function`` makes of this process's share of each batch, page-locked where that was asked for."""
+        requests = [Request(indices, self.seed, epoch) for indices in self._shares(epoch, start_batch)]
         return self._from_workers(requests) if self.num_workers else self._from_here(requests)
 
-    def _from_here(self, requests: list[_Request]) -> Iterator[Batch]:
+    def _from_here(self, requests: list[Request]) -> Iterator[Any]:
+        load = self._load_function()
         for request in requests:
-            images, labels = self.dataset.batch(request.indices, seed=request.seed, epoch=request.epoch)
-            yield (images.pin_memory(), labels.pin_memory()) if self._pin_memory else (images, labels)
+            loaded = load(request)
+            yield pin_memory(loaded) if self._pin_memory else loaded
 
-    def _from_workers(self, requests: list[_Request]) -> Iterator[Batch]:
+    def _from_workers(self, requests: list[Request]) -> Iterator[Any]:
         if self._pool is None:
             self._pool = DataLoader(
-                _WorkerDataset(self.dataset),
+                _WorkerDataset(self._load_function()),
                 # PyTorch's types expect lists of indices and of samples; it passes on what it is given.
                 batch_sampler=self._requests,  # type: ignore[arg-type]
-                collate_fn=_identity,  # type: ignore[arg-type]
+                collate_fn=_identity,
                 num_workers=self.num_workers,
                 pin_memory=self._pin_memory,
-                worker_init_fn=_start_worker,
+                worker_init_fn=partial(_start_worker, os.getpid()),
                 persistent_workers=True,
                 generator=torch.Generator(),  # its own: iterating must not advance the global generator
             )
+            # Also when the program ends: it would wait for ever for workers that ignore the signal which it sends them.
+            self._end_workers = weakref.finalize(self, _end_workers, self._pool)
         self._requests.pending = requests
         for answer in self._answers(self._pool):
             if isinstance(answer, _Failure):
-                raise DataError(answer.message)
+                raise (RunError if answer.memory else DataError)(answer.message)
             yield answer
 
-    def _answers(self, pool: DataLoader[Batch]) -> Iterator[Batch | _Failure]:
+    def _answers(self, pool: DataLoader[Any]) -> Iterator[Any]:
         try:
             try:
                 with _holding_stop_signals():

@@ -2,16 +2,25 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from shike_fast.data._random import STREAM_AUGMENTATION, draw_words
-from shike_fast.data.image_transforms import ATTEMPTS, WORDS, evaluation_transform, random_crop_box, train_transform
+from shike_fast.data.decode import RawPicture
+from shike_fast.data.image_transforms import (
+    ATTEMPTS,
+    CROP_WORDS,
+    evaluation_pixels,
+    random_crop_box,
+    resize,
+    training_pixels,
+)
 
 FULL = 2**32 - 1
 
 
 def words_of(count, seed=0):
-    return draw_words(seed, 0, np.arange(count), WORDS, STREAM_AUGMENTATION)
+    return draw_words(seed, 0, np.arange(count), CROP_WORDS, STREAM_AUGMENTATION)
 
 
 @pytest.fixture
@@ -42,7 +51,7 @@ def test_crop_boxes_lie_inside_with_the_published_areas_and_ratios():
 
 
 def test_the_window_is_what_the_words_say():
-    words = np.zeros(WORDS, np.uint32)
+    words = np.zeros(CROP_WORDS, np.uint32)
     words[0] = 2**31  # area 0.54
     words[ATTEMPTS] = 2**31  # ratio 1
     words[2 * ATTEMPTS] = FULL  # top: as low as possible
@@ -51,7 +60,7 @@ def test_the_window_is_what_the_words_say():
 
 
 def test_a_later_attempt_is_used_when_the_first_does_not_fit():
-    words = np.zeros(WORDS, np.uint32)
+    words = np.zeros(CROP_WORDS, np.uint32)
     words[0] = FULL  # the whole area at ratio 3/4 does not fit a square
     words[1], words[ATTEMPTS + 1] = 2**30, 2**31  # area 0.31, ratio 1
     side = round(math.sqrt((0.08 + 0.92 / 4) * 100 * 100))
@@ -62,7 +71,7 @@ def test_a_later_attempt_is_used_when_the_first_does_not_fit():
     ("size", "box"), [((1000, 30), (480, 0, 520, 30)), ((30, 1000), (0, 480, 30, 520)), ((40, 36), (0, 0, 40, 36))]
 )
 def test_the_centre_is_used_when_nothing_fits(size, box):
-    words = np.zeros(WORDS, np.uint32)
+    words = np.zeros(CROP_WORDS, np.uint32)
     words[:ATTEMPTS] = FULL  # ten times the whole area at ratio 3/4
     assert random_crop_box(*size, words) == box
 
@@ -72,56 +81,65 @@ def test_a_one_pixel_image_has_a_crop():
         assert random_crop_box(1, 1, words) == (0, 0, 1, 1)
 
 
-def test_train_transform_crops_resizes_and_flips(photo):
-    seen = set()
+def square(side, layout=torch.contiguous_format):
+    return torch.empty(1, 3, side, side, dtype=torch.uint8, memory_format=layout)[0]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_window_is_resized_like_pillow_does(photo, layout):
     for words in words_of(20):
         box = random_crop_box(*photo.size, words)
-        expected = photo.crop(box).resize((32, 32), Image.Resampling.BILINEAR)
-        flip = int(words[2 * ATTEMPTS + 2]) >= 2**31
-        seen.add(flip)
-        pixels = np.asarray(expected)[:, ::-1] if flip else np.asarray(expected)
-        np.testing.assert_array_equal(np.asarray(train_transform(photo, 32, words, jitter=False)), pixels)
-    assert seen == {True, False}
+        expected = np.asarray(photo.crop(box).resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        result = square(32, layout)
+        training_pixels(RawPicture(np.asarray(photo)), box, result)
+        assert np.abs(result.numpy().astype(int) - expected).max() <= 1
 
 
-def test_jitter_scales_brightness_contrast_and_saturation_within_its_range(photo):
-    """A uniform grey image shows the brightness factor alone: contrast and saturation leave it as it is."""
-    grey = Image.new("RGB", (40, 40), (120, 120, 120))
-    values = [np.asarray(train_transform(grey, 8, words, jitter=True)) for words in words_of(400)]
-    assert all((value == value[0, 0, 0]).all() for value in values)
-    factors = np.array([value[0, 0, 0] / 120 for value in values])
-    assert factors.min() == pytest.approx(0.6, abs=0.02)
-    assert factors.max() == pytest.approx(1.4, abs=0.02)
-    assert factors.mean() == pytest.approx(1.0, abs=0.04)
+def test_a_window_of_the_wanted_size_is_copied(photo):
+    pixels = np.asarray(photo)
+    result = square(48)
+    training_pixels(RawPicture(pixels), (10, 20, 58, 68), result)
+    np.testing.assert_array_equal(result.numpy(), pixels[20:68, 10:58].transpose(2, 0, 1))
 
 
-def test_jitter_order_and_factors_are_the_words(photo):
-    from PIL import ImageEnhance
-
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
-    for words in words_of(30, seed=4):
-        expected = train_transform(photo, 16, words, jitter=False)
-        order = orders[int(words[2 * ATTEMPTS + 3]) * 6 >> 32]
-        for k in order:
-            factor = 0.6 + 0.8 * int(words[2 * ATTEMPTS + 4 + k]) / 2**32
-            expected = enhancers[k](expected).enhance(factor)
-        np.testing.assert_array_equal(np.asarray(train_transform(photo, 16, words, jitter=True)), np.asarray(expected))
+def test_resize_reads_what_may_not_be_written(photo):
+    pixels = np.array(photo)
+    expected = resize(pixels, 30, 20)
+    pixels.flags.writeable = False
+    np.testing.assert_array_equal(resize(pixels, 30, 20), expected)
+    assert expected.shape == (3, 20, 30)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (100, 90), (1000, 30), (1, 1)])
 def test_evaluation_resizes_the_short_side_to_256_and_crops_the_centre(size):
     ramp = np.linspace(0, 255, size[0]).astype(np.uint8)
     image = Image.fromarray(np.broadcast_to(ramp[None, :, None], (size[1], size[0], 3)).copy())
-    result = evaluation_transform(image, 224)
-    assert result.size == (224, 224)
+    result = square(224)
+    evaluation_pixels(RawPicture(np.asarray(image)), result)
     scale = 256 / min(size)
     shown = 224 / (scale * size[0])  # share of the width that is left
-    pixels = np.asarray(result)[112, :, 0].astype(float)
+    pixels = result[0, 112].double()
     if size[0] > 1:
         assert pixels[0] == pytest.approx(255 * (0.5 - shown / 2), abs=3)
         assert pixels[-1] == pytest.approx(255 * (0.5 + shown / 2), abs=3)
 
 
-def test_evaluation_at_another_size():
-    assert evaluation_transform(Image.new("RGB", (50, 40)), 32).size == (32, 32)
+def test_evaluation_at_another_margin(photo):
+    result = square(32)
+    evaluation_pixels(RawPicture(np.asarray(photo)), result, margin=1.0)
+    resized = np.asarray(photo.resize((42, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert np.abs(result.numpy().astype(int) - resized[:, :, 5:37]).max() <= 1
+
+
+def test_a_large_image_has_the_same_size_before_the_crop_as_a_small_one():
+    """Computed from the whole image, not from what is left of it after decoding at a reduced size."""
+
+    class Reduced(RawPicture):
+        def pixels(self, reduction=1):
+            return super().pixels()[::reduction, ::reduction].copy()
+
+    ramp = np.broadcast_to(np.linspace(0, 255, 1601)[None, :, None], (1030, 1601, 3)).astype(np.uint8)
+    whole, reduced = square(224), square(224)
+    evaluation_pixels(RawPicture(ramp), whole)
+    evaluation_pixels(Reduced(ramp), reduced)
+    assert (whole.int() - reduced.int()).abs().max() <= 1

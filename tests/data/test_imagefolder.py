@@ -8,12 +8,16 @@ import torch
 from PIL import Image
 
 from shike_fast.data import BatchSource, load_dataset
-from shike_fast.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform
-from shike_fast.data.imagefolder import PathTable
+from shike_fast.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD
+from shike_fast.data.paths import PathTable
 
 
 def load(root, **options):
     return load_dataset("imagefolder", data_dir=root, **{"image_size": 32, **options})
+
+
+def path_of(dataset, root, index):
+    return os.path.relpath(dataset.store.name(index), root)
 
 
 def test_classes_counts_and_files(image_dir):
@@ -25,7 +29,8 @@ def test_classes_counts_and_files(image_dir):
     assert isinstance(data.train, BatchSource)
     assert (data.in_channels, data.image_size, data.augmentation) == (3, 32, "rrc")
     assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert [data.train.paths[i] for i in (0, 2, 11)] == ["train/cat/0.jpg", "train/cat/2.JPEG", "train/eel/1.png"]
+    names = [path_of(data.train, image_dir, i) for i in (0, 2, 11)]
+    assert names == ["train/cat/0.jpg", "train/cat/2.JPEG", "train/eel/1.png"]
 
 
 def test_the_default_size_is_224(image_dir):
@@ -37,11 +42,17 @@ def test_the_default_size_is_224(image_dir):
 def test_the_test_transform_and_normalisation(image_dir):
     data = load(image_dir, augmentation="none")
     with Image.open(image_dir / "val" / "dog" / "1.png") as image:
-        pixels = np.asarray(evaluation_transform(image.convert("RGB"), 32)) / 255
+        width, height = image.size
+        scale = 37 / min(width, height)  # 32 · 256/224
+        resized = image.convert("RGB").resize(
+            (max(37, int(width * scale)), max(37, int(height * scale))), Image.Resampling.BILINEAR
+        )
+    left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
+    pixels = np.asarray(resized.crop((left, top, left + 32, top + 32))) / 255
     expected = ((pixels - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1)
     found, label = data.test[3]
     assert label == 1
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1.01 / 255 / min(IMAGENET_STD))  # one grey level
     # The augmentation "none" shows the training images like test images.
     shutil.copy(image_dir / "val" / "dog" / "1.png", image_dir / "train" / "cat" / "0.jpg")
     assert torch.equal(load(image_dir, augmentation="none").train[0][0], found)
@@ -69,7 +80,8 @@ def test_jitter_changes_the_colours(image_dir):
 def test_long_tail_subset_of_a_folder(image_dir):
     data = load(image_dir, imbalance_factor=3)  # the formula gives 6, 3, 2
     assert data.class_counts.tolist() == [6, 3, 2]
-    assert [data.train.paths[i] for i in (6, 8, 9)] == ["train/dog/0.jpg", "train/dog/2.JPEG", "train/eel/0.jpg"]
+    names = [path_of(data.train, image_dir, i) for i in (6, 8, 9)]
+    assert names == ["train/dog/0.jpg", "train/dog/2.JPEG", "train/eel/0.jpg"]
     assert data.fingerprint != load(image_dir).fingerprint
 
 
@@ -114,7 +126,7 @@ def test_images_in_subfolders_and_behind_a_linked_class_folder(image_dir):
     (image_dir / "train" / "dog").symlink_to(image_dir / "dogs")
     data = load(image_dir)
     assert data.class_counts.tolist() == [6, 4, 3]
-    assert data.train.paths[12] == "train/eel/river/2020/z.jpg"
+    assert path_of(data.train, image_dir, 12) == "train/eel/river/2020/z.jpg"
     assert data.train[7][1] == 1
 
 
@@ -122,7 +134,7 @@ def test_names_that_are_not_utf_8(image_dir):
     name = os.fsdecode(b"caf\xe9.jpg")
     shutil.copy(image_dir / "train" / "cat" / "0.jpg", image_dir / "train" / "cat" / name)
     data = load(image_dir)
-    index = [data.train.paths[i] for i in range(7)].index(f"train/cat/{name}")
+    index = [path_of(data.train, image_dir, i) for i in range(7)].index(f"train/cat/{name}")
     assert data.train[index][1] == 0
     assert len(data.fingerprint) == 64
 
@@ -172,37 +184,30 @@ def test_a_class_without_test_images_is_allowed(image_dir):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "reason"),
     [
-        lambda content: b"",
-        lambda content: content[: len(content) // 2],
-        lambda content: b"<html>404</html>",
-        lambda content: b"\x89PNG\r\n\x1a\n" + bytes(50),
+        (lambda content: b"", "is empty"),
+        (lambda content: content[: len(content) // 2], "cannot be decoded as an image"),
+        (
+            lambda content: b"<html>404</html>",
+            "no image, or of a format that is not read here",
+        ),
+        (lambda content: b"\x89PNG\r\n\x1a\n" + bytes(50), "cannot be decoded as an image"),
     ],
 )
-def test_a_broken_image_is_named(image_dir, damage, data_error):
+def test_a_broken_image_is_named(image_dir, damage, reason, data_error):
     path = image_dir / "train" / "dog" / "0.jpg"
     path.write_bytes(damage(path.read_bytes()))
-    data = load(image_dir)
-    assert data.train.paths[6] == "train/dog/0.jpg"
-    with data_error(path, "cannot be decoded as an image", "replace or remove it"):
+    data = load(image_dir, strict=True)
+    assert path_of(data.train, image_dir, 6) == "train/dog/0.jpg"
+    with data_error(path, reason, "replace or remove it"):
         data.train[6]
 
 
 def test_an_image_that_vanished(image_dir, data_error):
-    data = load(image_dir)
+    data = load(image_dir, strict=True)
     (image_dir / "train" / "cat" / "0.jpg").unlink()
-    with data_error(image_dir / "train" / "cat" / "0.jpg", "cannot be decoded", "No such file"):
-        data.train[0]
-
-
-def test_running_out_of_memory_is_not_blamed_on_the_file(image_dir, monkeypatch):
-    def fail(_path):
-        raise MemoryError
-
-    data = load(image_dir)
-    monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(MemoryError):
+    with data_error(image_dir / "train" / "cat" / "0.jpg", "cannot be read (No such file"):
         data.train[0]
 
 
@@ -226,8 +231,10 @@ def test_a_folder_that_cannot_be_listed(image_dir, monkeypatch, data_error):
 def test_a_link_to_nowhere(image_dir, data_error):
     link = image_dir / "train" / "dog" / "0z.jpg"
     link.symlink_to(image_dir / "gone.jpg")
+    train = load(image_dir, strict=True).train
+    index = [path_of(train, image_dir, i) for i in range(len(train))].index("train/dog/0z.jpg")
     with data_error(f"{link}: cannot be read (No such file or directory)"):
-        load(image_dir)
+        train[index]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
@@ -235,7 +242,7 @@ def test_other_colour_modes_become_rgb(image_dir, mode):
     extension = "jpg" if mode == "CMYK" else "png"
     Image.new("RGB", (40, 40), (200, 200, 200)).convert(mode).save(image_dir / "train" / "cat" / f"0a.{extension}")
     data = load(image_dir, augmentation="none")
-    index = [data.train.paths[i] for i in range(7)].index(f"train/cat/0a.{extension}")
+    index = [path_of(data.train, image_dir, i) for i in range(7)].index(f"train/cat/0a.{extension}")
     image, _ = data.train[index]
     assert image.shape == (3, 32, 32)
     pixels = image * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]

@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -169,6 +171,23 @@ def test_close_ends_the_workers_and_the_loader_can_go_on():
     loader.close()
 
 
+FORGETFUL = """
+import numpy as np
+from shike_fast.data import Loader
+from shike_fast.data.arrays import ArrayDataset
+
+images = np.zeros((8, 3, 4, 4), np.uint8)
+dataset = ArrayDataset(images, np.arange(8), mean=(0.5,) * 3, std=(0.5,) * 3)
+loader = Loader(dataset, batch_size=4, shuffle=True, num_workers=2)
+print(len(list(loader.epoch(0))))
+"""
+
+
+def test_a_program_ends_that_does_not_close_its_loader():
+    done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
+
+
 def test_workers_survive_the_signals_that_stop_the_main_process():
     loader = Loader(make(4000), batch_size=20, shuffle=True, num_workers=2)
     batches = iter(loader.epoch(0))
@@ -182,6 +201,37 @@ def test_workers_survive_the_signals_that_stop_the_main_process():
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_every_batch(world_size, num_workers):
+    data = make(53)
+    shared = {"batch_size": 8, "shuffle": True, "num_workers": num_workers, "world_size": world_size}
+    loaders = [Loader(data, rank=rank, **shared) for rank in range(world_size)]
+    assert all(loader.batches_per_epoch == len(loader.epoch(0)) == 7 for loader in loaders)
+    for epoch, start in ((0, 0), (1, 3)):
+        shares = [list(loader.epoch(epoch, start)) for loader in loaders]
+        for batches in shares:
+            assert all(8 // world_size <= len(labels) <= 8 // world_size + 1 for _, labels in batches[:-1])
+        together = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
+        assert_same(together, list(Loader(data, batch_size=8, shuffle=True).epoch(epoch, start)))
+    for loader in loaders:
+        loader.close()
+
+
+def test_a_share_of_nothing_is_left_out_at_the_end():
+    batches = [
+        [
+            labels.tolist()
+            for _, labels in Loader(make(9), batch_size=4, shuffle=False, rank=rank, world_size=3).epoch(0)
+        ]
+        for rank in range(3)
+    ]
+    assert batches == [[[0, 1], [4, 5], [8]], [[2], [6]], [[3], [7]]]
+    loader = Loader(make(9), batch_size=4, shuffle=False, rank=1, world_size=3)
+    assert loader.batches_per_epoch == 3
+    assert [len(loader.epoch(0, start)) for start in range(4)] == [2, 1, 0, 0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -251,6 +301,11 @@ def test_pin_memory_gives_page_locked_tensors(num_workers):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"seed": -5}, "seed must be an integer"),
+        ({"world_size": 0}, "world_size must be at least 1, got 0"),
+        ({"rank": -1}, "rank must be from 0 to 0, got -1"),
+        ({"rank": 2, "world_size": 2}, "rank must be from 0 to 1, got 2"),
+        ({"world_size": 3}, "batches of 8 holds 2, too few for 3 processes; choose another batch size"),
+        ({"batch_size": 2, "world_size": 3}, "batches of 2 holds 2, too few for 3 processes"),
     ],
 )
 def test_unusable_arguments(arguments, message):

@@ -1,0 +1,34 @@
+"""Prepare data sets: ``python -m shike_fast.data check|pack|synth``.
+
+Exit status: 0 done, 1 something is wrong with the data, or the work could not be finished, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from shike_fast.data.commands import check, pack, synth
+from shike_fast.engine.cli import ArgumentParser, run_command
+
+_COMMANDS = {"check": check, "pack": pack, "synth": synth}
+
+
+def make_parser() -> ArgumentParser:
+    """The command line of ``shike_fast.data``."""
+    parser = ArgumentParser(prog="python -m shike_fast.data", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|pack|synth")
+    for name, module in _COMMANDS.items():
+        summary = (module.__doc__ or "").partition("\n")[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    arguments = make_parser().parse_args(argv)
+    return run_command(lambda: _COMMANDS[arguments.command].run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Loaders of image files: the same batches for any number of workers, what they say of broken images and of speed."""
+
+import itertools
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shike_fast.data import load_dataset
+from shike_fast.data.decode import open_image
+from shike_fast.data.gpu_loader import GpuPhotoLoader
+from shike_fast.data.images import Broken, FileStore, ImageDataset
+from shike_fast.data.loader import EpochLoader
+from shike_fast.data.photo_loader import BrokenImages, PhotoLoader
+
+CPU = torch.device("cpu")
+
+
+def load(root, **options):
+    return load_dataset("imagefolder", data_dir=root, **{"image_size": 32, "augmentation": "rrc-jitter", **options})
+
+
+def decode_on_cpu(encoded):
+    """What a GPU's decoder does, with libjpeg-turbo."""
+    return [torch.from_numpy(open_image(data.numpy().tobytes()).pixels()).permute(2, 0, 1) for data in encoded]
+
+
+def make(kind, dataset, **options):
+    settings = {"batch_size": 5, "shuffle": True, "device": CPU, **options}
+    if kind == "gpu":
+        return GpuPhotoLoader(dataset, **{"decode": decode_on_cpu, **settings})
+    return PhotoLoader(dataset, **settings)
+
+
+@pytest.fixture
+def silent():
+    messages: list[str] = []
+    return messages
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("augmentation", ["rrc", "rrc-jitter-randaugment"])
+def test_batches_are_those_of_the_data_set(image_dir, augmentation, num_workers):
+    train = load(image_dir, augmentation=augmentation).train
+    loader = make("cpu", train, num_workers=num_workers)
+    order = loader.order(1)
+    found = list(loader.epoch(1))
+    loader.close()
+    assert [len(labels) for _, labels in found] == [5, 5, 2]
+    for b, (images, labels) in enumerate(found):
+        expected, expected_labels = train.batch(order[5 * b : 5 * b + 5], seed=0, epoch=1)
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_file_order_and_shares(image_dir):
+    test = load(image_dir).test
+    alone = torch.cat([images for images, _ in make("cpu", test, shuffle=False).epoch(0)])
+    ranks = [list(make("cpu", test, shuffle=False, batch_size=4, rank=r, world_size=2).epoch(0)) for r in range(2)]
+    together = torch.cat([images for batches in zip(*ranks, strict=True) for images, _ in batches])
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_images_are_reported_once_and_counted(image_dir, kind, num_workers):
+    train = load(image_dir).train
+    path = image_dir / "train" / "cat" / "2.JPEG"
+    path.write_bytes(path.read_bytes()[:300])
+    told: list[str] = []
+    loader = make(kind, train, num_workers=num_workers, report=told.append)
+    for epoch in range(2):
+        labels = torch.cat([labels for _, labels in loader.epoch(epoch)])
+        assert sorted(labels.tolist()) == [0] * 6 + [1] * 4 + [2] * 2  # a cat stands for a cat
+    loader.close()
+    assert len(loader.broken) == 1
+    (message,) = told
+    assert str(path) in message and message.endswith("; another image stands in for it")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_broken_test_images_are_grey(image_dir, kind, capsys):
+    test = load(image_dir).test
+    (image_dir / "val" / "dog" / "0.jpg").write_bytes(b"")
+    loader = make(kind, test, shuffle=False, batch_size=6)
+    ((images, labels),) = loader.epoch(0)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert images[2].abs().max() < 0.02 and images[3].abs().max() > 0.1
+    assert capsys.readouterr().err == (f"warning: {image_dir}/val/dog/0.jpg: is empty; it is tested as plain grey\n")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_strict_data_set_stops(image_dir, kind, num_workers, data_error):
+    train = load(image_dir, strict=True).train
+    path = image_dir / "train" / "dog" / "0.jpg"
+    path.unlink()
+    loader = make(kind, train, num_workers=num_workers)
+    with data_error(f"{path}: cannot be read (No such file or directory); replace or remove it"):
+        list(loader.epoch(0))
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_too_many_broken_images_end_the_run(image_dir, data_error):
+    train = load(image_dir).train
+    broken = BrokenImages(train, lambda _: None)
+    broken.add(Broken(index, f"{index}.jpg: is empty") for index in range(100))
+    broken.add([Broken(5, "5.jpg: is empty")])  # known already
+    with data_error("101 of 12 images could not be read", "100.jpg: is empty", "shike_fast.data check"):
+        broken.add([Broken(100, "100.jpg: is empty")])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_the_loaders_tell_their_own_speed(image_dir, kind):
+    loader = make(kind, load(image_dir).train)
+    assert loader.images_per_second is None
+    list(loader.epoch(0))
+    assert loader.images_per_second > 0
+
+
+def close_to(found: Tensor, expected: Tensor) -> None:
+    """Within two grey levels: the resizing filters round differently, twice."""
+    assert (found - expected).abs().max() <= 2.01 / 255 / 0.224
+    assert (found != expected).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_the_gpu_loader_gives_the_same_images(image_dir, part):
+    """On the CPU with a decoder that gives the same pixels: windows, order, flips and labels are the same."""
+    dataset = getattr(load(image_dir, augmentation="rrc"), part)
+    pairs = zip(make("cpu", dataset).epoch(2), make("gpu", dataset).epoch(2), strict=True)
+    for (expected, labels), (found, found_labels) in pairs:
+        assert torch.equal(labels, found_labels)
+        close_to(found, expected)
+
+
+def test_the_gpu_decodes_plain_jpeg_only(image_dir):
+    """PNG, CMYK and rotated images are decoded on the CPU, by the rules of all loaders."""
+    asked = []
+
+    def decode(encoded):
+        asked.extend(bytes(data[:2].numpy()) for data in encoded)
+        return decode_on_cpu(encoded)
+
+    list(make("gpu", load(image_dir).train, decode=decode).epoch(0))
+    assert asked == [b"\xff\xd8"] * 8  # of 12 images, four are PNG
+
+
+def test_a_batch_that_the_gpu_refuses_is_decoded_on_the_cpu(image_dir):
+    calls = itertools.count()
+
+    def refuse(encoded):
+        if next(calls) == 0:
+            raise RuntimeError("nvjpegDecode failed: 5")
+        return decode_on_cpu(encoded)
+
+    train = load(image_dir, augmentation="rrc").train
+    path = image_dir / "train" / "cat" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:-200])  # looks like a JPEG, but is none: what such a failure is about
+    told: list[str] = []
+    loader = make("gpu", train, decode=refuse, batch_size=12, report=told.append)
+    ((found, labels),) = loader.epoch(0)
+    ((expected, expected_labels),) = make("cpu", train, batch_size=12, report=lambda _: None).epoch(0)
+    assert torch.equal(labels, expected_labels) and len(told) == 1 and str(path) in told[0]
+    close_to(found, expected)
+
+
+def test_an_abandoned_epoch_ends_the_reading_threads(image_dir):
+    loader = make("gpu", load(image_dir).train, batch_size=2)
+    batches = iter(loader.epoch(0))
+    next(batches)
+    batches.close()
+    assert len(list(loader.epoch(0, start_batch=4))) == 2
+
+
+def test_without_a_gpu_there_is_no_hardware_decoder(image_dir):
+    from shike_fast.data.gpu_decode import NoHardwareDecoderError
+
+    with pytest.raises(NoHardwareDecoderError, match="cpu is no NVIDIA GPU"):
+        GpuPhotoLoader(load(image_dir).train, batch_size=4, shuffle=True, device="cpu")
+
+
+def private_kibibytes(pid):
+    """Memory of a process that it shares with no other one."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private"))
+
+
+def worker_memory(loader, epochs):
+    """What the workers hold of their own after each epoch."""
+    used = []
+    for epoch in range(epochs):
+        list(loader.epoch(epoch))
+        used.append(sum(private_kibibytes(worker.pid) for worker in loader._pool._iterator._workers))
+    loader.close()
+    return used
+
+
+def test_the_memory_of_workers_grows_neither_from_epoch_to_epoch_nor_with_the_data_set(image_dir):
+    """Names and labels are arrays, which reading leaves shared; of Python's objects each worker would copy its own."""
+    few = load(image_dir).train
+    used = worker_memory(make("cpu", few, num_workers=2, batch_size=4), 24)
+    assert used[-1] < used[8] + 1024
+    repeats = 40_000
+    many = ImageDataset(
+        FileStore(image_dir, few.store.paths.take(np.tile(np.arange(12), repeats))),
+        np.tile(few.labels, repeats),
+        augmentation="rrc",
+        size=32,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    loader = make("cpu", many, num_workers=2, batch_size=120_000)
+    loader._shares = lambda epoch, start: np.split(EpochLoader.order(loader, epoch)[:1200], 150)
+    assert worker_memory(loader, 2)[-1] < used[-1] + 4096  # of 20 MB
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", ["rrc", "rrc-jitter-randaugment"])
+def test_batches_on_a_gpu_are_those_of_the_cpu(image_dir, augmentation):
+    train = load(image_dir, augmentation=augmentation).train
+    loaders = [make("cpu", train, num_workers=2, device=torch.device(name)) for name in ("cpu", "cuda")]
+    for (expected, labels), (found, found_labels) in zip(*(loader.epoch(1) for loader in loaders), strict=True):
+        assert found.is_cuda and torch.equal(labels, found_labels.cpu())
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-6)
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.gpu
+def test_the_hardware_decoder_gives_almost_the_same_images(image_dir):
+    pytest.importorskip("torchvision")
+    train = load(image_dir, augmentation="rrc").train
+    pairs = zip(
+        PhotoLoader(train, batch_size=6, shuffle=True, device="cuda").epoch(0),
+        GpuPhotoLoader(train, batch_size=6, shuffle=True, device="cuda").epoch(0),
+        strict=True,
+    )
+    for (expected, labels), (found, found_labels) in pairs:
+        assert torch.equal(labels, found_labels)
+        assert (found - expected).abs().mean() < 0.1

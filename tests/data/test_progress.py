@@ -1,0 +1,26 @@
+"""How far a long work is, where there is no terminal and where there is one."""
+
+import io
+
+from rich.console import Console
+
+from shike_fast.data.commands import _progress
+from shike_fast.data.commands._progress import progress
+
+
+def test_a_line_a_minute_without_a_terminal(capsys, monkeypatch):
+    clock = iter([0.0, 30.0, 61.0, 90.0, 130.0])
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: next(clock))
+    with progress("packing", 1000) as advance:
+        for count in (100, 205, 300, 345):
+            advance(count)
+    assert capsys.readouterr().err == "packing: 305 of 1,000, 5/s\npacking: 950 of 1,000, 7/s\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(_progress, "Console", lambda stderr: Console(file=stream, force_terminal=True, width=120))
+    with progress("checking", 3) as advance:
+        advance(1)
+        advance(2)
+    assert "checking" in stream.getvalue() and "3/3" in stream.getvalue()
