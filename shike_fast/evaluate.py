@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine import checkpoint, report
-from shike_fast.engine.cli import ArgumentParser, choose_device, run_command
+from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, run_command, use_device
 from shike_fast.engine.config import TrainConfig, resume_config
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.metrics import Evaluation, evaluate
+from shike_fast.engine.setup import make_loader
 from shike_fast.engine.state import load_data, model_from_checkpoint
-from shike_fast.engine.trainer import make_autocast, make_loader
+from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError, ConfigError
 
 
@@ -57,12 +59,14 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     batch_size: int | None = arguments["batch_size"]
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size: must be at least 1, got {batch_size}")
+    check_workers(arguments["workers"])
     table: Path = arguments["csv"] or path.with_name(f"{path.stem}.{report.CLASS_TABLE}")
     _check_table(table)
     state = checkpoint.load_checkpoint(path)
     config = _config(state, arguments, path)
     torch.set_num_threads(config.threads)
     device = choose_device(arguments["device"])
+    use_device(device)
     model = model_from_checkpoint(state, path).to(device)
     stage = arguments["stage"] or state["stage"]
     if stage == 2 and config.method == "ce":
@@ -87,6 +91,8 @@ def _evaluate(arguments: dict[str, Any]) -> int:
         loader.close()
     report.write_class_table(table, result, dataset.class_names)
     summary = _summary(result) | {"stage": stage, "epoch": state["epoch"], "checkpoint": str(path), "csv": str(table)}
+    if isinstance(loader, PhotoLoader):
+        summary["unreadable_images"] = len(loader.broken)
     if arguments["json"]:
         print(json.dumps(summary, allow_nan=False))
     else:
@@ -108,6 +114,7 @@ def _config(state: dict[str, Any], arguments: dict[str, Any], path: Path) -> Tra
     """Settings of the run, with those replaced that only concern the evaluation."""
     names = ("data_dir", "workers", "device", "threads", "amp")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
+    given["loader"] = "auto"  # the run's may need a device that is not here
     return resume_config(state["config"] | given, {}, str(path))
 
 
@@ -132,6 +139,8 @@ def _print(summary: dict[str, Any], config: TrainConfig) -> None:
     console.note(
         f"expected calibration error: {summary['expected_calibration_error']:.4f} ({summary['test_images']:,} images)"
     )
+    if summary.get("unreadable_images"):
+        console.note(f"images that could not be read, and were tested as plain grey: {summary['unreadable_images']:,}")
     console.note(f"table of classes: {summary['csv']}")
 
 

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from shike_fast import ops
 from shike_fast._native_loader import native, native_error
 from shike_fast._version import __version__
+from shike_fast.data.gpu_decode import NoHardwareDecoderError, hardware_decoder
 from shike_fast.engine.cli import ArgumentParser
 from shike_fast.ops import _backend
 
@@ -26,7 +28,8 @@ def collect() -> dict[str, Any]:
     Returns:
         A dictionary of plain values (it is what ``--json`` prints): ``versions``, ``threads``, ``devices`` (``cpu``;
         ``cuda`` as PyTorch and as the compiled library see it, each with a ``reason`` if it sees none), ``native``
-        (``available``, ``error``, ``build``) and ``backends`` (name -> ``available``, ``reason``,
+        (``available``, ``error``, ``build``), ``images`` (``jpeg``, the decoder of the CPU; ``gpu_decoder``, None where
+        JPEG can be decoded by the GPU, else why not) and ``backends`` (name -> ``available``, ``reason``,
         ``unverified``: the ops that it runs only when it is named, because they have not passed on a device).
     """
     error = native_error()
@@ -50,6 +53,7 @@ def collect() -> dict[str, Any]:
             "error": None if error is None else _describe(error),
             "build": native().build_info() if error is None else None,
         },
+        "images": _images(),
         "backends": _backends(),
     }
 
@@ -116,6 +120,15 @@ def _native_cuda() -> dict[str, Any]:
     return {"devices": devices, "reason": None}
 
 
+def _images() -> dict[str, Any]:
+    try:
+        hardware_decoder(torch.device("cuda"))
+        reason = None
+    except NoHardwareDecoderError as error:
+        reason = str(error)
+    return {"jpeg": f"simplejpeg {metadata.version('simplejpeg')}", "gpu_decoder": reason}
+
+
 def _backends() -> dict[str, dict[str, Any]]:
     reasons = ops.backend_reasons()
     return {
@@ -157,6 +170,10 @@ def _sections(info: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]
 
     build, error = info["native"]["build"], info["native"]["error"]
     yield "native library", [("missing", error)] if build is None else list(_build_rows(build))
+
+    images = info["images"]
+    gpu_decoder = "available" if images["gpu_decoder"] is None else f"missing: {images['gpu_decoder']}"
+    yield "images", [("jpeg", images["jpeg"]), ("gpu decoder", gpu_decoder)]
 
     yield "backends of ops", list(_backend_rows(info["backends"]))
 

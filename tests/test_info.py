@@ -71,7 +71,9 @@ def test_library_of_another_version_is_refused(library):
 def test_collect():
     found = info.collect()
     assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"versions", "threads", "devices", "native", "backends"}
+    assert set(found) == {"versions", "threads", "devices", "native", "images", "backends"}
+    assert found["images"]["jpeg"].startswith("simplejpeg ")
+    assert torch.cuda.is_available() or found["images"]["gpu_decoder"]
     assert found["versions"]["shike_fast"] == shike_fast.__version__
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["numpy"] == np.__version__
@@ -94,6 +96,7 @@ def test_text_shows_every_value():
         assert wanted in text
     for name, reason in ops.backend_reasons().items():
         assert any(line.split(maxsplit=1) == [name, f"missing: {reason}"] for line in text.splitlines())
+    assert "gpu decoder  " in text
     unverified = [", ".join(names) for name in ops.backends() if (names := _backend.unverified(name))]
     rows = [line.split(": ")[1] for line in text.splitlines() if "not verified on a device yet, by name only: " in line]
     assert rows == unverified
@@ -213,3 +216,10 @@ def test_unknown_argument(capsys):
         info.main(["--xml"])
     assert caught.value.code == 2
     assert "unrecognized arguments: --xml" in capsys.readouterr().err
+
+
+def test_without_a_command_the_commands_are_listed():
+    done = subprocess.run([sys.executable, "-m", "shike_fast"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == ""
+    listed = [line.split()[2].removeprefix("shike_fast.") for line in done.stdout.splitlines()[1:]]
+    assert listed == ["train", "evaluate", "predict", "data", "info"]

@@ -10,16 +10,36 @@ from typing import Any, Literal, get_args
 import torch
 
 from shike_fast import data, models
+from shike_fast.data.base import MOST_PIXELS_A_SIDE
+from shike_fast.engine.optimizer import OPTIMIZERS
 from shike_fast.engine.recipes import RECIPES
 from shike_fast.engine.schedule import cosine_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
 
 Method = Literal["shike", "ce"]
 Amp = Literal["off", "bf16", "fp16"]
+LoaderKind = Literal["auto", "cpu", "gpu", "device"]
 
 # What a resumed run may change: none of it alters the trajectory that the checkpoint began, beyond the rounding of
 # another device.
-CHANGEABLE = frozenset({"data_dir", "workers", "device", "threads", "save_every", "download", "verify"})
+CHANGEABLE = frozenset(
+    {
+        "data_dir",
+        "workers",
+        "device",
+        "threads",
+        "save_every",
+        "download",
+        "verify",
+        "loader",
+        "strict",
+        "compile",
+        "cuda_graph",
+        "checkpoint_activations",
+        "channels_last",
+        "optimizer",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,16 @@ class TrainConfig:
     device: str | None
     threads: int
     save_every: int
+    loader: LoaderKind = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    cuda_graph: bool | None = None  # None: where it pays
+    optimizer: Literal["sgd", "apex"] = "sgd"
+    accumulate: int = 1
+    sync_batch_norm: bool = False
+    checkpoint_activations: bool = False
+    image_size: int | None = None  # None: the data set's own
+    strict: bool = False
 
     @property
     def stage1_epochs(self) -> int:
@@ -83,6 +113,7 @@ class TrainConfig:
         return {"name": self.model, "num_experts": self.num_experts, "scale": self.scale}
 
 
+NO_WEIGHTS = "none"  # --pretrained
 _MOST_THREADS = 1024
 _DEFAULTS: dict[str, Any] = {
     "dataset": "digits-lt",
@@ -128,8 +159,16 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         values["imbalance_factor"] = info.default_imbalance_factor
     if values["augmentation"] is None:
         values["augmentation"] = info.augmentations[0]
+    needs_pretrained = recipe.pop("needs_pretrained")
     _split_epochs(values, recipe)
     values = recipe | values
+    if values["pretrained"] is None and needs_pretrained:
+        raise ConfigError(
+            f"--pretrained: the recipe of {values['dataset']} begins with ImageNet weights of {recipe['model']}, as "
+            "torchvision publishes them; name their file, or say 'none' to begin at random"
+        )
+    if values["pretrained"] == NO_WEIGHTS:
+        values["pretrained"] = None
     if values["method"] == "ce":
         if given.get("num_experts", 1) != 1:
             raise ConfigError(f"--experts: method 'ce' is a single plain network, got {given['num_experts']} experts")
@@ -163,9 +202,25 @@ def _check(config: TrainConfig) -> None:
             f"--stage2-epochs: must be at most --epochs, which counts both stages ({config.epochs}), "
             f"got {config.stage2_epochs}"
         )
-    _at_least("--batch-size", config.batch_size, 2)  # BatchNorm needs two values a channel
+    _one_of("--loader", config.loader, get_args(LoaderKind))
+    _one_of("--optimizer", config.optimizer, OPTIMIZERS)
+    _at_least("--accumulate", config.accumulate, 1)
+    if config.batch_size < 2 * config.accumulate:  # BatchNorm needs two values a channel
+        per_pass = f" for each of --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise ConfigError(f"--batch-size: must be at least 2{per_pass}, got {config.batch_size}")
+    if config.cuda_graph and config.optimizer == "apex":
+        raise ConfigError(
+            "--cuda-graph: NVIDIA Apex bakes the learning rate into a recorded step; use --optimizer sgd, or "
+            "--no-cuda-graph"
+        )
+    if config.cuda_graph and config.checkpoint_activations:
+        raise ConfigError(
+            "--cuda-graph: does not record a step with --checkpoint-activations; leave that out, or use --no-cuda-graph"
+        )
     _at_least("--experts", config.num_experts, 1)
     _at_least("--warmup-epochs", config.warmup_epochs, 0)
+    if config.image_size is not None and not 1 <= config.image_size <= MOST_PIXELS_A_SIDE:
+        raise ConfigError(f"--image-size: must be from 1 to {MOST_PIXELS_A_SIDE}, got {config.image_size}")
     _at_least("--save-every", config.save_every, 0)
     _at_least("--seed", config.seed, 0)
     _at_least("--threads", config.threads, 1)
@@ -213,6 +268,8 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
         _check(config)
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"checkpoint {source} was written by another version of shike_fast ({error})") from error
+    if given.get("pretrained") == NO_WEIGHTS:
+        given = given | {"pretrained": None}
     for name, value in given.items():
         if name not in CHANGEABLE and getattr(config, name) != value:
             raise CheckpointError(

@@ -31,10 +31,11 @@ class RunConsole:
         epochs: epochs of the whole run.
         batches: batches of one epoch.
         console: where to print; default standard output.
+        quiet: print nothing.
     """
 
-    def __init__(self, epochs: int, batches: int, console: RichConsole | None = None) -> None:
-        self.console = console or _Output(highlight=False, soft_wrap=True)
+    def __init__(self, epochs: int, batches: int, console: RichConsole | None = None, *, quiet: bool = False) -> None:
+        self.console = console or _Output(highlight=False, soft_wrap=True, quiet=quiet)
         self._epochs = epochs
         self._batches = batches
         self._progress: Progress | None = None

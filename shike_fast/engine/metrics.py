@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from shike_fast.engine.graph import RecordedCalls
 from shike_fast.errors import RunError
 
 MANY_SHOT_ABOVE = 100  # many: more than 100 training images
@@ -86,7 +87,112 @@ def _percent(part: Tensor | int, whole: Tensor | int) -> float:
     return 100.0 * int(part) / int(whole)
 
 
-@torch.no_grad()
+class Evaluator:
+    """Counts what a model classifies rightly by ``argmax_c mean_k z_k[c]``, without waiting for the device.
+
+    Args:
+        model: called as ``model(images, stage=stage)`` -> logits [K, B, C]; its training mode is restored afterwards.
+        stage: which classifiers to use (1 or 2).
+        class_counts: int64 [C], training images of each class.
+        device: where the model lives.
+        autocast: makes the context around each forward pass.
+        record: record the work of a batch as a CUDA graph, and replay it for all batches of its shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stage: int,
+        class_counts: Tensor,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        record: bool = False,
+    ) -> None:
+        self._model = model
+        self._stage = stage
+        self._class_counts = class_counts.cpu()
+        self._device = device
+        self._autocast = autocast
+        self._correct = torch.zeros(len(class_counts), dtype=torch.int64, device=device)
+        self._support = torch.zeros_like(self._correct)
+        self._bad = torch.zeros(1, dtype=torch.int64, device=device)  # batches with a logit that is not finite
+        self._expert_correct: Tensor | None = None  # [K], once K is known
+        self._run: Callable[[Tensor, Tensor], None] = self._add
+        if record:
+            self._run = RecordedCalls(self._add, warm_up=1, stream=torch.cuda.Stream(device))
+        self._observe: Callable[[Tensor, Tensor], None] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        *,
+        calibration: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
+        total: Callable[[Tensor], Tensor] = lambda counts: counts,
+    ) -> Evaluation:
+        """Evaluate.
+
+        Args:
+            batches: pairs of images [B, channels, H, W] and int64 labels [B].
+            calibration: also compute the expected calibration error of ``softmax(mean_k z_k)`` (torchmetrics), of these
+                batches alone; not with ``record``.
+            should_stop: asked before every batch.
+            total: adds up counts over all processes, each of which holds a part of the batches; called once.
+
+        Raises:
+            EvaluationInterrupted: when ``should_stop()`` becomes true.
+            ValueError: if there is not a single batch.
+            NonFiniteLogitsError: if a logit is NaN or infinite.
+        """
+        calibration_error = None
+        if calibration:
+            from torchmetrics.classification import MulticlassCalibrationError
+
+            classes = len(self._correct)
+            calibration_error = MulticlassCalibrationError(classes, n_bins=CALIBRATION_BINS, norm="l1").to(self._device)
+            self._observe = lambda logits, labels: calibration_error.update(logits.softmax(-1), labels)
+        for counts in (self._correct, self._support, self._bad, self._expert_correct):
+            if counts is not None:
+                counts.zero_()
+        empty = True
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            for images, labels in batches:
+                if should_stop():
+                    raise EvaluationInterrupted
+                self._run(images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True))
+                empty = False
+        finally:
+            self._model.train(was_training)
+        if empty or self._expert_correct is None:
+            raise ValueError("evaluate: batches must hold at least one batch, got none")
+        parts = (self._correct, self._support, self._expert_correct, self._bad)
+        correct, support, expert_correct, bad = total(torch.cat(parts)).cpu().split([len(part) for part in parts])
+        if bad:
+            raise NonFiniteLogitsError("the model's logits on the test images are not finite: its weights are lost")
+        error = None if calibration_error is None else float(calibration_error.compute())
+        return Evaluation(correct, support, self._class_counts, expert_correct, error)
+
+    def _add(self, images: Tensor, labels: Tensor) -> None:
+        with self._autocast():
+            logits = self._model(images, stage=self._stage)  # [K, B, C]
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        mean_logits = logits.mean(0)  # [B, C]
+        # index_add_, not bincount, which would wait for the device
+        self._correct.index_add_(0, labels, (mean_logits.argmax(-1) == labels).long())
+        self._support.index_add_(0, labels, torch.ones_like(labels))
+        hits = (logits.argmax(-1) == labels).sum(-1)  # [K]
+        if self._expert_correct is None:
+            self._expert_correct = torch.zeros_like(hits)
+        self._expert_correct += hits
+        self._bad += ~mean_logits.isfinite().all()
+        if self._observe is not None:
+            self._observe(mean_logits, labels)
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -98,62 +204,6 @@ def evaluate(
     calibration: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Accuracy of ``argmax_c mean_k z_k[c]``.
-
-    Args:
-        model: called as ``model(images, stage=stage)`` -> logits [K, B, C]; its training mode is restored afterwards.
-        batches: pairs of images [B, channels, H, W] and int64 labels [B].
-        stage: which classifiers to use (1 or 2).
-        class_counts: int64 [C], training images of each class.
-        device: where the model lives.
-        autocast: makes the context around each forward pass.
-        calibration: also compute the expected calibration error of ``softmax(mean_k z_k)`` (torchmetrics).
-        should_stop: asked before every batch.
-
-    Raises:
-        EvaluationInterrupted: when ``should_stop()`` becomes true.
-        ValueError: if there is not a single batch.
-        NonFiniteLogitsError: if a logit is NaN or infinite.
-    """
-    num_classes = len(class_counts)
-    calibration_error = None
-    if calibration:
-        from torchmetrics.classification import MulticlassCalibrationError
-
-        calibration_error = MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1").to(device)
-    correct = torch.zeros(num_classes, dtype=torch.int64, device=device)
-    support = torch.zeros_like(correct)
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    expert_correct: Tensor | None = None
-    was_training = model.training
-    model.eval()
-    try:
-        for images, labels in batches:
-            if should_stop():
-                raise EvaluationInterrupted
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            with autocast():
-                logits = model(images, stage=stage)  # [K, B, C]
-            logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-            mean_logits = logits.mean(0)  # [B, C]
-            finite &= mean_logits.isfinite().all()
-            correct += torch.bincount(labels[mean_logits.argmax(-1) == labels], minlength=num_classes)
-            support += torch.bincount(labels, minlength=num_classes)
-            hits = (logits.argmax(-1) == labels).sum(-1)  # [K]
-            expert_correct = hits if expert_correct is None else expert_correct + hits
-            if calibration_error is not None:
-                calibration_error.update(mean_logits.softmax(-1), labels)
-    finally:
-        model.train(was_training)
-    if expert_correct is None:
-        raise ValueError("evaluate: batches must hold at least one batch, got none")
-    if not finite:
-        raise NonFiniteLogitsError("the model's logits on the test images are not finite: its weights are lost")
-    return Evaluation(
-        correct.cpu(),
-        support.cpu(),
-        class_counts.cpu(),
-        expert_correct.cpu(),
-        None if calibration_error is None else float(calibration_error.compute()),
-    )
+    """Accuracy of ``argmax_c mean_k z_k[c]``: one call of an :class:`Evaluator`, whose arguments these are."""
+    evaluator = Evaluator(model, stage=stage, class_counts=class_counts, device=device, autocast=autocast)
+    return evaluator(batches, calibration=calibration, should_stop=should_stop)

@@ -20,7 +20,7 @@ CLASS_ACCURACY = "accuracy_per_class.png"
 CLASS_TABLE = "per_class.csv"
 
 _COLUMNS = ("class", "name", "train_images", "test_images", "correct", "accuracy", "shot")
-_MOST_NAMED_CLASSES = 20
+_MOST_NAMED_CLASSES = 10
 _SHOT_COLOURS = {"many": "tab:blue", "medium": "tab:orange", "few": "tab:red"}
 
 

@@ -61,6 +61,19 @@ def open_directory(path: Path) -> Iterator[None]:
         yield
 
 
+def sign(path: Path, launch: str) -> None:
+    """Write into a directory that this process holds which launch it belongs to; :func:`signed_by` reads it."""
+    (path / _LOCK).write_text(launch)
+
+
+def signed_by(path: Path) -> str:
+    """The launch that last wrote a run to the directory, "" for none that has a name."""
+    try:
+        return (path / _LOCK).read_text()
+    except OSError:
+        return ""
+
+
 def _lock(descriptor: int, path: Path) -> None:
     try:
         import fcntl

@@ -24,11 +24,6 @@ class GracefulStop:
         return self.signal is not None
 
     @property
-    def name(self) -> str:
-        """Name of the signal, such as ``SIGTERM``."""
-        return self.signal.name if self.signal is not None else "no signal"
-
-    @property
     def number(self) -> int:
         """Number of the signal, 0 for none."""
         return int(self.signal or 0)

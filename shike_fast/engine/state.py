@@ -25,6 +25,8 @@ def load_data(config: TrainConfig) -> data.LongTailData:
         download=config.download,
         verify=config.verify,
         seed=config.seed,
+        image_size=config.image_size,
+        strict=config.strict,
     )
 
 
@@ -92,6 +94,9 @@ def data_description(dataset: data.LongTailData) -> dict[str, Any]:
         "class_counts": dataset.class_counts,
         "in_channels": dataset.in_channels,
         "image_size": dataset.image_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "margin": getattr(dataset.test, "margin", 1.0),  # of the test transform: short side over side of the crop
         "imbalance_factor": dataset.imbalance_factor,
     }
 
@@ -105,7 +110,7 @@ def restore_data(state: dict[str, Any], dataset: data.LongTailData) -> None:
     if state["data"].get("fingerprint") != dataset.fingerprint:
         raise CheckpointError(
             f"the checkpoint was trained on other images than this {dataset.name} holds; "
-            "point --data-dir at the data of that run, or start a new one"
+            "point --data-dir at the data of that run (a pack is not the same images as its files), or start a new one"
         )
 
 

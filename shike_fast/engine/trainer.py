@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import gc
 import math
-import os
+import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shike_fast import data, ops
+from shike_fast import data
+from shike_fast.data.loader import EpochLoader
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
-from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, NonFiniteLogitsError, evaluate
+from shike_fast.engine.distributed import Processes
+from shike_fast.engine.loading import loader_metrics, speed_note
+from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
+from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
+from shike_fast.engine.setup import check_setting, make_loader, records
 from shike_fast.engine.signals import GracefulStop
 from shike_fast.engine.state import build_model, data_description, restore_data, restore_model, rng_state, set_rng_state
+from shike_fast.engine.steps import StageSteps
+from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
+from shike_fast.nn import convert_sync_batchnorm
 
-_AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_TERMS = ("cross_entropy", "hardest", "mutual")
-# columns of the running sums of an epoch, all weighted by the images of the step
-_LOSS, _CORRECT, _IMAGES, _FIRST_TERM = 0, 1, 2, 3
+_READ_EVERY = 20  # steps between readings of the totals, where reading waits for the device or for other processes
 
 
 class NonFiniteLossError(RunError):
@@ -42,49 +46,12 @@ class Interrupted(Exception):
         exit_status: 128 plus the signal's number, as a shell reports it.
     """
 
-    def __init__(self, stop: GracefulStop, saved: Path) -> None:
+    def __init__(self, number: int, saved: Path) -> None:
         super().__init__(
-            f"stopped by {stop.name}; state saved in {saved}; go on with --output-dir {saved.parent} --resume"
+            f"stopped by {signal.Signals(number).name}; state saved in {saved}; "
+            f"go on with --output-dir {saved.parent} --resume"
         )
-        self.exit_status = 128 + stop.number
-
-
-def make_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """Factory of the mixed-precision context named by ``--amp``: ``off``, ``bf16`` or ``fp16``."""
-    dtype = _AMP_DTYPES.get(amp)
-    if dtype is None:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=dtype)
-
-
-def make_loader(
-    config: TrainConfig,
-    dataset: data.LongTailData,
-    device: torch.device,
-    *,
-    train: bool,
-    test_batch_size: int | None = None,
-) -> data.Loader:
-    """Loader of the training images (shuffled) or the test images of a run.
-
-    Test batches are four times as large as training batches unless ``test_batch_size`` says otherwise: a forward pass
-    that keeps nothing for a backward one has the memory for it.
-
-    Where the user names no number of workers, images that are decoded or augmented one by one get up to eight
-    processes, one a core; those that are prepared a whole batch at a time need none.
-    """
-    source = dataset.train if train else dataset.test
-    workers = config.workers
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1) if source.one_by_one else 0
-    return data.Loader(
-        source,
-        batch_size=config.batch_size if train else test_batch_size or 4 * config.batch_size,
-        seed=config.seed,
-        shuffle=train,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-    )
+        self.exit_status = 128 + number
 
 
 class Trainer:
@@ -98,10 +65,16 @@ class Trainer:
         console: where to report.
         state: checkpoint to go on from, or None for a new run.
         best_file: best checkpoint of the run that ``state`` comes from, copied if ``output_dir`` has none.
+        processes: who trains along; all of them make a Trainer, and the first one writes the files.
+        profile: write a trace of some steps and print what took the most time.
 
     Raises:
+        ConfigError: if the device or the data set cannot do what the settings ask for.
         CheckpointError: if ``state`` was made with another data set or model, or ``config.pretrained`` does not fit.
     """
+
+    steps: StageSteps
+    evaluator: Evaluator
 
     def __init__(
         self,
@@ -113,18 +86,19 @@ class Trainer:
         console: RunConsole | None = None,
         state: dict[str, Any] | None = None,
         best_file: Path | None = None,
+        processes: Processes = Processes(),  # noqa: B008  (immutable)
+        profile: bool = False,
     ) -> None:
+        self.processes = processes
         self.config = config
         self.dataset = dataset
         self.output_dir = output_dir
         self.device = device
         self.best_file = best_file
-        self.train_loader = make_loader(config, dataset, device, train=True)
-        self.test_loader = make_loader(config, dataset, device, train=False)
+        self.train_loader, self.test_loader = processes.together(self._checked_loaders)
         self.batches = self.train_loader.batches_per_epoch
-        self.console = console or RunConsole(config.epochs, self.batches)
-        self.autocast = make_autocast(config.amp, device)
-        self.class_counts = dataset.class_counts.to(device)
+        self.console = console or RunConsole(config.epochs, self.batches, quiet=not processes.first)
+        self.profile = Profile(output_dir, self.console, device) if profile and processes.first else None
 
         state = state or {}
         torch.manual_seed(config.seed)
@@ -132,25 +106,33 @@ class Trainer:
         if state:
             restore_data(state, dataset)
             restore_model(state, self.model)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(device)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if config.sync_batch_norm and processes.several:
+            convert_sync_batchnorm(self.model)
         self.epoch: int = state.get("epoch", 0)  # epochs finished
         self.batch: int = state.get("batch", 0)  # batches finished in the present epoch
         self.history: list[dict[str, Any]] = state.get("history", [])
         self.best: dict[str, Any] | None = state.get("best")
         self.evaluation = Evaluation(**state["evaluation"]) if state.get("evaluation") else None
         self.images_per_second: float = state.get("images_per_second", 0.0)  # of the present epoch
-        no_sums = [0.0] * (_FIRST_TERM + len(_TERMS))
-        self.sums = torch.tensor(state.get("sums", no_sums), dtype=torch.float64, device=device)
-        # first step of the epoch with a non-finite loss, 0 for none
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)
+        self._speed_told = False
+        self.totals = Totals(device)
+        self.totals.begin(self.batch, state.get("sums") if processes.first else None)
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
             try:
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scaler.load_state_dict(state["scaler"])
+                self.steps.load_state(state)
                 set_rng_state(state["rng"], device)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise CheckpointError(f"the checkpoint's training state does not fit its model: {error}") from error
+
+    def _checked_loaders(self) -> tuple[EpochLoader, EpochLoader]:
+        setting = (self.config, self.dataset, self.device)
+        check_setting(*setting, self.processes)
+        train, test = (make_loader(*setting, train=part, processes=self.processes) for part in (True, False))
+        return train, test
 
     def run(self) -> None:
         """Train to the last epoch, saving after each, then write the reports.
@@ -162,12 +144,15 @@ class Trainer:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        if not (self.output_dir / checkpoint.LAST).exists():
+        new = self.processes.from_first(lambda: not (self.output_dir / checkpoint.LAST).exists())
+        if new:
             self._save()  # from the first moment on there is something to resume from
-        self._adopt_best()
-        rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
-        rundir.write_metrics(self.output_dir, self.history)
-        writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
+        writer = None
+        if self.processes.first:
+            self._adopt_best()
+            rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
+            rundir.write_metrics(self.output_dir, self.history)
+            writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
         try:
             with GracefulStop() as stop:
                 while self.epoch < self.config.epochs:
@@ -177,11 +162,19 @@ class Trainer:
         except DataError as error:
             raise RunError(str(error)) from error
         finally:
+            if self.profile is not None:
+                self.profile.close()
             self.console.close()
-            writer.close()
+            if writer is not None:
+                writer.close()
             self.train_loader.close()
             self.test_loader.close()
-        write_report(self.output_dir, self.console, self.config, self.dataset, self.history, self.best, self.evaluation)
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
+        if self.processes.first:
+            told = (self.config, self.dataset, self.history, self.best, self.evaluation)
+            write_report(self.output_dir, self.console, *told)
 
     def _adopt_best(self) -> None:
         """Bring the best checkpoint of an earlier directory along; without it the search for the best starts anew."""
@@ -198,82 +191,56 @@ class Trainer:
         """Train what is left of the present epoch."""
         stage = self.config.stage_of(self.epoch)
         if stage != self.stage:
+            self._leave_stage()
             self._enter_stage(stage)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_of(self.epoch)
+        set_lr(self.steps.optimizer, self.config.lr_of(self.epoch))
         self.model.train()
         self.console.start_epoch(self.epoch, stage, self.batch)
-        read_every = 1 if self.device.type == "cpu" else 20  # reading the sums waits for the device
+        waits = self.device.type != "cpu" or self.processes.several
+        read_every = _READ_EVERY if waits else 1
         started, first_batch, trained = time.perf_counter(), self.batch, 0
         if self.batch == self.batches:  # stopped while evaluating: nothing is left to train
             return
         for images, labels in self.train_loader.epoch(self.epoch, start_batch=self.batch):
-            if stop.requested:
-                self._save_and_stop(stop)
-            self._step(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+            if self.batch % (_READ_EVERY if self.processes.several else 1) == 0:
+                self._stop_if_asked(stop)
+            trained += self._images_of_step()
+            self._step(
+                images.to(self.device, non_blocking=True, memory_format=self.memory_format),
+                labels.to(self.device, non_blocking=True),
+            )
             self.batch += 1
-            trained += len(labels)
+            if self.profile is not None:
+                self.profile.step()
             if self.batch % read_every == 0 or self.batch == self.batches:
-                loss, accuracy = self._running_means()
+                means = self._means()
                 seconds = time.perf_counter() - started
                 self.images_per_second = trained / seconds
                 seconds_per_batch = seconds / (self.batch - first_batch)
-                self.console.step(self.batch, loss, accuracy, self.images_per_second, seconds_per_batch)
+                self.console.step(self.batch, means.loss, means.accuracy, self.images_per_second, seconds_per_batch)
             if self.config.save_every and self.batch % self.config.save_every == 0 and self.batch < self.batches:
                 self._save()
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
-        """One optimizer step; adds to the running sums without waiting for the device."""
-        with self.autocast():
-            logits = self._forward(images)  # [K, B, C]
-        loss, terms = self._loss(logits, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():
-            size = len(labels)
-            correct = (logits.float().mean(0).argmax(-1) == labels).sum()
-            means = torch.cat([torch.stack([loss, correct / size, loss.new_ones(())]), terms])
-            self.sums += means.double() * size
-            bad = (self.bad_step == 0) & ~loss.isfinite()
-            self.bad_step = torch.where(bad, self.batch + 1, self.bad_step)
+        """One optimizer step with this process's share of a batch."""
+        self.steps(images, labels, self._images_of_step())
 
-    def _forward(self, images: Tensor) -> Tensor:
-        if self.stage == 1:
-            return self.model(images, stage=1)
-        with torch.no_grad():  # the backbone is frozen, only its BatchNorm statistics move on, as published
-            features = self.model.features(images)
-        return self.model.classify(features, 2)
+    def _images_of_step(self) -> int:
+        """Images of the next step in all processes together."""
+        size = self.config.batch_size
+        return min(size, len(self.dataset.train) - self.batch * size)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of the present stage and its three terms [3], zeros where it has none."""
-        config = self.config
-        if self.stage == 1 and config.method == "shike":
-            return ops.dkt_loss(
-                logits,
-                labels,
-                hardest_weight=config.hardest_weight,
-                mutual_weight=config.mutual_weight,
-                kl_reduction=config.kl_reduction,
-                return_terms=True,
-            )
-        if self.stage == 1:
-            loss = ops.expert_cross_entropy(logits, labels)
-        else:
-            loss = ops.balanced_softmax_loss(logits, labels, self.class_counts)
-        return loss, loss.new_zeros(len(_TERMS))
-
-    def _running_means(self) -> tuple[float, float]:
-        """Mean loss and training accuracy in percent of the epoch so far.
+    def _means(self) -> Means:
+        """Means over the epoch so far.
 
         Raises:
             NonFiniteLossError: if the loss of any step so far was NaN or infinite.
         """
-        sums = self.sums.tolist()
-        if not math.isfinite(sums[_LOSS]):
-            raise self._not_finite("loss is", int(self.bad_step))
-        return sums[_LOSS] / sums[_IMAGES], 100 * sums[_CORRECT] / sums[_IMAGES]
+        means = Means(self.processes.total(self.totals.sums).tolist())
+        if not math.isfinite(means.loss):
+            step = self.processes.largest(int(self.totals.bad_step), self.device)
+            raise self._not_finite("loss is", step)
+        return means
 
     def _not_finite(self, what: str, step: int) -> NonFiniteLossError:
         return NonFiniteLossError(
@@ -288,43 +255,43 @@ class Trainer:
             NonFiniteLossError: if a weight, a statistic of BatchNorm or the loss of a step so far is NaN or infinite.
         """
         if self.batch:
-            self._running_means()
+            self._means()
         values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
-        if not torch.stack([value.isfinite().all() for value in values]).all():
+        if not torch.nn.utils.get_total_norm(values, math.inf).isfinite():
             raise self._not_finite("weights are", self.batch)
 
     def _evaluate_epoch(self, stop: GracefulStop) -> dict[str, Any]:
         """Test the model; returns the metrics of the epoch."""
         self._require_finite()
         self.console.testing()
+        if self.profile is not None:
+            self.profile.between()
+        self.processes.send_buffers(self.model)
         try:
-            self.evaluation = evaluate(
-                self.model,
+            self.evaluation = self.evaluator(
                 self.test_loader.epoch(0),
-                stage=self.stage,
-                class_counts=self.dataset.class_counts,
-                device=self.device,
-                autocast=self.autocast,
-                should_stop=lambda: stop.requested,
+                should_stop=lambda: stop.requested and not self.processes.several,
+                total=self.processes.total,
             )
         except EvaluationInterrupted:
-            self._save_and_stop(stop)
+            self._stop_if_asked(stop)
+            raise
         except NonFiniteLogitsError as error:
             raise self._not_finite("logits on the test images are", self.batch) from error
-        loss, accuracy = self._running_means()
+        means = self._means()
         row = {
             "epoch": self.epoch + 1,
             "stage": self.stage,
             "lr": self.config.lr_of(self.epoch),
-            "train_loss": loss,
-            "train_top1": accuracy,
+            "train_loss": means.loss,
+            "train_top1": means.accuracy,
             "top1": self.evaluation.top1,
             **self.evaluation.shots(),
             "images_per_second": self.images_per_second,
+            **loader_metrics(self.train_loader, self.test_loader, self.processes, self.device),
         }
         if self.stage == 1 and self.config.method == "shike":
-            terms = (self.sums[_FIRST_TERM:] / self.sums[_IMAGES]).tolist()
-            row |= {f"train_{name}": value for name, value in zip(_TERMS, terms, strict=True)}
+            row |= {f"train_{name}": value for name, value in means.terms.items()}
         return row
 
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
@@ -332,44 +299,72 @@ class Trainer:
         self.history.append(row)
         self.epoch += 1
         self.batch = 0
-        self.sums.zero_()
+        self.totals.begin(0)
         if self.best is None or row["top1"] > self.best["top1"]:
             self.best = {name: row[name] for name in ("epoch", "stage", "top1", *SHOTS)}
-            checkpoint.save_checkpoint(self._model_state(), self.output_dir / checkpoint.BEST, keep_previous=False)
+            if self.processes.first:
+                best = self.output_dir / checkpoint.BEST
+                checkpoint.save_checkpoint(self._model_state(), best, keep_previous=False)
         self._save()
+        self.console.end_epoch(row)
+        note = speed_note(row)
+        if note is not None and not self._speed_told:
+            self.console.note(note)
+            self._speed_told = True
+        if not self.processes.first:
+            return
         rundir.append_metrics(self.output_dir, row)
         for name, value in row.items():
             if name not in ("epoch", "stage") and value is not None:
                 group = "train" if name.startswith("train_") else "test" if name in ("top1", *SHOTS) else "run"
                 writer.add_scalar(f"{group}/{name.removeprefix('train_')}", value, self.epoch)
-        self.console.end_epoch(row)
+
+    def _leave_stage(self) -> None:
+        """Free what only the stage before needed, its recordings above all, before the next one takes memory."""
+        del self.steps, self.evaluator
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _enter_stage(self, stage: int) -> None:
         """Freeze what ``stage`` does not train and start its optimizer afresh."""
-        retrained = list(self.model.stage2_parameters())
-        members = {id(parameter) for parameter in retrained}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_((id(parameter) in members) == (stage == 2))
         self.stage = stage
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=self.config.lr,
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
+        record = records(self.config, self.dataset, self.device, self.processes)
+        class_counts = self.dataset.class_counts.to(self.device)
+        self.steps = StageSteps(
+            self.model,
+            self.config,
+            stage,
+            class_counts=class_counts,
+            processes=self.processes,
+            totals=self.totals,
+            record=record,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
+        self.evaluator = Evaluator(
+            self.model,
+            stage=stage,
+            class_counts=class_counts,
+            device=self.device,
+            autocast=self.steps.autocast,
+            record=record,
+        )
 
-    def _save_and_stop(self, stop: GracefulStop) -> NoReturn:
-        self._save()
-        raise Interrupted(stop, self.output_dir / checkpoint.LAST)
+    def _stop_if_asked(self, stop: GracefulStop) -> None:
+        """Save and end the run, in all processes at the same step, after a signal to any of them."""
+        number = self.processes.largest(stop.number, self.device)
+        if number:
+            self._save()
+            raise Interrupted(number, self.output_dir / checkpoint.LAST)
 
     def _save(self) -> None:
         self._require_finite()
+        sums = self.processes.total(self.totals.sums).tolist()
+        if not self.processes.first:
+            return
         state = self._model_state() | {
             "batch": self.batch,
-            "sums": self.sums.tolist(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "sums": sums,
+            **self.steps.state(),
             "history": self.history,
             "evaluation": dataclasses.asdict(self.evaluation) if self.evaluation else None,
             "images_per_second": self.images_per_second,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shike_fast import data
+from shike_fast import data, ops
 from shike_fast.engine import trainer as trainer_module
 from shike_fast.errors import DataError
 
@@ -72,14 +72,14 @@ def test_no_traceback_reaches_the_user(runs):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(runs, tmp_path, monkeypatch, capsys, bad):
     steps = []
-    plain = trainer_module.ops.dkt_loss
+    plain = ops.dkt_loss
 
     def sometimes_bad(logits, labels, **options):
         loss, terms = plain(logits, labels, **options)
         steps.append(len(labels))
         return (loss * bad, terms) if len(steps) == 9 else (loss, terms)
 
-    monkeypatch.setattr(trainer_module.ops, "dkt_loss", sometimes_bad)
+    monkeypatch.setattr(ops, "dkt_loss", sometimes_bad)
     assert runs.train(*runs.small, "--output-dir", tmp_path / "run") == 1
     errors = capsys.readouterr().err
     assert "the loss is not finite at step 3 of 6 in epoch 2" in errors
@@ -92,7 +92,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(runs, tmp
 
 def test_a_non_finite_loss_in_the_first_epoch_keeps_the_initial_one(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        trainer_module.ops, "dkt_loss", lambda logits, labels, **options: (logits.sum() * float("nan"), torch.zeros(3))
+        ops, "dkt_loss", lambda logits, labels, **options: (logits.sum() * float("nan"), torch.zeros(3))
     )
     assert runs.train(*runs.small, "--output-dir", tmp_path / "run") == 1
     errors = capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_lost_weights_are_never_saved(runs, tmp_path, monkeypatch, capsys, param
     assert_every_checkpoint_is_finite(tmp_path / "run", runs)
 
 
-def test_a_broken_image_ends_a_run_with_its_name(runs, tmp_path, capsys):
+def test_a_broken_image_ends_a_strict_run_with_its_name(runs, tmp_path, capsys):
     generator = np.random.default_rng(0)
     for part, label, image in itertools.product(("train", "val"), ("cat", "dog"), range(3)):
         path = tmp_path / "images" / part / label / f"{image}.png"
@@ -151,7 +151,7 @@ def test_a_broken_image_ends_a_run_with_its_name(runs, tmp_path, capsys):
         Image.fromarray(generator.integers(0, 255, (40, 40, 3), np.uint8)).save(path)
     (tmp_path / "images" / "train" / "dog" / "1.png").write_bytes(b"not an image")
     arguments = ["--dataset", "imagefolder", "--data-dir", tmp_path / "images", "--model", "resnet8", "--workers", 0]
-    assert runs.train(*arguments, "--epochs", 1, "--output-dir", tmp_path / "run") == 1
+    assert runs.train(*arguments, "--strict", "--epochs", 1, "--output-dir", tmp_path / "run") == 1
     errors = capsys.readouterr().err
     assert re.match(r"error: .*dog/1\.png: cannot be decoded as an image", errors)
     assert errors.count("\n") == 1
@@ -194,7 +194,7 @@ def test_flags_reach_the_data_set(runs, monkeypatch):
         "--imbalance-factor",
         50,
     ]
-    assert runs.train(*arguments, "--augmentation", "none", "--seed", 7) == 2
+    assert runs.train(*arguments, "--augmentation", "none", "--seed", 7, "--image-size", 48, "--strict") == 2
     assert seen == {
         "name": "cifar10-lt",
         "data_dir": "there",
@@ -203,4 +203,6 @@ def test_flags_reach_the_data_set(runs, monkeypatch):
         "imbalance_factor": 50.0,
         "augmentation": "none",
         "seed": 7,
+        "image_size": 48,
+        "strict": True,
     }

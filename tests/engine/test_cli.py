@@ -1,12 +1,24 @@
+import ctypes
+import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
-from shike_fast.engine.cli import ArgumentParser, choose_device, make_deterministic, run_command
-from shike_fast.engine.trainer import NonFiniteLossError, make_autocast
+from shike_fast.engine.cli import (
+    ArgumentParser,
+    choose_device,
+    keep_memory,
+    make_deterministic,
+    run_command,
+    use_device,
+)
+from shike_fast.engine.steps import make_autocast
+from shike_fast.engine.trainer import NonFiniteLossError
 from shike_fast.errors import ConfigError, DataError
 
 
@@ -29,7 +41,11 @@ def raising(error):
             "error: DataLoader worker (pid 7) is killed; memory may",
         ),
         (KeyboardInterrupt(), 130, "error: stopped by SIGINT\n"),
-        (MemoryError(), 1, "error: out of memory (no details); lower --batch-size"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory (no details); lower --batch-size, raise --accumulate or use --amp bf16",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "error: out of memory (DefaultCPUAllocator: can't"),
         (OSError("no space"), 1, "error: cannot use file: no space\n"),
         (torch.OutOfMemoryError("CUDA out\nof memory"), 1, "error: out of memory (CUDA out of memory); lower"),
@@ -119,3 +135,67 @@ def test_deterministic_mode(monkeypatch):
 def test_autocast(amp, dtype):
     with make_autocast(amp, torch.device("cpu"))():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        use_device(torch.device(name))
+    assert chosen == [torch.device("cuda", 1)]
+
+
+FAULTS = """
+import resource
+import sys
+import torch
+from shike_fast.engine.cli import keep_memory
+
+def step():
+    tensors = [torch.ones(2**21 + 2**12 * k) for k in range(8)]  # 8 MiB each, as the maps of a step
+
+if sys.argv[1] == "kept":
+    assert keep_memory()
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
+"""
+
+
+def test_memory_is_kept_from_step_to_step():
+    pages = 8 * 2**23 // os.sysconf("SC_PAGESIZE")
+    faults = {}
+    for name in ("given back", "kept"):
+        command = [sys.executable, "-c", FAULTS, name]
+        # Left alone, glibc moves its threshold as blocks are freed, and may then keep the memory for once by chance.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        faults[name] = int(done.stdout)
+    assert faults["kept"] < pages / 100
+    assert faults["given back"] > pages / 2
+
+
+def test_a_c_library_that_cannot_keep_memory(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert keep_memory() is False
+
+
+def test_a_full_disk_is_named_with_its_remedy(capsys):
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device", "x.csv")
+
+    assert run_command(write) == 1
+    assert capsys.readouterr().err == (
+        "error: the disk is full, there is no space left for x.csv; free some and repeat the command\n"
+    )
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly():
+    program = "import sys; from shike_fast.engine.cli import run_command; "
+    program += "sys.exit(run_command(lambda: [print(i) for i in range(10**6)] and 0))"
+    line = f"{sys.executable} -c '{program}' | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n141\n", "")

@@ -12,10 +12,27 @@ def test_defaults_are_the_recipe():
     config = resolve({})
     recipe = dataclasses.asdict(RECIPES["digits-lt"])
     assert recipe["threads"] == 1
+    assert recipe.pop("needs_pretrained") is False
     assert config.dataset == "digits-lt"
     assert config.method == "shike"
     assert config.num_experts == 3
     assert {name: getattr(config, name) for name in recipe} == recipe
+
+
+def test_the_recipes_of_the_large_data_sets():
+    inat = resolve({"dataset": "inat18", "epochs": 100})  # the preset of 100 epochs
+    assert (inat.model, inat.stage1_epochs, inat.stage2_epochs) == ("resnet50", 90, 10)
+    assert (inat.batch_size, inat.lr, inat.weight_decay, inat.augmentation) == (512, 0.2, 2e-4, "rrc-randaugment")
+    imagenet = resolve({"dataset": "imagenet-lt"})
+    assert (imagenet.stage1_epochs, imagenet.stage2_epochs) == (180, 20)
+    assert (imagenet.batch_size, imagenet.augmentation) == (256, "rrc-jitter-randaugment")
+    places = resolve({"dataset": "places-lt", "pretrained": "resnet152.pth"})
+    assert (places.model, places.stage1_epochs, places.stage2_epochs) == ("resnet152", 30, 10)
+    assert (places.lr, places.warmup_epochs, places.pretrained) == (0.02, 0, "resnet152.pth")
+    assert places.lr_of(0) == 0.02
+    assert resolve({"dataset": "places-lt", "pretrained": "none"}).pretrained is None
+    with pytest.raises(ConfigError, match="begins with ImageNet weights of resnet152"):
+        resolve({"dataset": "places-lt"})
 
 
 def test_every_data_set_has_a_recipe():

@@ -1,0 +1,23 @@
+"""``python -m shike_fast``: says which commands there are."""
+
+import sys
+
+COMMANDS = {
+    "train": "train a network on a long-tailed data set",
+    "evaluate": "test a checkpoint on the test images of its data set",
+    "predict": "classify a folder of images with a checkpoint",
+    "data": "check, pack or generate a data set",
+    "info": "show versions, devices and kernels",
+}
+
+
+def main() -> int:
+    """List the commands; the status is that of bad input, as this is none of them."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  python -m shike_fast.{name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    print("\n".join(["commands, each with --help:", *lines]))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

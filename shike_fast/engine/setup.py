@@ -1,0 +1,137 @@
+"""What the settings mean on this machine: loaders, recorded steps, and what cannot be done here."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from shike_fast import data
+from shike_fast.data.arrays import ArrayDataset
+from shike_fast.data.gpu_decode import NoHardwareDecoderError
+from shike_fast.data.gpu_loader import GpuPhotoLoader
+from shike_fast.data.images import ImageDataset
+from shike_fast.data.loader import EpochLoader
+from shike_fast.data.photo_loader import PhotoLoader
+from shike_fast.engine.cli import cores, most_workers
+from shike_fast.engine.config import TrainConfig
+from shike_fast.engine.distributed import Processes
+from shike_fast.engine.steps import AMP_DTYPES
+from shike_fast.errors import ConfigError
+
+_ALONE = Processes()
+_SMALL_SIDE = 64  # pixels: below, the kernels of a step are shorter than their launches
+_MOST_WORKERS = 8  # beside training on a CPU, or where images are only augmented
+_MOST_DECODERS = 32  # beside a GPU, each decoding some 500 to 1,500 images a second
+
+
+def make_loader(
+    config: TrainConfig,
+    dataset: data.LongTailData,
+    device: torch.device,
+    *,
+    train: bool,
+    test_batch_size: int | None = None,
+    processes: Processes = _ALONE,
+) -> EpochLoader:
+    """Loader of this process's share of the training images (shuffled) or of the test images of a run.
+
+    Test batches are four times as large as training batches unless ``test_batch_size`` says otherwise: a forward pass
+    that keeps nothing for a backward one has the memory for it. Those of image files are as large as training batches:
+    every worker holds some of them.
+
+    Images in memory move to the device and are augmented there, unless the user asks for ``--loader cpu`` or workers.
+    Image files are decoded by worker processes and augmented on the device; with ``--loader gpu`` the GPU also decodes.
+    Where the user names no number of workers, images that are decoded or augmented one by one get one a core, shared
+    among the processes of this machine, at most eight, or 32 that decode for a GPU; those prepared a batch at a time
+    need none.
+
+    Raises:
+        ConfigError: if ``--loader device`` is asked for images that are files, or ``gpu`` where none can decode.
+    """
+    source = dataset.train if train else dataset.test
+    files = isinstance(source, ImageDataset)
+    batch_size = config.batch_size if train else test_batch_size or (1 if files else 4) * config.batch_size
+    if config.loader == "device" and files:
+        raise ConfigError(f"--loader: device holds images that fit in memory, {dataset.name} has files; use cpu or gpu")
+    if config.loader == "gpu" and device.type != "cuda":
+        raise ConfigError(f"--loader: gpu needs a GPU, this run is on {device}; use cpu or auto")
+    workers = _workers(config, source, device)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seed": config.seed,
+        "shuffle": train,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+    }
+    try:
+        if isinstance(source, ArrayDataset) and (config.loader in ("device", "gpu") or _auto_device(config)):
+            return data.DeviceLoader(source, device=device, **settings)
+        if isinstance(source, ImageDataset):
+            if config.loader == "gpu":
+                return GpuPhotoLoader(source, device=device, num_workers=workers, **settings)
+            return PhotoLoader(source, device=device, num_workers=workers, **settings)
+        return data.Loader(source, num_workers=workers, pin_memory=device.type == "cuda", **settings)
+    except NoHardwareDecoderError as error:
+        raise ConfigError(f"--loader: gpu cannot be used: {error}; use cpu or auto") from error
+    except ValueError as error:
+        raise ConfigError(f"--batch-size: {error}") from error
+
+
+def _workers(config: TrainConfig, source: data.BatchSource, device: torch.device) -> int:
+    if config.workers is not None:
+        return min(config.workers, most_workers())  # a checkpoint may come from a larger machine
+    if not source.one_by_one:
+        return 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    decodes_for_gpu = isinstance(source, ImageDataset) and device.type != "cpu"
+    return min(_MOST_DECODERS if decodes_for_gpu else _MOST_WORKERS, max(1, cores() // local))
+
+
+def _auto_device(config: TrainConfig) -> bool:
+    return config.loader == "auto" and config.workers is None
+
+
+def records(config: TrainConfig, dataset: data.LongTailData, device: torch.device, processes: Processes) -> bool:
+    """Whether the step becomes a CUDA graph: where asked for, or by default for small images on one GPU."""
+    if config.cuda_graph is not None:
+        return config.cuda_graph
+    launch_bound = dataset.image_size <= _SMALL_SIDE and not config.checkpoint_activations
+    return device.type == "cuda" and launch_bound and not processes.several and config.optimizer != "apex"
+
+
+def check_setting(
+    config: TrainConfig, dataset: data.LongTailData, device: torch.device, processes: Processes = _ALONE
+) -> None:
+    """Find out before the run begins what would fail in it.
+
+    Raises:
+        ConfigError: naming the option and the remedy.
+    """
+    if config.cuda_graph and device.type != "cuda":
+        raise ConfigError(f"--cuda-graph: needs a GPU, this run is on {device}; leave it out, or try --compile")
+    passes = processes.world_size * config.accumulate
+    if config.batch_size < 2 * passes:  # BatchNorm needs two values a channel
+        raise ConfigError(
+            f"--batch-size: counts the images of all processes; {processes.world_size} processes with --accumulate "
+            f"{config.accumulate} need at least {2 * passes}, got {config.batch_size}"
+        )
+    if len(dataset.test) < processes.world_size:
+        raise ConfigError(f"{dataset.name} has {len(dataset.test)} test images for {processes.world_size} processes")
+    _check_amp(config.amp, device)
+
+
+def _check_amp(amp: str, device: torch.device) -> None:
+    dtype = AMP_DTYPES.get(amp)
+    if dtype is None:
+        return
+    if device.type == "cuda" and amp == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"--amp: {name} does not compute in bfloat16; use --amp fp16 or off")
+    weight = torch.zeros(8, 8, 3, 3, device=device, dtype=dtype, requires_grad=True)
+    try:
+        torch.conv2d(torch.zeros(2, 8, 8, 8, device=device, dtype=dtype), weight, padding=1).sum().backward()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--amp: {device} does not convolve in {dtype} ({reason}); use --amp off") from error

@@ -1,0 +1,175 @@
+"""The step of a stage: forward, loss, backward, optimizer and running totals, without waiting for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shike_fast import models, ops
+from shike_fast.engine.config import TrainConfig
+from shike_fast.engine.distributed import Processes
+from shike_fast.engine.graph import RecordedCalls, aside
+from shike_fast.engine.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from shike_fast.engine.totals import TERMS, Totals
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WARM_UP = 3  # calls before a step is recorded: libraries choose their algorithms, buffers find their place
+_WARM_UP_SEVERAL = 11  # DistributedDataParallel rearranges its buckets meanwhile
+
+
+def make_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Factory of the mixed-precision context named by ``--amp``: ``off``, ``bf16`` or ``fp16``."""
+    dtype = AMP_DTYPES.get(amp)
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+class StageNetwork(nn.Module):
+    """The model as a stage trains it: images [B, channels, H, W] -> logits [K, B, C].
+
+    In stage 2 the backbone is frozen; only its BatchNorm statistics move on, as published.
+    """
+
+    def __init__(self, model: models.MultiExpertResNet, stage: int) -> None:
+        super().__init__()
+        self.model = model
+        self.stage = stage
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.stage == 1:
+            return self.model(images, stage=1)
+        with torch.no_grad():
+            features = self.model.features(images)
+        return self.model.classify(features, 2)
+
+
+class StageSteps:
+    """Trains a model through one stage, step by step.
+
+    A step takes this process's share of the images of one optimizer step. With ``accumulate`` = N they go through the
+    model in N parts one after the other; every image weighs the same in the gradient, whatever the parts and shares.
+
+    Args:
+        model: the network, on its device; the parameters that the stage does not train are frozen here.
+        config: the run's settings.
+        stage: 1 or 2.
+        class_counts: int64 [C], on the device.
+        processes: who trains along; they get the mean of all gradients.
+        totals: what the steps add to.
+        record: record the step as a CUDA graph and replay it.
+    """
+
+    def __init__(
+        self,
+        model: models.MultiExpertResNet,
+        config: TrainConfig,
+        stage: int,
+        *,
+        class_counts: Tensor,
+        processes: Processes,
+        totals: Totals,
+        record: bool = False,
+    ) -> None:
+        retrained = {id(parameter) for parameter in model.stage2_parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_((id(parameter) in retrained) == (stage == 2))
+        model.checkpoint_activations = config.checkpoint_activations
+        self.stage = stage
+        self.config = config
+        self.processes = processes
+        self.totals = totals
+        self.class_counts = class_counts
+        self.device = class_counts.device
+        self.autocast = make_autocast(config.amp, self.device)
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            changeable_lr=record,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.network: nn.Module = StageNetwork(model, stage)
+        self._distributed: DistributedDataParallel | None = None
+        stream = torch.cuda.Stream(self.device) if record else None
+        if processes.several:
+            ids = [self.device] if self.device.type == "cuda" else None
+            # It remembers the stream for the gradients, which has to be the one that will be recorded.
+            with aside(stream) if stream is not None else contextlib.nullcontext():
+                self._distributed = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
+            # Only running statistics would be sent, before every forward; the trainer sends them when they are used.
+            self._distributed.broadcast_buffers = False
+            self.network = self._distributed
+        if config.compile:
+            self.network.compile(dynamic=False)
+        self._run: Callable[..., None] = self._step
+        if stream is not None:
+            warm_up = _WARM_UP_SEVERAL if processes.several else _WARM_UP
+            self._run = RecordedCalls(self._step, warm_up=warm_up, stream=stream)
+
+    def __call__(self, images: Tensor, labels: Tensor, of_all: int | None = None) -> None:
+        """One optimizer step.
+
+        Args:
+            images: float [b, channels, H, W], this process's share, on the device.
+            labels: int64 [b].
+            of_all: images of this step in all processes together.
+        """
+        self._run(images, labels, of_all or len(labels))
+
+    def _step(self, images: Tensor, labels: Tensor, of_all: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        # the same number in all processes, which exchange statistics in every part: what the smallest share allows
+        parts = max(1, min(self.config.accumulate, of_all // self.processes.world_size))
+        pairs = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
+        for number, (part, part_labels) in enumerate(pairs, start=1):
+            with self._without_exchange(number < parts):
+                with self.autocast():
+                    logits = self.network(part)  # [K, b, C]
+                loss, terms = self._loss(logits, part_labels)
+                # of the mean over all images; the gradients of the processes are averaged, hence world_size
+                share = len(part_labels) * self.processes.world_size / of_all
+                self.scaler.scale(loss if share == 1 else loss * share).backward()
+            self.totals.add(loss, terms, logits, part_labels)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.totals.count()
+
+    def _without_exchange(self, wanted: bool) -> AbstractContextManager[object]:
+        if wanted and self._distributed is not None:
+            return self._distributed.no_sync()
+        return contextlib.nullcontext()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of the stage and its three terms [3], zeros where it has none."""
+        config = self.config
+        if self.stage == 1 and config.method == "shike":
+            return ops.dkt_loss(
+                logits,
+                labels,
+                hardest_weight=config.hardest_weight,
+                mutual_weight=config.mutual_weight,
+                kl_reduction=config.kl_reduction,
+                return_terms=True,
+            )
+        if self.stage == 1:
+            loss = ops.expert_cross_entropy(logits, labels)
+        else:
+            loss = ops.balanced_softmax_loss(logits, labels, self.class_counts)
+        return loss, loss.new_zeros(len(TERMS))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs of the optimizer and the loss scaler."""
+        return {"optimizer": optimizer_state(self.optimizer), "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state`."""
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])

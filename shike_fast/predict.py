@@ -1,0 +1,196 @@
+"""Classify a folder of images: ``python -m shike_fast.predict --checkpoint RUN/best.pt --images DIR``.
+
+Writes a CSV with a line an image: its most probable classes, their names and probabilities. The checkpoint brings the
+network, the class names and the transform along; neither the data set nor its files are needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shike_fast.data.imagefolder import EXTENSIONS, image_files
+from shike_fast.data.images import FileStore, ImageDataset
+from shike_fast.data.paths import PathTable
+from shike_fast.data.photo_loader import PhotoLoader
+from shike_fast.engine import checkpoint
+from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
+from shike_fast.engine.config import TrainConfig, resume_config
+from shike_fast.engine.state import model_from_checkpoint
+from shike_fast.engine.steps import make_autocast
+from shike_fast.errors import CheckpointError, ConfigError
+
+_FIRST_COLUMN = "image"
+_MOST_WORKERS = 8
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, for networks of grey images
+
+
+def make_parser() -> ArgumentParser:
+    """The command line of ``shike_fast.predict``."""
+    parser = ArgumentParser(prog="python -m shike_fast.predict", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pt or last.pt of a run directory")
+    add("--images", type=Path, required=True, metavar="DIR", help="folder of images, with all folders below it")
+    add("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default predictions.csv")
+    add("--top", type=int, default=5, metavar="N", help="classes an image (default 5)")
+    add("--stage", type=int, choices=(1, 2), help="whose classifiers to use; default those the checkpoint was training")
+    add("--batch-size", type=int, metavar="B", help="images at a time; default that of the run")
+    add("--workers", type=int, metavar="N", help="processes that decode; default one a core, at most 8")
+    add("--threads", type=int, metavar="N", help="CPU threads; default that of the run")
+    add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
+    add("--amp", metavar="off|bf16|fp16", help="mixed precision; default that of the run")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 1 where some images could not be read."""
+    arguments = make_parser().parse_args(argv)
+    return run_command(lambda: _predict(vars(arguments)))
+
+
+def _predict(arguments: dict[str, Any]) -> int:
+    check_workers(arguments["workers"])
+    for name, least in (("top", 1), ("batch_size", 1)):
+        if arguments[name] is not None and arguments[name] < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least {least}, got {arguments[name]}")
+    output: Path = arguments["output"]
+    _check_output(output)
+    paths = _list_images(arguments["images"])
+    source: Path = arguments["checkpoint"]
+    state = checkpoint.load_checkpoint(source)
+    config = _config(state, arguments, source)
+    torch.set_num_threads(config.threads)
+    device = choose_device(arguments["device"])
+    use_device(device)
+    model = model_from_checkpoint(state, source).to(device).eval()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stage = arguments["stage"] or state["stage"]
+    if stage == 2 and config.method == "ce":
+        raise CheckpointError(f"--stage: checkpoint {source} was trained with method 'ce', which has no stage 2")
+    dataset = _dataset(state, source, FileStore(arguments["images"], paths))
+    workers = arguments["workers"]
+    loader = PhotoLoader(
+        dataset,
+        batch_size=arguments["batch_size"] or config.batch_size,
+        shuffle=False,
+        device=device,
+        num_workers=min(_MOST_WORKERS, cores()) if workers is None else workers,
+        report=lambda _: None,
+        most_broken=len(dataset),
+    )
+    grey = state["data"]["in_channels"] == 1
+    autocast = make_autocast(config.amp, device)
+
+    def probabilities() -> Iterator[Tensor]:
+        with torch.inference_mode():
+            for images, _ in loader.epoch(0):
+                if grey:
+                    # Normalisation is the same for all three channels, so the luma may come after it.
+                    images = (images * torch.tensor(_LUMA, device=device)[:, None, None]).sum(1, keepdim=True)
+                with autocast():
+                    logits = model(images, stage=stage)
+                yield logits.float().mean(0).softmax(1)
+
+    names = state["data"]["class_names"]
+    top = min(arguments["top"], len(names))
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            _write(file, probabilities(), paths, names, top, loader.broken.messages)
+        os.replace(temporary, output)
+    finally:
+        loader.close()
+        temporary.unlink(missing_ok=True)
+    print(f"{output}: {len(paths):,} images, {top} classes each")
+    if len(loader.broken):
+        messages = list(loader.broken.messages.values())
+        print(f"{len(messages):,} images could not be read, the first: {messages[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a file that cannot be written, or that holds something other than earlier predictions."""
+    if output.is_dir() or not output.name:
+        raise ConfigError(f"--output: {output} is a folder; name a file")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output: {output.parent} is not a folder; create it or name another file")
+    if output.exists() and not output.is_file():
+        raise ConfigError(f"--output: {output} is no regular file; name one")
+    if output.exists():
+        with open(output, "rb") as file:
+            if not file.readline().startswith(f"{_FIRST_COLUMN},class_1,".encode()):
+                raise ConfigError(f"--output: {output} exists and holds no predictions; name another file")
+
+
+def _list_images(folder: Path) -> PathTable:
+    if not folder.is_dir():
+        raise ConfigError(f"--images: {folder} is not a folder")
+    paths = PathTable(sorted(os.path.relpath(path, folder) for path in image_files(folder)))
+    if not len(paths):
+        raise ConfigError(f"--images: {folder} holds no images ({', '.join(EXTENSIONS)})")
+    return paths
+
+
+def _config(state: dict[str, Any], arguments: dict[str, Any], source: Path) -> TrainConfig:
+    names = ("device", "threads", "amp")
+    given = {name: arguments[name] for name in names if arguments[name] is not None}
+    return resume_config(state["config"] | given, {}, str(source))
+
+
+def _dataset(state: dict[str, Any], source: Path, store: FileStore) -> ImageDataset:
+    """The images to classify, with the test transform that the checkpoint describes."""
+    data = state["data"]
+    try:
+        return ImageDataset(
+            store,
+            np.zeros(len(store), np.int64),
+            augmentation="none",
+            training=False,
+            size=data["image_size"],
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            margin=data["margin"],
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"checkpoint {source} does not say how images are transformed (no {error}): an older version wrote it"
+        ) from error
+
+
+def _write(
+    file: TextIO,
+    batches: Iterator[Tensor],
+    paths: PathTable,
+    names: Sequence[str],
+    top: int,
+    broken: dict[int, str],
+) -> None:
+    """A header, and for each image its classes by falling probability, or the reason why it has none."""
+    ranks = range(1, top + 1)
+    header = [f"{what}_{rank}" for rank in ranks for what in ("class", "name", "probability")]
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow([_FIRST_COLUMN, *header, "error"])
+    index = 0
+    for batch in batches:
+        values, classes = batch.topk(top, dim=1)
+        for row, chosen in zip(values.tolist(), classes.tolist(), strict=True):
+            cells: list[Any] = []
+            for value, c in zip(row, chosen, strict=True):
+                cells += [c, names[c], f"{value:.6f}"]
+            if index in broken:
+                cells = [""] * len(cells)
+            table.writerow([paths[index], *cells, broken.get(index, "")])
+            index += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

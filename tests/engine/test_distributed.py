@@ -1,0 +1,345 @@
+"""Several processes: the same weights as one, shares of the data, the command under torchrun, a killed worker."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from shike_fast import models
+from shike_fast.data.loader import share as share_of
+from shike_fast.engine.config import resolve
+from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch
+from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.steps import StageSteps
+from shike_fast.engine.totals import Totals
+from shike_fast.errors import ConfigError, RunError
+from shike_fast.evaluate import main as evaluate_command
+from shike_fast.nn import convert_sync_batchnorm
+from shike_fast.train import _MUST, _plan
+
+GLOBAL_BATCHES = (12, 13)
+
+
+def ten_steps(images_of_all, processes, accumulate=1):
+    """Ten steps of each stage in float64 with synchronised BatchNorm: all weights, statistics and totals."""
+    torch.manual_seed(0)
+    model = models.create_model("resnet8", num_classes=5).double().train()
+    images = torch.randn(images_of_all, 3, 16, 16, dtype=torch.float64)
+    labels = torch.randint(5, (images_of_all,))
+    if processes.several:
+        convert_sync_batchnorm(model)
+    share = share_of(np.arange(images_of_all), processes.rank, processes.world_size)
+    totals = Totals(torch.device("cpu"))
+    config = resolve({"epochs": 2, "batch_size": 64, "accumulate": accumulate})
+    for stage in (1, 2):
+        steps = StageSteps(model, config, stage, class_counts=torch.arange(1, 6), processes=processes, totals=totals)
+        set_lr(steps.optimizer, 0.05)
+        for _ in range(10):
+            steps(images[share], labels[share], images_of_all)
+    return {**model.state_dict(), "totals": processes.total(totals.sums)}
+
+
+def steps_here():
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    return [ten_steps(batch, processes) for batch in GLOBAL_BATCHES]
+
+
+def agreements_here():
+    """What the processes agree on, and how a failure of the first one reaches the other."""
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    results = {
+        "largest": processes.largest(10 * processes.rank, torch.device("cpu")),
+        "total": processes.total(torch.tensor([1.0, processes.rank])).tolist(),
+        "said": processes.from_first(lambda: f"said by {processes.rank}"),
+    }
+
+    def fail():
+        raise ConfigError("no")
+
+    try:
+        processes.from_first(fail)
+    except (ConfigError, FailedElsewhere) as error:
+        results["failure"] = (type(error).__name__, error.exit_status)
+    for failing in ([0], [1], [0, 1]):
+
+        def fail_there(failing=failing):
+            if processes.rank in failing:
+                raise ConfigError(f"no, says {processes.rank}")
+            return processes.rank
+
+        try:
+            processes.together(fail_there)
+        except (ConfigError, RunError) as error:
+            results["together", *failing] = (type(error).__name__, error.exit_status, str(error))
+    results["together"] = processes.together(lambda: processes.rank)
+    model = torch.nn.BatchNorm2d(2)
+    model.running_mean.fill_(float(processes.rank + 1))
+    processes.send_buffers(model)
+    results["buffers"] = model.running_mean.tolist()
+    return results
+
+
+def test_two_processes_make_the_steps_of_one(two_processes):
+    both = two_processes(steps_here)
+    for number, batch in enumerate(GLOBAL_BATCHES):
+        alone = ten_steps(batch, Processes())
+        for results in both:
+            for name, expected in alone.items():
+                tolerance = 1e-9 if name != "totals" else 1e-6
+                torch.testing.assert_close(
+                    results[number][name], expected, rtol=tolerance, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}"
+                )
+
+
+def uneven_parts_here():
+    """Three images in two processes: two and one, which a step cannot cut into as many parts of their own."""
+    return ten_steps(3, Processes(dist.get_rank(), dist.get_world_size()), accumulate=2)
+
+
+def test_processes_cut_their_shares_into_equally_many_parts(two_processes):
+    first, second = two_processes(uneven_parts_here)
+    alone = ten_steps(3, Processes())  # what one part each amounts to
+    for name, expected in alone.items():
+        for found in (first[name], second[name]):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def test_processes_agree(two_processes):
+    first, second = two_processes(agreements_here)
+    assert first["largest"] == second["largest"] == 10
+    assert first["total"] == second["total"] == [2.0, 1.0]
+    assert first["said"] == second["said"] == "said by 0"
+    assert (first["failure"], second["failure"]) == (("ConfigError", 2), ("FailedElsewhere", 2))
+    assert (first["together"], second["together"]) == (0, 1)
+    assert first["together", 0] == first["together", 0, 1] == ("ConfigError", 2, "no, says 0")
+    assert first["together", 1] == ("RunError", 2, "process 1: no, says 1")
+    assert all(second[("together", *failing)][:2] == ("FailedElsewhere", 2) for failing in ([0], [1], [0, 1]))
+    assert first["buffers"] == second["buffers"] == [1.0, 1.0]
+
+
+def test_a_process_alone_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join(None) as processes:
+        assert processes == Processes() and not processes.several and processes.first
+        assert processes.from_first(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
+    assert not dist.is_initialized()
+
+
+def test_every_process_takes_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device_of(Processes(3, 4, 1), None) == torch.device("cuda", 1)
+    assert choose_device_of(Processes(3, 4, 1), "cuda") == torch.device("cuda", 1)
+    assert choose_device_of(Processes(3, 4, 1), "cpu") == torch.device("cpu")
+    assert choose_device_of(Processes(), "cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(FailedElsewhere):  # told by the first process of this machine
+        choose_device_of(Processes(3, 4, 1), "cuda:7")
+    with pytest.raises(ConfigError, match="'cuda:7' is not on this machine"):
+        choose_device_of(Processes(2, 4, 0), "cuda:7")
+    with pytest.raises(ConfigError, match="4 processes cannot share cuda:0; say --device cuda, and each takes one"):
+        choose_device_of(Processes(3, 4, 1), "cuda:0")
+    with pytest.raises(
+        ConfigError, match="process 2 of this machine has no GPU left, there are 2; start torchrun with"
+    ):
+        choose_device_of(Processes(2, 4, 2), "cuda")
+
+
+class Torchrun:
+    """The training command in two processes."""
+
+    def __init__(self, folder, *arguments, restarts=0):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher += ["--max-restarts", str(restarts), "-m", "shike_fast.train"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*launcher, *map(str, arguments)],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self):
+        try:
+            output, errors = self.process.communicate(timeout=240)
+        finally:
+            self.process.kill()
+        return self.process.returncode, output, errors
+
+    def workers(self):
+        """Process numbers by rank."""
+        children = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        ).stdout
+        pids = [int(line.split()[0]) for line in children.splitlines() if "shike_fast.train" in line]
+        ranks = {}
+        for pid in pids:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                found = re.search(rb"(?:^|\0)RANK=(\d+)", file.read())
+            if found:
+                ranks[int(found[1])] = pid
+        return ranks
+
+
+SMALL = ["--model", "resnet8", "--batch-size", "64", "--epochs", "4", "--stage2-epochs", "1", "--sync-batch-norm"]
+
+
+def test_the_command_in_two_processes(runs, tmp_path):
+    status, output, errors = Torchrun(tmp_path, *SMALL, "--output-dir", tmp_path / "two", "--accumulate", 2).finish()
+    assert status == 0, errors
+    assert output.count("writing to") == 1 and "2 processes on cpu" in output
+    rows = runs.metrics(tmp_path / "two")
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    last = runs.checkpoint(tmp_path / "two" / "last.pt")
+    assert not [name for name in last["model"] if "module" in name]
+    assert sum(last["evaluation"]["support"]) == 600  # every test image once
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert config["accumulate"] == 2 and config["sync_batch_norm"] is True
+
+
+def test_all_processes_test_the_model_that_is_saved(runs, tmp_path):
+    """Without synchronised statistics each has statistics of its own; the first one's are the model's."""
+    arguments = [option for option in SMALL if option != "--sync-batch-norm"]
+    arguments += ["--batch-size", 16, "--epochs", 5, "--stage2-epochs", 0, "--output-dir", tmp_path / "two"]
+    status, _, errors = Torchrun(tmp_path, *arguments).finish()
+    assert status == 0, errors
+    state = runs.checkpoint(tmp_path / "two" / "last.pt")
+    assert evaluate_command(["--checkpoint", str(tmp_path / "two" / "last.pt"), "--csv", str(tmp_path / "a.csv")]) == 0
+    with open(tmp_path / "a.csv", newline="") as file:
+        correct = [int(row["correct"]) for row in csv.DictReader(file)]
+    assert correct == state["evaluation"]["correct"].tolist()
+    assert sum(correct) > 600 // 4  # enough that other statistics classify otherwise
+
+
+def test_two_processes_train_like_one(runs, tmp_path):
+    arguments = [*SMALL, "--epochs", 1, "--stage2-epochs", 0, "--threads", 1]  # more would magnify the rounding
+    status, _, errors = Torchrun(tmp_path, *arguments, "--output-dir", tmp_path / "two").finish()
+    assert status == 0, errors
+    assert runs.train(*arguments, "--output-dir", tmp_path / "one") == 0
+    (two,), (one,) = runs.metrics(tmp_path / "two"), runs.metrics(tmp_path / "one")
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(runs, tmp_path, rank):
+    directory = tmp_path / "run"
+    launched = Torchrun(
+        tmp_path, *SMALL, "--epochs", 12, "--stage2-epochs", 2, "--output-dir", directory, "--threads", 1, restarts=2
+    )
+    end = time.monotonic() + 120
+    while not (directory / "metrics.jsonl").exists() or len(runs.metrics(directory)) < 3:
+        assert launched.process.poll() is None and time.monotonic() < end, launched.finish()
+        time.sleep(0.02)
+    os.kill(launched.workers()[rank], signal.SIGKILL)
+    status, output, errors = launched.finish()
+    assert status == 0, errors[-3000:]
+    assert re.search(r"going on after epoch \d+", output)
+    rows = runs.metrics(directory)
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
+    state = runs.checkpoint(directory / "last.pt")
+    assert state["epoch"] == 12 and [row["epoch"] for row in state["history"]] == list(range(1, 13))
+
+
+def test_sigterm_saves_and_ends_all(runs, tmp_path):
+    directory = tmp_path / "run"
+    launched = Torchrun(tmp_path, *SMALL, "--epochs", 400, "--output-dir", directory)
+    end = time.monotonic() + 120
+    while not (directory / "metrics.jsonl").exists() or not runs.metrics(directory):
+        assert launched.process.poll() is None and time.monotonic() < end, launched.finish()
+        time.sleep(0.02)
+    os.kill(launched.workers()[1], signal.SIGTERM)
+    status, _, errors = launched.finish()
+    assert status != 0
+    assert errors.count("stopped by SIGTERM; state saved in") == 1, errors[-3000:]
+    assert runs.checkpoint(directory / "last.pt")["epoch"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "nothing"], "error: --dataset: unknown data set 'nothing'"),
+        (["--bogus"], "error: unrecognized arguments: --bogus"),
+        ([*SMALL, "--batch-size", 382], "error: --batch-size: "),
+        ([*SMALL, "--lr", 1e30], "error: the loss is not finite at step "),
+    ],
+)
+def test_an_error_in_two_processes_is_told_once(tmp_path, arguments, message):
+    status, _, errors = Torchrun(tmp_path, *arguments).finish()
+    assert status != 0
+    assert errors.count(message) == errors.count("error: ") == 1, errors
+
+
+def test_a_start_that_is_refused_stays_refused_when_restarted(runs, tmp_path):
+    """torchrun starts anew whatever ended with an error: the second time must not take over what the first may not."""
+    directory = tmp_path / "old"
+    assert runs.train(*runs.small, "--output-dir", directory) == 0
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    status, _, errors = Torchrun(tmp_path, *SMALL, "--output-dir", directory, restarts=1).finish()
+    assert status != 0
+    assert errors.count(f"error: --output-dir: {directory} is not empty; add --resume") == 2  # once each time
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """As if torchrun had started this process for the second time."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some run")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+@pytest.mark.usefixtures("restarted")
+def test_a_restart_before_the_first_checkpoint_is_like_the_start(finished, tmp_path):
+    with contextlib.ExitStack() as held:
+        plan = _plan({"resume": str(finished / "last.pt"), "output_dir": tmp_path / "new"}, held)
+        assert plan.state is not None and plan.config.epochs == 3 and plan.new_directory
+        with pytest.raises(ConfigError, match=r"--resume: .* holds no checkpoint"):
+            _plan({"resume": _MUST, "output_dir": tmp_path / "new"}, held)
+
+
+@pytest.mark.usefixtures("restarted")
+def test_a_restart_goes_on_with_the_run_of_its_own_launch(runs, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    assert runs.train(*runs.small, "--output-dir", directory) == 0  # signs it
+    for run_id, goes_on in (("some run", True), ("another", False)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        with contextlib.ExitStack() as held:
+            if goes_on:
+                plan = _plan({"output_dir": directory}, held)
+                assert plan.state["epoch"] == 3 and not plan.new_directory
+            else:
+                with pytest.raises(ConfigError, match="is not empty; add --resume"):
+                    _plan({"output_dir": directory}, held)
+
+
+def test_a_launch_has_a_name(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launch() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert launch() == launch() and launch().startswith("x ") and str(os.getppid()) in launch().split()
+
+
+def test_restarts_need_a_directory(tmp_path):
+    status, _, errors = Torchrun(tmp_path, *SMALL, restarts=1).finish()
+    assert status != 0
+    assert "error: --output-dir: name it, so that processes that torchrun restarts find what they had saved" in errors
+
+
+def test_a_batch_too_small_for_its_processes(tmp_path):
+    status, _, errors = Torchrun(tmp_path, *SMALL, "--accumulate", 20, "--output-dir", tmp_path / "run").finish()
+    assert status != 0
+    assert (
+        "--batch-size: counts the images of all processes; 2 processes with --accumulate 20 need at least 80" in errors
+    )
+    assert not (tmp_path / "run").exists()
