@@ -56,6 +56,7 @@ def test_expert_cross_entropy(inputs, contender, prepare, measure):
     measure(prepare(contender, ops.expert_cross_entropy), *without_counts(inputs))
 
 
+@pytest.mark.op("expert_cross_entropy")
 def test_peer_functional_cross_entropy(inputs, measure):
     """The same value as expert_cross_entropy in two calls of PyTorch: the experts folded into the batch."""
     sets, floor_bytes = without_counts(inputs)

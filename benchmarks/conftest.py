@@ -5,7 +5,8 @@ numbers together with a description of the machine, and ``python benchmarks/repo
 such files.
 
 A benchmark names its operator, ``@pytest.mark.op("dkt_loss")``, and takes ``contender`` and ``device``: it runs for
-every backend of the operator, and for torch.compile of the reference, on every device present.
+every backend of the operator, and for torch.compile of the reference, on every device present. One that takes
+``side_by_side`` times all its contenders in alternation, for work so long that other programs get in its way.
 """
 
 import functools
@@ -13,6 +14,7 @@ import itertools
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +31,8 @@ from shike_fast.ops import _backend
 ROTATION_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # inputs in rotation: more than the last-level caches
 MAX_SETS = 64
 COMPILED = "compiled reference"
+
+sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks import what is beside them
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SERVES = {"reference": DEVICES, "cpu": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"], COMPILED: DEVICES}
 
@@ -136,6 +140,15 @@ def driver_version() -> str | None:
     return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip() or None
 
 
+def setting(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on, beside the machine that pytest-benchmark describes."""
+    facts: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "driver": driver_version()}
+        facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return facts
+
+
 def launches(function: Callable[[], Any], device: torch.device) -> int:
     """Kernels, copies and fills that a call starts on a CUDA device."""
     with profile(activities=[ProfilerActivity.CUDA]) as run:
@@ -189,20 +202,16 @@ def measure(benchmark, device, request):
         info = benchmark.extra_info
         params = {name: str(value).replace("torch.", "") for name, value in request.node.callspec.params.items()}
         info.update(
-            op=request.node.originalname.removeprefix("test_"),
-            contender=params.pop("contender", "peer"),
+            op=request.node.get_closest_marker("op").args[0],
+            contender=params.pop("contender", None) or params.pop("variant", "peer"),
             case=", ".join(value for name, value in params.items() if name != "device"),
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
+            **setting(device),
             input_sets=len(input_sets),
             floor_bytes=floor_bytes,
             copy_gigabytes_per_second=round(copy_bandwidth(device), 2),
             peak_extra_bytes=peak_extra_bytes(forward_backward, device),
         )
         if device.type == "cuda":
-            info["cuda"], info["driver"] = torch.version.cuda, driver_version()
-            info["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
             info["launches"] = launches(forward_backward, device)
             info["device_ms"], info["cpu_ms"] = device_milliseconds(forward_backward, device)
         benchmark(and_wait if device.type == "cuda" else forward_backward)
@@ -211,6 +220,67 @@ def measure(benchmark, device, request):
         seconds = info["device_ms"] / 1e3 if device.type == "cuda" else benchmark.stats.stats.median
         info["floor_gigabytes_per_second"] = round(floor_bytes / seconds / 1e9, 3)
         info["share_of_copy"] = round(floor_bytes / seconds / 1e9 / copy_bandwidth(device), 4)
+
+    return run
+
+
+@pytest.fixture
+def clock(device):
+    """``clock()``: seconds, when the device has done all its work."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
+
+
+@pytest.fixture
+def peak_memory(device):
+    """``peak_memory(function)``: the bytes that a call has in use at its peak beyond what was in use before."""
+    return functools.partial(peak_extra_bytes, device=device)
+
+
+@pytest.fixture
+def side_by_side(benchmark, device, clock, request):
+    """``side_by_side(contenders, calls=..., rounds=..., facts=...)``: time them in alternation, so that whatever else
+    the machine does hits all alike.
+
+    In every round each contender, a callable, is called once for nothing (its data comes back to the caches) and then
+    ``calls`` times, undisturbed: only the end waits for the device. The seconds of a call in each round go into
+    ``extra_info["contenders"]``, with what else ``facts`` says of each contender. ``images`` is what a call handles,
+    for a column of images/s.
+    """
+
+    def run(
+        contenders: dict[str, Callable[[], Any]],
+        *,
+        calls: int,
+        rounds: int,
+        facts: dict[str, dict[str, Any]],
+        images: int | None = None,
+    ) -> None:
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+
+        def one_round() -> None:
+            for name, call in contenders.items():
+                call()
+                begin = clock()
+                for _ in range(calls):
+                    call()
+                seconds[name].append((clock() - begin) / calls)
+
+        benchmark.pedantic(one_round, rounds=rounds)
+        benchmark.extra_info.update(
+            op=request.node.get_closest_marker("op").args[0],
+            case=str(request.node.callspec.params["case"]),
+            **setting(device),
+            calls=calls,
+            contenders={name: {"seconds": seconds[name], **facts[name]} for name in contenders},
+        )
+        if images is not None:
+            benchmark.extra_info["images"] = images
 
     return run
 

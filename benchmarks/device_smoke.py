@@ -1,18 +1,22 @@
-"""Run every CUDA kernel of the expert losses on small inputs of every kind: what the memory checkers watch.
+"""Run every CUDA kernel on small inputs of every kind: what the memory checkers watch.
 
     python benchmarks/device_smoke.py [BACKEND [DEVICE]]        by default cuda cuda
 
-The shapes make every path run: few and many classes, rows that begin at any alignment, several experts in one tensor
-or in several, strided classes, rows shared by several blocks.
+The shapes make every path run. Losses: few and many classes, rows that begin at any alignment, several experts in one
+tensor or in several, strided classes, rows shared by several blocks. Fusion: few and many channels and positions,
+channels-last and NCHW maps, strided ones, with and without statistics, ReLU and the residual end.
 """
 
+import itertools
 import sys
+from collections.abc import Iterable
 
 import torch
 
 from shike_fast import ops
 
 SHAPES = [(1, 2, 2), (3, 33, 100), (3, 5, 1001), (4, 2, 8142), (8, 3, 257), (3, 1, 20_011)]
+MAPS = [(2, 1, 1, 1), (3, 5, 3, 2), (9, 64, 8, 8), (2, 72, 7, 7), (5, 257, 5, 3)]
 
 
 def layouts(logits: torch.Tensor) -> list:
@@ -23,23 +27,66 @@ def layouts(logits: torch.Tensor) -> list:
     return [logits, [piece[:, 1:].copy_(expert) for piece, expert in zip(slices, logits, strict=True)], strided]
 
 
-def main(backend: str = "cuda", device: str = "cuda") -> None:
+def fusion_layouts(values: torch.Tensor) -> list[torch.Tensor]:
+    """The same map channels-last, NCHW, and with strides of 2."""
+    padded = values.new_zeros(*values.shape[:3], 2 * values.shape[3])[..., ::2].copy_(values)
+    return [values.to(memory_format=torch.channels_last), values, padded]
+
+
+def finite_or_exit(tensors: Iterable[torch.Tensor], what: str) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        sys.exit(f"not finite: {what}")
+
+
+def run_losses(backend: str, device: str, dtype: torch.dtype) -> None:
     for experts, batch, classes in SHAPES:
         target = torch.randint(classes, (batch,), device=device)
         counts = torch.randint(1, 100, (classes,), device=device)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for logits in layouts(torch.randn(experts, batch, classes, device=device).to(dtype)):
-                leaves = [logits] if isinstance(logits, torch.Tensor) else logits
-                leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-                argument = leaves[0] if isinstance(logits, torch.Tensor) else leaves
-                loss = (
-                    ops.dkt_loss(argument, target, backend=backend)
-                    + ops.balanced_softmax_loss(argument, target, counts, backend=backend)
-                    + ops.expert_cross_entropy(argument, target, label_smoothing=0.1, backend=backend)
+        for logits in layouts(torch.randn(experts, batch, classes, device=device).to(dtype)):
+            leaves = [logits] if isinstance(logits, torch.Tensor) else logits
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            argument = leaves[0] if isinstance(logits, torch.Tensor) else leaves
+            loss = (
+                ops.dkt_loss(argument, target, backend=backend)
+                + ops.balanced_softmax_loss(argument, target, counts, backend=backend)
+                + ops.expert_cross_entropy(argument, target, label_smoothing=0.1, backend=backend)
+            )
+            gradients = torch.autograd.grad(loss, leaves)
+            finite_or_exit((loss, *gradients), f"{backend}, {dtype}, [K, B, C] = {[experts, batch, classes]}")
+
+
+def run_fusion(backend: str, device: str, dtype: torch.dtype) -> None:
+    for shape in MAPS:
+        channels = shape[1]
+        for layout in range(3):
+            maps = [fusion_layouts(torch.randn(shape, device=device).to(dtype))[layout] for _ in range(6)]
+            leaves = [map_.detach().requires_grad_() for map_ in maps]
+            for training, folded in itertools.product((False, True), repeat=2):
+                norms = [
+                    ops.BatchNormArguments(
+                        torch.rand(channels, device=device),
+                        torch.randn(channels, device=device),
+                        torch.zeros(channels, device=device),
+                        torch.ones(channels, device=device),
+                        training=training,
+                    )
+                    for _ in range(4)
+                ]
+                end = {"shortcut": leaves[4:], "deep_norms": norms[2:]} if folded else {}
+                f = (
+                    ops.dkf_experts(
+                        leaves[:2], leaves[2:4], norms[:2], relu=[True, False], backend=backend, **end
+                    ).sum()
+                    + ops.dkf_pool(*leaves[:2], backend=backend).sum()
                 )
-                gradients = torch.autograd.grad(loss, leaves)
-                if not all(torch.isfinite(result).all() for result in (loss, *gradients)):
-                    sys.exit(f"not finite: {backend}, {dtype}, [K, B, C] = {[experts, batch, classes]}")
+                gradients = torch.autograd.grad(f, leaves if folded else leaves[:4])
+                finite_or_exit((f, *gradients), f"{backend}, {dtype}, [B, C, H, W] = {list(shape)}")
+
+
+def main(backend: str = "cuda", device: str = "cuda") -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        run_losses(backend, device, dtype)
+        run_fusion(backend, device, dtype)
     print("every kernel ran")
 
 

@@ -1,23 +1,33 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in under eight minutes: build, device tests, memory checkers, benchmarks.
+# Everything that needs a CUDA device, in parts of less than eight minutes each.
 #
-#     benchmarks/device_suite.sh [FOLDER]        FOLDER (default: device-results) receives all results
+#     benchmarks/device_suite.sh [FOLDER [PART ...]]
 #
-# Every step runs, whatever became of the one before, for as long as its limit and the eight minutes allow; summary.txt lists
-# each with its exit status (124: out of time) and its seconds, and the exit status is 1 if any failed. The package's
-# requirements, Triton, pytest with its plugins, hypothesis, pybind11, CMake and Ninja must be installed. PYTHON names the
-# interpreter (default: python3).
+# FOLDER (default: device-results) receives all results. The parts, all by default, one after the other:
+#
+#     tests       the device tests without Triton's, and the memory checkers
+#     triton      Triton's device tests, which mostly compile
+#     benchmarks  the benchmarks of the operators; Triton compiles there too
+#     training    the benchmarks of whole training steps, of the experts' last stages and of image loading; torch.compile
+#                 works there
+#
+# Each part builds first, which takes seconds when nothing changed. Every step runs, whatever became of the one before, for
+# as long as its limit and the part's eight minutes allow; summary.txt lists each with its exit status (124: out of time) and
+# its seconds, and the exit status is 1 if any failed. The package's requirements, Triton, pytest with its plugins,
+# hypothesis, pybind11, CMake and Ninja must be installed. PYTHON names the interpreter (default: python3).
 set -uo pipefail
 
 results=$(mkdir -p "${1:-device-results}" && cd "${1:-device-results}" && pwd) || exit
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-python3}
-budget=470  # seconds
+shift
+parts=${*:-tests triton benchmarks training}
+budget=470  # seconds of a part
 failed=0
 : >"$results/summary.txt"
 
 step() {
-    local name=$1 limit=$2 log=$3 start=$SECONDS status left=$((budget - SECONDS))
+    local name=$1 limit=$2 log=$3 start=$SECONDS status left=$((budget - SECONDS + part_start))
     shift 3
     ((limit = limit < left ? limit : left > 1 ? left : 1))
     printf '\n=== %s\n' "$name" | tee -a "$results/$log"
@@ -35,22 +45,60 @@ sanitize() {
         compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" "$python" benchmarks/device_smoke.py
 }
 
-step "devices" 30 info.txt nvidia-smi
-step "PyTorch sees a GPU" 60 info.txt "$python" -c "import torch; print(torch.zeros(1, device='cuda').device)"
-step "build" 120 info.txt env SHIKE_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
-step "info" 60 info.txt "$python" -m shike_fast.info
-step "device tests" 220 tests.txt "$python" -m pytest -m gpu tests -q -o timeout=120 --durations=15 \
-    --junitxml="$results/tests.xml"
-step "benchmarks" 110 benchmarks.txt "$python" -m pytest benchmarks/bench_expert_loss.py --benchmark-only -q -k cuda \
-    --benchmark-json="$results/benchmarks.json"
-if command -v compute-sanitizer >/dev/null; then
-    sanitize memcheck --leak-check no
-    sanitize racecheck
-    sanitize synccheck
-    sanitize initcheck
-else
-    printf '%-40s not run: compute-sanitizer is not on PATH\n' "memory checkers" | tee -a "$results/summary.txt"
-    failed=1
-fi
+build() {
+    step "devices" 30 info.txt nvidia-smi
+    step "PyTorch sees a GPU" 60 info.txt "$python" -c "import torch; print(torch.zeros(1, device='cuda').device)"
+    step "build" 150 info.txt env SHIKE_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
+    step "info" 60 info.txt "$python" -m shike_fast.info
+}
+
+benchmark() {
+    local name=$1 limit=$2
+    step "$name" "$limit" benchmarks.txt "$python" -m pytest "benchmarks/$name.py" --benchmark-only -q -k cuda \
+        --benchmark-json="$results/$name.json"
+}
+
+device_tests() {
+    local name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" tests.txt "$python" -m pytest -m gpu tests -q -o timeout=200 --durations=15 \
+        --junitxml="$results/${name// /_}.xml" "$@"
+}
+
+for part in $parts; do
+    part_start=$SECONDS
+    printf '\n##### %s\n' "$part" | tee -a "$results/summary.txt"
+    build
+    case $part in
+    tests)
+        device_tests "device tests" 200 -k "not triton"
+        if command -v compute-sanitizer >/dev/null; then
+            sanitize memcheck --leak-check no
+            sanitize racecheck
+            sanitize synccheck
+            sanitize initcheck
+        else
+            printf '%-40s not run: compute-sanitizer is not on PATH\n' "memory checkers" | tee -a "$results/summary.txt"
+            failed=1
+        fi
+        ;;
+    triton) device_tests "Triton tests" 420 -k triton ;;
+    benchmarks)
+        for file in benchmarks/bench_*.py; do
+            name=$(basename "$file" .py)
+            [[ $name =~ ^bench_(experts|train|loader|containers|decode)$ ]] || benchmark "$name" 240
+        done
+        ;;
+    training)
+        benchmark bench_experts 90
+        benchmark bench_train 240
+        benchmark bench_loader 60
+        ;;
+    *)
+        printf 'unknown part %s\n' "$part" | tee -a "$results/summary.txt"
+        failed=1
+        ;;
+    esac
+done
 printf '%-40s %d s\n' "all" "$SECONDS" | tee -a "$results/summary.txt"
 exit "$failed"

@@ -1,9 +1,11 @@
 """Write docs/benchmarks.md from the recorded runs in benchmarks/results/*.json: ``python benchmarks/report.py``.
 
-A run is recorded by ``pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/NAME.json``.
+A run is recorded by ``pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/NAME.json``, accuracies
+by ``python benchmarks/accuracy.py NAME`` in benchmarks/results/accuracy/.
 """
 
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,18 @@ Every line is forward and backward together. The contenders of a table ran side 
 random logits in rotation among more memory than the caches hold. `reference` is the PyTorch implementation in eager
 mode, `compiled reference` is `torch.compile` of it, `peer` what PyTorch itself offers for the same value. **time** is
 the median; on a GPU between device events. **GB/s** is what an ideal kernel would have to move (logits read twice,
-gradient written once; for the fusion each map likewise) over that time, and **of copy** its share of the bandwidth of a
-plain copy in the same run. **memory** is the peak beyond the inputs.
+gradient written once; the fusion's passes over its maps are counted in `benchmarks/bench_dkf.py`) over that time, and
+**of copy** its share of the bandwidth of a plain copy in the same run, which for small cases comes from the caches.
+**memory** is the peak of PyTorch's allocations beyond the inputs. For `dkf_experts` with the residual end the peer is
+PyTorch's BatchNorm, sum and ReLU, then `dkf_experts` without it.
+
+`training step`, `resnet32, dkt_loss`, `last stages of three experts`, `cifar augmentation`, `SGD`, `image loading`,
+`JPEG decoding` and `reading encoded images` are timed in alternation: in every round each contender has its turn, so
+that whatever else the machine does hits all alike. **images/s** is that of the median round, **times** the median over
+the rounds of the first line's time over this one's in the same round. A training step is a whole one, loader and
+optimizer included: `published` is the published way in eager PyTorch, `benchmarks/published.py`; the shares are from
+steps that wait after each phase, and a step that is recorded as a CUDA graph was taken apart for them. The ways to run
+the experts are described in `benchmarks/bench_experts.py`.
 """
 
 
@@ -35,6 +47,8 @@ def document() -> str:
     """The whole text of docs/benchmarks.md."""
     parts = [INTRODUCTION, "\n".join(_verification())]
     parts += ["\n".join(_run(json.loads(path.read_text(encoding="utf-8")))) for path in sorted(RESULTS.glob("*.json"))]
+    for path in sorted((RESULTS / "accuracy").glob("*.json")):
+        parts.append("\n".join(_accuracy(path.stem, json.loads(path.read_text(encoding="utf-8")))))
     return "\n".join(parts)
 
 
@@ -48,6 +62,33 @@ def _verification() -> Iterator[str]:
     if not pending:
         yield "Every backend has passed its tests on a device."
     yield ""
+
+
+def _accuracy(name: str, record: dict[str, Any]) -> Iterator[str]:
+    """The fast path and the plain one on real images: means over the seeds and their standard errors."""
+    settings, seeds, paths = record["settings"], record["seeds"], record["paths"]
+    yield f"## Accuracy, {name}\n"
+    stages = f"{settings['epochs'] - settings['stage2_epochs']}+{settings['stage2_epochs']} epochs"
+    yield (
+        f"`{settings['dataset']}`, {settings['model']}, {stages}, {len(seeds)} seeds, {record['device']}, "
+        f"{record['threads']} thread{'s' if record['threads'] != 1 else ''}, PyTorch {record['torch']}; test accuracy "
+        "(%), mean ± its standard error. `fast` is the command by default, in float32, `plain` the published way "
+        "(`benchmarks/accuracy.py`).\n"
+    )
+    measures = list(next(iter(paths.values())))
+    yield f"| | {' | '.join(measures)} | CPU seconds a run |"
+    yield "|" + "---|" * (len(measures) + 2)
+    for path, summaries in paths.items():
+        cells = [f"{value['mean']:.2f} ± {value['standard_error']:.2f}" for value in summaries.values()]
+        yield f"| {path} | {' | '.join(cells)} | {statistics.median(record['cpu_seconds'][path]):.0f} |"
+    yield ""
+    plain = paths["plain"]
+    for path in (path for path in paths if path != "plain"):
+        differences = []
+        for measure, one in paths[path].items():
+            error = (one["standard_error"] ** 2 + plain[measure]["standard_error"] ** 2) ** 0.5
+            differences.append(f"{measure} {one['mean'] - plain[measure]['mean']:+.2f} ± {error:.2f}")
+        yield f"`{path}` less `plain`, and the standard error of that: {', '.join(differences)}.\n"
 
 
 def _run(run: dict[str, Any]) -> Iterator[str]:
@@ -65,13 +106,16 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
     tables: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in results:
         info = result["extra_info"]
-        op = info["op"] if info["contender"] != "peer" else "expert_cross_entropy"
-        tables.setdefault((info["device"], op, info["case"]), []).append(result)
+        tables.setdefault((info["device"], info["op"], info["case"]), []).append(result)
     for (device, op, case), rows in sorted(tables.items()):
         yield from _table(device, op, case, rows)
 
 
 def _table(device: str, op: str, case: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    if "contenders" in rows[0]["extra_info"]:
+        for row in rows:
+            yield from _side_by_side(device, op, case, row["extra_info"])
+        return
     rows = sorted(rows, key=_milliseconds)
     bandwidth = rows[0]["extra_info"]["copy_gigabytes_per_second"]
     fastest = _milliseconds(rows[0])
@@ -93,6 +137,35 @@ def _table(device: str, op: str, case: str, rows: list[dict[str, Any]]) -> Itera
             cells += [str(info["launches"]), f"{info['cpu_ms']:.3f} ms"]
         yield f"| {' | '.join(cells)} |"
     yield ""
+
+
+def _side_by_side(device: str, op: str, case: str, info: dict[str, Any]) -> Iterator[str]:
+    """A table of contenders that were timed in alternation, the first of them first."""
+    contenders = info["contenders"]
+    first, facts = next(iter(contenders.items()))
+    phases = list(facts.get("shares", ()))
+    images = info.get("images")
+    memory = ["memory"] if "peak_extra_bytes" in facts else []
+    columns = ["", "time", *(["images/s"] if images else []), f"times `{first}`", *phases, *memory]
+    yield f"### `{op}` {case}, {device}\n"
+    yield f"| {' | '.join(columns)} |".replace("|  |", "| |")
+    yield "|" + "---|" * len(columns)
+    for name, contender in contenders.items():
+        ratios = [base / own for base, own in zip(facts["seconds"], contender["seconds"], strict=True)]
+        seconds = statistics.median(contender["seconds"])
+        cells = [
+            name,
+            f"{1e3 * seconds:.1f} ms" if seconds >= 0.01 else f"{1e3 * seconds:.3f} ms",
+            *([f"{images / seconds:.1f}"] if images else []),
+            f"{statistics.median(ratios):.2f}",
+            *(f"{100 * contender['shares'][phase]:.1f} %" for phase in phases),
+            *(f"{contender['peak_extra_bytes'] / 2**20:.0f} MiB" for _ in memory),
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    workers = [f"`{name}` {contender['workers']}" for name, contender in contenders.items() if contender.get("workers")]
+    if workers:
+        yield f"Worker processes of the loaders: {', '.join(workers)}; the others load in the training process.\n"
 
 
 def _milliseconds(row: dict[str, Any]) -> float:
