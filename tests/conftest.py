@@ -1,16 +1,35 @@
-"""What all tests share: fixed seeds, a bounded number of threads, the golden arrays, and skipping without a GPU."""
+"""What all tests share: fixed seeds, a bounded number of threads, the golden arrays, a small image folder, skipping
+without a GPU, two processes that talk to each other, and what nvcc makes of a source file."""
 
+import importlib.util
 import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import settings
+from PIL import Image
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
+CSRC = Path(__file__).parents[1] / "csrc"
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+RESOURCES = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>sm_\d+)'\n.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
 
 # Reproducible anywhere: no clock, no memory of earlier runs.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
@@ -18,17 +37,25 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and PyTorch finds none")
+    no_device = pytest.mark.skip(reason="needs a CUDA device, and PyTorch finds none")
+    no_nvcc = pytest.mark.skip(reason="needs nvcc")
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_device)
+        if "compile_cuda" in getattr(item, "fixturenames", ()) and NVCC is None:
+            item.add_marker(no_nvcc)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _full_float32() -> None:
+    """Tests on a GPU compare float32, not TensorFloat-32 with its ten bits, PyTorch's default for convolutions."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +77,130 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
         return cache[name]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def interpret() -> Callable[[str, list[str]], None]:
+    """``interpret(file, checks)``: run these functions of a test file, and no other, with interpreted Triton kernels.
+
+    Triton decides at its import whether it interprets, so they run in a process of their own.
+    """
+
+    def run(file: str, checks: list[str]) -> None:
+        options = ["-v", "-p", "no:cacheprovider", "-o", "python_functions=check_"]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+        environment["TRITON_INTERPRET"] = "1"
+        command = [sys.executable, "-m", "pytest", *options, file, "-k", " or ".join(checks)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, output[-6000:]
+        missing = [name for name in checks if f"::{name}" not in output]
+        assert checks and not missing and " skipped" not in output.splitlines()[-1], (missing, output[-2000:])
+
+    return run
+
+
+@pytest.fixture
+def published_state(golden: Callable[[str], dict[str, np.ndarray]]) -> Callable[[str], dict[str, torch.Tensor]]:
+    """``published_state("resnet8_moe")``: the recorded state_dict under the published names."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        arrays = golden(name)
+        keys = [key for key in arrays if key.startswith("state/")]
+        return {key.removeprefix("state/"): torch.from_numpy(arrays[key]) for key in keys}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def two_processes(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Callable[[], Any]], list[Any]]:
+    """``two_processes(work)``: what ``work()``, a function of a module, returns in each process of a Gloo group."""
+
+    def run(work: Callable[[], Any]) -> list[Any]:
+        folder = tmp_path_factory.mktemp("processes")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(pytestconfig.rootpath)  # the processes import the module of the function by its name
+            mp.spawn(_work_in_a_group, (folder, work), nprocs=2)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+    return run
+
+
+def _work_in_a_group(rank: int, folder: Path, work: Callable[[], Any]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.save(work(), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class CompiledKernels(NamedTuple):
+    """By name, such as ``dkt_forward_kernel<3>``; a dtype and a bool among the template's arguments are numbers."""
+
+    resources: dict[str, dict[str, str]]  # the groups of RESOURCES
+    code: dict[str, str]  # SASS
+
+
+@pytest.fixture(scope="session")
+def compile_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], CompiledKernels]:
+    """``compile_cuda(name, architecture)``: the kernels of csrc/NAME for, say, sm_90."""
+
+    def compiled(name: str, architecture: str) -> CompiledKernels:
+        assert NVCC is not None
+        cubin = tmp_path_factory.mktemp("cuda") / "kernels.cubin"
+        options = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+        report = _output_of([NVCC, *options, str(CSRC / name), "-o", str(cubin)])
+        tool = _cuobjdump(Path(NVCC).parent)
+        assert tool is not None, "nvcc brings cuobjdump along, and so does Triton"
+        functions = [text.partition("\n") for text in _output_of([tool, "-sass", str(cubin)]).split("Function : ")[1:]]
+        return CompiledKernels(
+            {_readable(match["name"]): match.groupdict() for match in RESOURCES.finditer(report)},
+            {_readable(mangled.strip()): code for mangled, _, code in functions},
+        )
+
+    return compiled
+
+
+def _output_of(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def _cuobjdump(folder: Path) -> str | None:
+    """CUDA's disassembler: nvcc's companion in ``folder``, or the one that Triton brings."""
+    found = shutil.which("cuobjdump", path=str(folder)) or shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        found = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return found
+
+
+def _readable(mangled: str) -> str:
+    """``dkt_forward_kernel<3>`` from the name in the object file."""
+    match = re.search(r"_cu_[0-9a-f]{8}(\d+)(\w+)", mangled)
+    assert match, mangled
+    name, rest = match[2][: int(match[1])], match[2][int(match[1]) :]
+    arguments = re.findall(r"L(?:NS_\d+\w+?E|[ib])(\d+)E", rest.partition("EEv")[0] + "E") if rest[0] == "I" else []
+    return name + (f"<{', '.join(arguments)}>" if arguments else "")
+
+
+@pytest.fixture
+def image_dir(tmp_path: Path) -> Path:
+    """An image folder: train/{cat,dog,eel} with 6, 4, 2 images of assorted sizes and formats, val with 2 each."""
+    root = tmp_path / "photos"
+    rng = np.random.default_rng(5)
+    for part, counts in (("train", (6, 4, 2)), ("val", (2, 2, 2))):
+        for label, (name, count) in enumerate(zip(("cat", "dog", "eel"), counts, strict=True)):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(24, 60, 2)
+                pixels = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                extension = (".jpg", ".png", ".JPEG")[i % 3]
+                Image.fromarray(pixels).save(folder / f"{i}{extension}")
+    return root
