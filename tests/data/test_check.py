@@ -142,6 +142,43 @@ def test_counts_against_the_published_ones(tmp_path, capsys):
     assert "ImageNet (ILSVRC 2012" in printed
 
 
+@pytest.fixture
+def lists_of_shared_files(tmp_path):
+    """Twenty-three listed training images in two files, one of which is a test image too."""
+    for label in range(2):
+        path = tmp_path / "train" / f"n{label:08d}" / "0.JPEG"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(path)
+    first, second = "train/n00000000/0.JPEG 0\n", "train/n00000001/0.JPEG 1\n"
+    (tmp_path / "ImageNet_LT_train.txt").write_text(22 * first + second)
+    (tmp_path / "ImageNet_LT_test.txt").write_text(second)
+    return tmp_path
+
+
+def test_files_listed_more_than_once_are_named_but_no_fault(lists_of_shared_files, capsys):
+    assert check(lists_of_shared_files, "--no-verify", dataset="imagenet-lt") == 0
+    printed = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(printed) if line.startswith("listed more than once: 2; "))
+    assert printed[start + 1 :] == [f"  {lists_of_shared_files}/train/n0000000{label}/0.JPEG" for label in range(2)]
+
+
+def test_a_terminal_shows_twenty_files_listed_more_than_once(tmp_path, capsys):
+    folder = tmp_path / "train" / "n00000000"
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(21):
+        Image.new("RGB", (20, 20)).save(folder / f"{i:02d}.JPEG")
+        lines.append(f"train/n00000000/{i:02d}.JPEG 0\n")
+    for part in ("train", "test"):
+        (tmp_path / f"ImageNet_LT_{part}.txt").write_text("".join(lines))
+    assert check(tmp_path, "--no-verify", dataset="imagenet-lt") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "  … and 1 more; --all shows them"
+    assert printed[-2].endswith("/19.JPEG")
+    assert check(tmp_path, "--no-verify", "--all", dataset="imagenet-lt") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("/20.JPEG")
+
+
 def test_images_in_memory_are_checked_by_reading_them(capsys):
     assert main(["check", "--dataset", "digits-lt"]) == 0
     printed = capsys.readouterr().out

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", action="store_true", help="decode every image file; finds what the decoder cannot go on with")
     add("--workers", type=positive, metavar="N", help="processes; default: one for each CPU")
     add("--no-verify", action="store_true", help="accept any number of records")
-    add("--all", action="store_true", help=f"show all faulty files, not just {SHOWN} of a kind")
+    add("--all", action="store_true", help=f"show all files, not just {SHOWN} of a kind")
     add("--report", type=Path, metavar="FILE", help="write all faulty files to FILE, one a line: kind, file, reason")
 
 
@@ -228,16 +228,37 @@ def _print(data: LongTailData, faults: list[Fault], arguments: argparse.Namespac
         print(f"  {'files':<{_WIDTH}} as they were written")
     for kind, count in Counter(fault.kind for fault in faults).most_common():
         print(f"{kind}: {count:,}")
-        shown = [fault for fault in faults if fault.kind == kind]
-        for fault in shown if arguments.all else shown[:SHOWN]:
-            print(f"  {_shown(fault.name)}: {_shown(fault.reason)}")
-        if len(shown) > SHOWN and not arguments.all:
-            print(f"  … and {len(shown) - SHOWN:,} more; --all shows them, --report FILE writes them to a file")
+        lines = [f"{_shown(fault.name)}: {_shown(fault.reason)}" for fault in faults if fault.kind == kind]
+        _print_some(lines, arguments, "--all shows them, --report FILE writes them to a file")
+    if shared := _shared_files(data):
+        print(f"listed more than once: {len(shared):,}; no fault, but mind images that are in both parts")
+        _print_some([_shown(name) for name in shared], arguments, "--all shows them")
     if faults:
         remedy = "pack the data set again" if verified else datasets()[data.name].how_obtained
         if any(fault.kind == LEFT_OUT for fault in faults):
             remedy = "replace in the source what was left out, and pack the data set again"
         print(f"faults in all: {len(faults):,}; to obtain the files again: {remedy}")
+
+
+def _print_some(lines: list[str], arguments: argparse.Namespace, remedy: str) -> None:
+    for line in lines if arguments.all else lines[:SHOWN]:
+        print(f"  {line}")
+    if len(lines) > SHOWN and not arguments.all:
+        print(f"  … and {len(lines) - SHOWN:,} more; {remedy}")
+
+
+def _shared_files(data: LongTailData) -> list[str]:
+    """The names of files that more than one image of the data set has, in order."""
+    seen = set[str]()
+    shared = dict[str, None]()
+    for dataset in (data.train, data.test):
+        if isinstance(dataset, ImageDataset) and isinstance(dataset.store, FileStore):
+            for index in range(len(dataset.store)):
+                name = dataset.store.name(index)
+                if name in seen:
+                    shared[name] = None
+                seen.add(name)
+    return list(shared)
 
 
 def _row(label: str, found: int, counts: Counts | None, of: Callable[[Counts], int | None]) -> None:
