@@ -21,6 +21,7 @@ CLASS_TABLE = "per_class.csv"
 
 _COLUMNS = ("class", "name", "train_images", "test_images", "correct", "accuracy", "shot")
 _MOST_NAMED_CLASSES = 10
+_WIDE, _WIDEST = 6, 2000  # between these ratios of an axis's ends, 1, 2 and 5 of every decade are named; then only 1
 _SHOT_COLOURS = {"many": "tab:blue", "medium": "tab:orange", "few": "tab:red"}
 
 
@@ -99,7 +100,7 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
 
     Classes are named where they are few enough to tell their names apart.
     """
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = _subplots(1)
     shot_of = _shot_of(evaluation)
@@ -115,23 +116,28 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
             continue
         counts, accuracies = zip(*points, strict=True)
         colour = _SHOT_COLOURS[shot]
-        axes[0].scatter(counts, accuracies, s=18, color=colour, label=f"{shot}: {mean:.1f} %", zorder=3)
+        axes[0].scatter(counts, accuracies, s=18, color=colour, label=f"{shot}-shot: {mean:.1f} %", zorder=3)
         axes[0].hlines(mean, min(counts), max(counts), color=colour, linewidth=1, alpha=0.6)
     if len(class_names) <= _MOST_NAMED_CLASSES:
+        axes[0].margins(x=0.1)  # room for the last name
         for count, accuracy, name in zip(evaluation.class_counts, evaluation.class_accuracy, class_names, strict=True):
             if accuracy is not None:
                 text = name.encode("utf-8", "backslashreplace").decode()
                 place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
                 axes[0].annotate(text, (int(count), accuracy), parse_math=False, **place)
     axes[0].set_xscale("log")
-    for set_formatter in (axes[0].xaxis.set_major_formatter, axes[0].xaxis.set_minor_formatter):
-        set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, not powers of ten
+    left, right = axes[0].get_xlim()
+    numbers = FuncFormatter(lambda number, _: f"{number:.10g}")  # not powers of ten
+    axes[0].xaxis.set_major_formatter(numbers)
+    axes[0].xaxis.set_minor_formatter(NullFormatter() if right > _WIDE * left else numbers)
+    if _WIDE * left < right < _WIDEST * left:
+        axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].invert_xaxis()  # head classes first, as the field draws it
     axes[0].set_ylim(-4, 107)
     axes[0].set_xlabel("training images of the class")
     axes[0].set_ylabel("test accuracy (%)")
     axes[0].set_title(f"{title}: top-1 {evaluation.top1:.2f} %")
-    axes[0].legend(title="shot: mean")
+    figure.legend(loc="outside lower center", ncols=len(SHOTS), frameon=False)
     _save(figure, path)
 
 

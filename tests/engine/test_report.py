@@ -1,4 +1,5 @@
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -67,6 +68,28 @@ def test_class_picture_of_many_classes(tmp_path):
     many = Evaluation(torch.ones(40), torch.ones(40), torch.full((40,), 30), torch.tensor([40]))
     report.plot_class_accuracy(tmp_path / "classes.png", many, [str(c) for c in range(40)], "title")
     assert (214, 39, 40) not in colours(tmp_path / "classes.png")  # no few-shot class, no red
+
+
+@pytest.mark.parametrize(
+    ("most", "least"),
+    [(6000, 60), (1000, 2), (500, 5), (144, 5), (60, 45), (30, 30), (19, 7), (2, 1), (2000, 1), (10**6, 1)],
+)
+def test_sizes_of_classes_can_be_read(tmp_path, monkeypatch, most, least):
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    counts = torch.linspace(most, least, 8).long()
+    evaluation = Evaluation(torch.ones(8), torch.ones(8), counts, torch.tensor([8]))
+    report.plot_class_accuracy(tmp_path / "classes.png", evaluation, [str(c) for c in range(8)], "title")
+    [figure] = figures
+    figure.canvas.draw()
+    axis = figure.axes[0].xaxis
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() + axis.get_minor_ticks() if low <= tick.get_loc() <= high]
+    labels = [tick.label1 for tick in ticks if tick.label1.get_text()]
+    assert len(labels) >= 2
+    assert all(float(label.get_text()) == pytest.approx(label.get_position()[0]) for label in labels)
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize("stages", [(1, 1, 2), (1, 1, 1), (2, 2, 2)])
