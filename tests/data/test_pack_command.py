@@ -282,6 +282,8 @@ def test_a_damaged_description_of_an_unfinished_pack(image_dir, tmp_path, failed
 def test_a_place_that_is_taken(image_dir, tmp_path, failed):
     (tmp_path / "file").write_text("mine")
     failed(pack(image_dir, tmp_path / "file"), f"{tmp_path / 'file'}: is not a folder")
+    below = tmp_path / "file" / "pack"
+    failed(pack(image_dir, below), f"{below}: cannot be written (Not a directory); choose another folder")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     failed(pack(image_dir, tmp_path / "full"), f"{tmp_path / 'full'}: is not empty")

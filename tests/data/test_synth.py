@@ -183,6 +183,10 @@ def test_a_folder_that_is_not_empty(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: is not empty; choose another folder")
     assert synth(tmp_path / "mine.txt") == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'mine.txt'}: is not a folder")
+    assert synth(tmp_path / "mine.txt" / "new") == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'mine.txt' / 'new'}: cannot be written (Not a directory); choose another folder\n"
+    )
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 

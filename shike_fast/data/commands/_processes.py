@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from shike_fast.errors import RunError, ShikeError
+from shike_fast.errors import DataError, RunError, ShikeError
 
 Task = TypeVar("Task")
 Tell = Callable[[int, list[str]], None]  # how many more items are done, and lines for the user
@@ -161,14 +161,30 @@ def _ended(process: ForkProcess) -> RunError:
 
 
 @contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Call it bad input when the first files or folders in a place cannot be made.
+
+    Raises:
+        DataError: that is so.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from packing into the same folder; it is made if need be.
 
     Raises:
+        DataError: it cannot be made or written.
         RunError: another one is at it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "wb") as file:
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "wb")  # noqa: SIM115  (held over the yield below)
+    with lock as file:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shike_fast.data._random import check_seed
 from shike_fast.data.commands import _synthetic_layouts as layouts
-from shike_fast.data.commands._processes import Tell, work
+from shike_fast.data.commands._processes import Tell, work, writable
 from shike_fast.data.commands._progress import progress
 from shike_fast.data.commands._synthetic import image_sizes, render, style_of
 from shike_fast.data.commands.check import positive
@@ -72,9 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     layout = layouts.LAYOUTS[arguments.like]
     splits = _plan(arguments, layout)
     folders = {os.path.dirname(path) for split in splits.values() for path in split.paths}
-    root.mkdir(parents=True, exist_ok=True)
-    for folder in sorted(folders):
-        (root / folder).mkdir(parents=True, exist_ok=True)
+    with writable(root):
+        for folder in sorted(folders):
+            (root / folder).mkdir(parents=True, exist_ok=True)
     _write_images(root, list(splits.values()), arguments)
     listed = {
         name: layouts.Listed(split.paths, split.labels.tolist(), split.sizes.tolist()) for name, split in splits.items()
