@@ -1,6 +1,7 @@
 """Batches of an epoch, in this process or from worker processes, resumable at any batch."""
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -95,6 +96,7 @@ def _start_worker(parent: int, _worker: int) -> None:
         os._exit(1)
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
 
 
 @contextlib.contextmanager

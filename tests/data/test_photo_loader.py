@@ -183,13 +183,7 @@ def test_without_a_gpu_there_is_no_hardware_decoder(image_dir):
         GpuPhotoLoader(load(image_dir).train, batch_size=4, shuffle=True, device="cpu")
 
 
-def private_kibibytes(pid):
-    """Memory of a process that it shares with no other one."""
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith("Private"))
-
-
-def worker_memory(loader, epochs):
+def worker_memory(loader, epochs, private_kibibytes):
     """What the workers hold of their own after each epoch."""
     used = []
     for epoch in range(epochs):
@@ -199,11 +193,11 @@ def worker_memory(loader, epochs):
     return used
 
 
-def test_the_memory_of_workers_grows_neither_from_epoch_to_epoch_nor_with_the_data_set(image_dir):
+def test_the_memory_of_workers_grows_neither_from_epoch_to_epoch_nor_with_the_data_set(image_dir, private_kibibytes):
     """Names and labels are arrays, which reading leaves shared; of Python's objects each worker would copy its own."""
     few = load(image_dir).train
-    used = worker_memory(make("cpu", few, num_workers=2, batch_size=4), 24)
-    assert used[-1] < used[8] + 1024
+    used = worker_memory(make("cpu", few, num_workers=2, batch_size=4), 200, private_kibibytes)
+    assert used[-1] < used[99] + 2048  # 1.7 KiB an image; what work touches for the first time comes slowly to its end
     repeats = 40_000
     many = ImageDataset(
         FileStore(image_dir, few.store.paths.take(np.tile(np.arange(12), repeats))),
@@ -215,7 +209,7 @@ def test_the_memory_of_workers_grows_neither_from_epoch_to_epoch_nor_with_the_da
     )
     loader = make("cpu", many, num_workers=2, batch_size=120_000)
     loader._shares = lambda epoch, start: np.split(EpochLoader.order(loader, epoch)[:1200], 150)
-    assert worker_memory(loader, 2)[-1] < used[-1] + 4096  # of 20 MB
+    assert worker_memory(loader, 2, private_kibibytes)[-1] < used[-1] + 4096  # of 20 MB
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import multiprocessing
 import os
 import signal
@@ -107,6 +108,7 @@ def _serve(do: Callable[[Task, Tell], None], pipe: Connection, parent: int) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
     torch.set_num_threads(1)  # the threads of the parent were not forked
     done, lines, last = 0, list[str](), time.monotonic()
 
