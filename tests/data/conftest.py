@@ -139,14 +139,3 @@ def failed(capsys):
             assert str(text) in error
 
     return check
-
-
-@pytest.fixture
-def private_kibibytes() -> Callable[[int], int]:
-    """``private_kibibytes(pid)``: what the process has written and shares with no other one."""
-
-    def read(pid: int) -> int:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("Private_Dirty"))
-
-    return read

@@ -1,4 +1,3 @@
-import gc
 import multiprocessing
 import os
 import signal
@@ -202,15 +201,6 @@ def test_workers_survive_the_signals_that_stop_the_main_process():
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 4
-
-
-def test_collecting_garbage_copies_nothing_of_the_main_process(private_kibibytes):
-    ballast = [[] for _ in range(500_000)]
-    loader = Loader(Troubled(gc.collect), batch_size=4, shuffle=True, num_workers=2)
-    list(loader.epoch(0))
-    used = [private_kibibytes(pid) for pid in workers(loader)]
-    loader.close()
-    assert max(used) < sys.getsizeof([]) * len(ballast) / 1024
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

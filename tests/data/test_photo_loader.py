@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from shike_fast.data import load_dataset
 from shike_fast.data.decode import open_image
 from shike_fast.data.gpu_loader import GpuPhotoLoader
-from shike_fast.data.images import Broken, FileStore, ImageDataset
-from shike_fast.data.loader import EpochLoader
+from shike_fast.data.images import Broken
 from shike_fast.data.photo_loader import BrokenImages, PhotoLoader
 
 CPU = torch.device("cpu")
@@ -181,35 +179,6 @@ def test_without_a_gpu_there_is_no_hardware_decoder(image_dir):
 
     with pytest.raises(NoHardwareDecoderError, match="cpu is no NVIDIA GPU"):
         GpuPhotoLoader(load(image_dir).train, batch_size=4, shuffle=True, device="cpu")
-
-
-def worker_memory(loader, epochs, private_kibibytes):
-    """What the workers hold of their own after each epoch."""
-    used = []
-    for epoch in range(epochs):
-        list(loader.epoch(epoch))
-        used.append(sum(private_kibibytes(worker.pid) for worker in loader._pool._iterator._workers))
-    loader.close()
-    return used
-
-
-def test_the_memory_of_workers_grows_neither_from_epoch_to_epoch_nor_with_the_data_set(image_dir, private_kibibytes):
-    """Names and labels are arrays, which reading leaves shared; of Python's objects each worker would copy its own."""
-    few = load(image_dir).train
-    used = worker_memory(make("cpu", few, num_workers=2, batch_size=4), 200, private_kibibytes)
-    assert used[-1] < used[99] + 2048  # 1.7 KiB an image; what work touches for the first time comes slowly to its end
-    repeats = 40_000
-    many = ImageDataset(
-        FileStore(image_dir, few.store.paths.take(np.tile(np.arange(12), repeats))),
-        np.tile(few.labels, repeats),
-        augmentation="rrc",
-        size=32,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
-    loader = make("cpu", many, num_workers=2, batch_size=120_000)
-    loader._shares = lambda epoch, start: np.split(EpochLoader.order(loader, epoch)[:1200], 150)
-    assert worker_memory(loader, 2, private_kibibytes)[-1] < used[-1] + 4096  # of 20 MB
 
 
 @pytest.mark.gpu
