@@ -163,7 +163,6 @@ class _Plan:
 
 def _train(given: dict[str, Any]) -> int:
     profile: bool = given.pop("profile", False)
-    check_workers(given.get("workers"))
     try:
         with distributed.join(given.get("device")) as processes:
             return _train_together(given, processes, profile)
@@ -181,6 +180,7 @@ def _train_together(given: dict[str, Any], processes: distributed.Processes, pro
 
 def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
     """Settings, directory and checkpoint; ``held`` keeps the directory of a run that goes on."""
+    check_workers(given.get("workers"))
     resume: str | None = given.pop("resume", None)
     output_dir: Path | None = given.pop("output_dir", None)
     if distributed.may_restart() and output_dir is None:
@@ -272,14 +272,13 @@ def _run(trainer: Trainer) -> int:
     trainer.console.note(_headline(trainer))
     try:
         trainer.run()
-    except Interrupted as interruption:
-        if trainer.processes.first:
-            print(interruption, file=sys.stderr)
-        return interruption.exit_status
-    except NonFiniteLossError as error:  # in all processes at once
-        if trainer.processes.first:
+    except (Interrupted, NonFiniteLossError) as end:  # in all processes at once
+        if not trainer.processes.first:
+            raise distributed.FailedElsewhere(str(end), end.exit_status) from end
+        if isinstance(end, NonFiniteLossError):
             raise
-        return error.exit_status
+        print(end, file=sys.stderr)
+        return end.exit_status
     return 0
 
 

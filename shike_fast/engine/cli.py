@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ from shike_fast.errors import ConfigError, ShikeError
 
 USAGE_ERROR = 2  # bad input: nothing was done
 FAILURE = 1  # the work began and could not be finished
+
+_HEAD_START = 3.0  # seconds that one process may start after another and still be the first to speak
 
 
 class Terminated(BaseException):
@@ -38,7 +41,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print ``error: <message>`` and exit with status 2."""
         first = os.environ.get("RANK", "0") == "0"
+        if not first:
+            let_first_speak()
         self.exit(USAGE_ERROR, f"error: {message}; see {self.prog} --help\n" if first else None)
+
+
+def let_first_speak() -> None:
+    """Wait in a process that is about to end silently, because ``torchrun`` then stops the one that says why."""
+    time.sleep(_HEAD_START)
 
 
 def run_command(command: Callable[[], int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -18,15 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shike_fast.engine.cli import choose_device
+from shike_fast.engine.cli import choose_device, let_first_speak
 from shike_fast.errors import ConfigError, RunError, ShikeError
 
 _T = TypeVar("_T")
 _TIMEOUT = timedelta(minutes=10)  # of a process that waits for another, which may be reading its data set
+_PATIENCE = timedelta(seconds=30)  # of one that waits for the first one to end with a message
+_LEFT = "the first process has ended"
 
 
 class FailedElsewhere(RunError):
-    """Another process could not go on; the first one says why."""
+    """The run ends in all processes; the first one says why."""
+
+    def __init__(self, message: str, exit_status: int = RunError.exit_status) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,9 @@ class Processes:
         if own is not None and self.first:
             raise own
         rank, message, status = failures[0]
-        failure = RunError(f"process {rank}: {message}") if self.first else FailedElsewhere(message)
+        if not self.first:
+            raise FailedElsewhere(message, status)
+        failure = RunError(f"process {rank}: {message}")
         failure.exit_status = status
         raise failure
 
@@ -130,9 +139,7 @@ class Processes:
         if error is not None:
             raise error
         if box[1] is not None:
-            failure = FailedElsewhere("the first process could not go on")
-            failure.exit_status = box[1]
-            raise failure
+            raise FailedElsewhere("the first process could not go on", box[1])
         return box[0]
 
 
@@ -151,7 +158,11 @@ def join(device: str | None) -> Iterator[Processes]:
         yield Processes()
         return
     processes = Processes(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")))
-    chosen = choose_device_of(processes, device)
+    try:
+        chosen = choose_device_of(processes, device)
+    except FailedElsewhere:
+        let_first_speak()
+        raise
     # Restarted processes find the store of their predecessors, whose addresses in it lead nowhere (PyTorch 2.13).
     store, rank, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     store = dist.PrefixStore(f"restart {_restarts()}", store)
@@ -164,12 +175,25 @@ def join(device: str | None) -> Iterator[Processes]:
     if threading.current_thread() is threading.main_thread():
         # Nothing has to be saved yet, and a process that waits for another never comes to call a handler.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if processes.first:
+        atexit.register(_leave, store)
     try:
-        yield processes
-    finally:
-        # What is left of the model holds the group, too, and freed as late as the interpreter's end it aborts that.
-        gc.collect()
-        dist.destroy_process_group()
+        try:
+            yield processes
+        finally:
+            # What is left of the model holds the group, too, and freed as late as the interpreter's end it aborts that.
+            gc.collect()
+            dist.destroy_process_group()
+    except FailedElsewhere:
+        # At the end of this process torchrun stops the others, and the first one may not have said why yet.
+        with contextlib.suppress(RuntimeError):
+            store.wait([_LEFT], _PATIENCE)
+        raise
+
+
+def _leave(store: dist.Store) -> None:
+    with contextlib.suppress(RuntimeError):  # where it is kept may have gone
+        store.set(_LEFT, "")
 
 
 def choose_device_of(processes: Processes, name: str | None) -> torch.device:
@@ -183,7 +207,8 @@ def choose_device_of(processes: Processes, name: str | None) -> torch.device:
     except ConfigError as error:
         if processes.local_rank == 0:
             raise
-        raise FailedElsewhere(str(error)) from error  # true of this whole machine, whose first process says so
+        # True of this whole machine, whose first process says so.
+        raise FailedElsewhere(str(error), error.exit_status) from error
     if not processes.several or device.type == "cpu":
         return device
     if name is not None and ":" in name:

@@ -157,12 +157,12 @@ def test_every_process_takes_a_device(monkeypatch):
 class Torchrun:
     """The training command in two processes."""
 
-    def __init__(self, folder, *arguments, restarts=0):
+    def __init__(self, folder, *arguments, restarts=0, program=("-m", "shike_fast.train")):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        launcher += ["--max-restarts", str(restarts), "-m", "shike_fast.train"]
+        launcher += ["--max-restarts", str(restarts)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*launcher, *map(str, arguments)],
+            [*launcher, *map(str, program), *map(str, arguments)],
             cwd=folder,
             env=environment,
             text=True,
@@ -170,9 +170,15 @@ class Torchrun:
             stderr=subprocess.PIPE,
         )
 
+    def wait_for(self, condition):
+        end = time.monotonic() + 600
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < end, self.finish()
+            time.sleep(0.02)
+
     def finish(self):
         try:
-            output, errors = self.process.communicate(timeout=240)
+            output, errors = self.process.communicate(timeout=600)
         finally:
             self.process.kill()
         return self.process.returncode, output, errors
@@ -180,7 +186,7 @@ class Torchrun:
     def workers(self):
         """Process numbers by rank."""
         children = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True
         ).stdout
         pids = [int(line.split()[0]) for line in children.splitlines() if "shike_fast.train" in line]
         ranks = {}
@@ -228,7 +234,7 @@ def test_two_processes_train_like_one(runs, tmp_path):
     assert status == 0, errors
     assert runs.train(*arguments, "--output-dir", tmp_path / "one") == 0
     (two,), (one,) = runs.metrics(tmp_path / "two"), runs.metrics(tmp_path / "one")
-    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=2e-3)
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=2e-2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -237,11 +243,10 @@ def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(runs, tmp_path, rank)
     launched = Torchrun(
         tmp_path, *SMALL, "--epochs", 12, "--stage2-epochs", 2, "--output-dir", directory, "--threads", 1, restarts=2
     )
-    end = time.monotonic() + 120
-    while not (directory / "metrics.jsonl").exists() or len(runs.metrics(directory)) < 3:
-        assert launched.process.poll() is None and time.monotonic() < end, launched.finish()
-        time.sleep(0.02)
-    os.kill(launched.workers()[rank], signal.SIGKILL)
+    launched.wait_for(lambda: runs.epochs(directory) >= 1)
+    workers = launched.workers()
+    launched.wait_for(lambda: runs.epochs(directory) >= 3)
+    os.kill(workers[rank], signal.SIGKILL)
     status, output, errors = launched.finish()
     assert status == 0, errors[-3000:]
     assert re.search(r"going on after epoch \d+", output)
@@ -254,10 +259,7 @@ def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(runs, tmp_path, rank)
 def test_sigterm_saves_and_ends_all(runs, tmp_path):
     directory = tmp_path / "run"
     launched = Torchrun(tmp_path, *SMALL, "--epochs", 400, "--output-dir", directory)
-    end = time.monotonic() + 120
-    while not (directory / "metrics.jsonl").exists() or not runs.metrics(directory):
-        assert launched.process.poll() is None and time.monotonic() < end, launched.finish()
-        time.sleep(0.02)
+    launched.wait_for(lambda: runs.epochs(directory))
     os.kill(launched.workers()[1], signal.SIGTERM)
     status, _, errors = launched.finish()
     assert status != 0
@@ -278,6 +280,25 @@ def test_an_error_in_two_processes_is_told_once(tmp_path, arguments, message):
     status, _, errors = Torchrun(tmp_path, *arguments).finish()
     assert status != 0
     assert errors.count(message) == errors.count("error: ") == 1, errors
+
+
+_SLOW_TO_TELL = """
+import os, sys, time
+import shike_fast.train
+from shike_fast.engine import cli, distributed
+if os.environ["RANK"] == "0":
+    collect = distributed.gc.collect  # the first of what is done before the message is printed
+    distributed.gc.collect = lambda: (time.sleep(3), collect())
+sys.exit(shike_fast.train.main(sys.argv[1:]))
+"""
+
+
+def test_others_wait_until_the_first_process_has_told(tmp_path):
+    """At the end of one process torchrun stops the others, half a second later at the latest."""
+    (tmp_path / "slow.py").write_text(_SLOW_TO_TELL)
+    status, _, errors = Torchrun(tmp_path, "--dataset", "nothing", program=[tmp_path / "slow.py"]).finish()
+    assert status != 0
+    assert errors.count("error: --dataset: unknown data set 'nothing'") == 1, errors
 
 
 def test_a_start_that_is_refused_stays_refused_when_restarted(runs, tmp_path):
