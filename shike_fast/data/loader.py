@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import time
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -107,6 +108,14 @@ def _holding_stop_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+@contextlib.contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Without PyTorch's warning of more workers than cores, which the commands limit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        yield
 
 
 def _end_workers(pool: DataLoader[Any]) -> None:
@@ -271,17 +280,8 @@ class Loader(EpochLoader):
 
     def _from_workers(self, requests: list[Request]) -> Iterator[Any]:
         if self._pool is None:
-            self._pool = DataLoader(
-                _WorkerDataset(self._load_function()),
-                # PyTorch's types expect lists of indices and of samples; it passes on what it is given.
-                batch_sampler=self._requests,  # type: ignore[arg-type]
-                collate_fn=_identity,
-                num_workers=self.num_workers,
-                pin_memory=self._pin_memory,
-                worker_init_fn=partial(_start_worker, os.getpid()),
-                persistent_workers=True,
-                generator=torch.Generator(),  # its own: iterating must not advance the global generator
-            )
+            with _any_number_of_workers():
+                self._pool = self._make_pool()
             # Also when the program ends: it would wait for ever for workers that ignore the signal which it sends them.
             self._end_workers = weakref.finalize(self, _end_workers, self._pool)
         self._requests.pending = requests
@@ -290,10 +290,23 @@ class Loader(EpochLoader):
                 raise (RunError if answer.memory else DataError)(answer.message)
             yield answer
 
+    def _make_pool(self) -> DataLoader[Any]:
+        return DataLoader(
+            _WorkerDataset(self._load_function()),
+            # PyTorch's types expect lists of indices and of samples; it passes on what it is given.
+            batch_sampler=self._requests,  # type: ignore[arg-type]
+            collate_fn=_identity,
+            num_workers=self.num_workers,
+            pin_memory=self._pin_memory,
+            worker_init_fn=partial(_start_worker, os.getpid()),
+            persistent_workers=True,
+            generator=torch.Generator(),  # its own: iterating must not advance the global generator
+        )
+
     def _answers(self, pool: DataLoader[Any]) -> Iterator[Any]:
         try:
             try:
-                with _holding_stop_signals():
+                with _holding_stop_signals(), _any_number_of_workers():
                     answers = iter(pool)
                 yield from answers
             except (OSError, EOFError):
