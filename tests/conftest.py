@@ -22,6 +22,17 @@ import torch.multiprocessing as mp
 from hypothesis import settings
 from PIL import Image
 
+# For the tests and all programs that they start: what the caller's terminal, proxy or launcher says would change what
+# is printed, fetched or waited for.
+for _name in (
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+    *(name for name in os.environ if name.startswith("TORCHELASTIC_")),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+):
+    os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm"
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
@@ -139,7 +150,7 @@ def two_processes(
 def _work_in_a_group(rank: int, folder: Path, work: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=5))
     torch.save(work(), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -173,7 +184,7 @@ def compile_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str
 
 
 def _output_of(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -40,7 +40,7 @@ class Collecting:
 
 def garbage():
     """Memory of a worker that collects garbage, and of the objects of the main process."""
-    ballast = [[] for _ in range(500_000)]
+    ballast = [[] for _ in range(2_000_000)]
     with_ballast = Loader(Collecting(), batch_size=4, shuffle=True, num_workers=2)
     list(with_ballast.epoch(0))
     return max(private_kibibytes(with_ballast)), sys.getsizeof([]) * len(ballast) // 1024

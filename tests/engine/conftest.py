@@ -35,6 +35,12 @@ class Runs:
     def metrics(directory: Path) -> list[dict]:
         return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
+    @staticmethod
+    def epochs(directory: Path) -> int:
+        """How many epochs a run that is going on has finished: its last line may be there in part."""
+        path = directory / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     @classmethod
     def reproducible_metrics(cls, directory: Path) -> list[dict]:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in cls.metrics(directory)]

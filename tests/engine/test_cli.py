@@ -146,6 +146,7 @@ def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
 
 
 FAULTS = """
+import ctypes
 import resource
 import sys
 import torch
@@ -154,6 +155,8 @@ from shike_fast.engine.cli import keep_memory
 def step():
     tensors = [torch.ones(2**21 + 2**12 * k) for k in range(8)]  # 8 MiB each, as the maps of a step
 
+PR_SET_THP_DISABLE = 41  # one fault for 2 MiB is few enough without keeping anything
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 if sys.argv[1] == "kept":
     assert keep_memory()
 for _ in range(3):
