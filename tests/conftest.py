@@ -150,7 +150,7 @@ def two_processes(
 def _work_in_a_group(rank: int, folder: Path, work: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=5))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.save(work(), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -184,7 +184,7 @@ def compile_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str
 
 
 def _output_of(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -52,7 +52,7 @@ def run(command, *, cwd, env=None, check=True):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=600,
+        timeout=200,
     )
     assert not check or done.returncode == 0, done.stdout
     return done
@@ -256,7 +256,7 @@ def configure(folder, env=None, **settings):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=600,
+        timeout=200,
     )
     header = folder / "generated" / "build_config.h"
     return done.returncode, " ".join(done.stdout.split()), header.read_text() if header.is_file() else ""

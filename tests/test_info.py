@@ -206,7 +206,7 @@ def test_processor_without_a_name_in_cpuinfo(monkeypatch, tmp_path):
 
 def test_command_from_another_directory(tmp_path):
     command = [sys.executable, "-m", "shike_fast.info", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["versions"]["shike_fast"] == shike_fast.__version__
 

@@ -16,7 +16,7 @@ from shike_fast.engine import trainer as trainer_module
 from shike_fast.engine.checkpoint import find_resumable
 
 
-def wait_until(condition, process, seconds=600):
+def wait_until(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -234,7 +234,7 @@ def test_a_signal_from_outside_with_workers(runs, tmp_path, number):
     )
     wait_until(lambda: runs.epochs(tmp_path / "run"), process)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert errors.startswith(f"stopped by {number.name}; state saved in")
     assert errors.count("\n") == 1

@@ -135,17 +135,20 @@ def test_fewer_test_images_than_processes(digits):
         check_setting(config, digits, CPU, Processes(0, 601))
 
 
-@pytest.mark.parametrize(
-    "switches", [("--loader", "cpu"), ("--no-channels-last",), ("--loader", "device", "--no-cuda-graph")]
-)
+@pytest.mark.parametrize("switches", [("--loader", "cpu"), ("--loader", "device", "--no-cuda-graph")])
 def test_switches_that_promise_the_same_run(runs, tmp_path, finished, switches):
-    """Loaders change no bit; another layout adds up in another order."""
     assert runs.train(*runs.small, *switches, "--output-dir", tmp_path / "run") == 0
-    if "--no-channels-last" in switches:
-        expected, found = (runs.metrics(folder)[0]["train_loss"] for folder in (finished, tmp_path / "run"))
-        assert found == pytest.approx(expected, rel=2e-2)
-    else:
-        runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+    runs.assert_same_weights(finished / "last.pt", tmp_path / "run" / "last.pt")
+
+
+def test_another_layout_trains_alike(runs, tmp_path):
+    """It adds up in another order, which small steps do not magnify."""
+    losses = []
+    for switch in ("--channels-last", "--no-channels-last"):
+        options = [*runs.small, "--epochs", 1, "--stage2-epochs", 0, "--lr", 0.001, switch]
+        assert runs.train(*options, "--output-dir", tmp_path / switch) == 0
+        losses.append(runs.metrics(tmp_path / switch)[0]["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("switch", [True, False])
