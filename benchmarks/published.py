@@ -283,7 +283,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         image = Image.fromarray(self.images[index])
         for transform in self.transforms:
             image = transform(image)
-        return cutout(to_tensor(image).sub_(self.mean).div_(self.std)), int(self.labels[index])
+        return cutout(to_tensor(image)).sub_(self.mean).div_(self.std), int(self.labels[index])
 
 
 def batches(

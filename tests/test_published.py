@@ -94,7 +94,7 @@ def test_resnet50_is_the_large_network(published):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches(published, workers):
-    images = np.full((5, 32, 32, 3), 51, dtype=np.uint8)
+    images = np.zeros((5, 32, 32, 3), dtype=np.uint8)
     dataset = published.AugmentedImages(images, np.arange(5), mean=(0.2,) * 3, std=(0.5,) * 3)
     dataset.transforms = (published.random_flip,)
     batches = published.batches(dataset, batch_size=2, workers=workers, pin_memory=False)
@@ -102,7 +102,7 @@ def test_batches(published, workers):
     batches.close()
     for batch, labels in seen:
         assert (batch.shape, batch.dtype, labels.dtype) == ((2, 3, 32, 32), torch.float32, torch.int64)
-        torch.testing.assert_close(batch, torch.zeros_like(batch))  # the pixels are at the mean
+        torch.testing.assert_close(batch, torch.full_like(batch, -0.4))  # black, in the hole and outside
     assert len({int(label) for _, labels in seen[:2] for label in labels}) == 4
 
 

@@ -103,12 +103,12 @@ def hole_corners(words: Words, height: int, width: int) -> tuple[Positions, Posi
     return rows, integers(words[:, _CUTOUT_X], width) - cutout_of(width) // 2
 
 
-def cutout(images: Tensor, words: Words) -> None:
-    """Zero one square hole per normalised image, in place (DeVries & Taylor, arXiv 1708.04552)."""
+def cutout(images: Pixels, words: Words) -> Pixels:
+    """Blacken one square hole per image (DeVries & Taylor, arXiv 1708.04552)."""
     height, width = images.shape[2:]
     top, left = hole_corners(words, height, width)
     rows, columns = span(top, height), span(left, width)
-    images.masked_fill_(torch.from_numpy(rows[:, None, :, None] & columns[:, None, None, :]), 0.0)
+    return np.where(rows[:, None, :, None] & columns[:, None, None, :], np.uint8(0), images)
 
 
 def span(start: Positions, side: int) -> NDArray[np.bool_]:
@@ -147,18 +147,16 @@ class Normalise:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A chain of steps on uint8 pixels, and possibly one on the normalised images.
+    """A chain of steps on uint8 pixels, which normalisation follows.
 
     Attributes:
         words: random words used per sample.
+        steps: applied in order.
         one_by_one: works on each image in turn, which is slow, rather than on the whole batch.
-        pixel_steps: applied in order before normalisation.
-        final_step: applied in place after normalisation.
     """
 
     words: int
-    pixel_steps: tuple[Callable[[Pixels, Words], Pixels], ...] = ()
-    final_step: Callable[[Tensor, Words], None] | None = None
+    steps: tuple[Callable[[Pixels, Words], Pixels], ...] = ()
     one_by_one: bool = False
 
     def draw(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> Words:
@@ -167,17 +165,14 @@ class Augmentation:
 
     def __call__(self, images: Pixels, words: Words, normalise: Normalise) -> Tensor:
         """Augment and normalise a batch: float32 [B, C, H, W]."""
-        for step in self.pixel_steps:
+        for step in self.steps:
             images = step(images, words)
-        batch = normalise(images)
-        if self.final_step is not None:
-            self.final_step(batch, words)
-        return batch
+        return normalise(images)
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(0),
     "shift": Augmentation(_CROP_X + 1, (random_crop,)),
     "crop-flip": Augmentation(_FLIP + 1, (random_crop, random_flip)),
-    "cifar": Augmentation(_CUTOUT_X + 1, (random_crop, random_flip, auto_augment), cutout, one_by_one=True),
+    "cifar": Augmentation(_CUTOUT_X + 1, (random_crop, random_flip, auto_augment, cutout), one_by_one=True),
 }

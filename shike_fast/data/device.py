@@ -82,7 +82,5 @@ class DeviceLoader(EpochLoader):
         (rows,), *plans = to_device([[indices], *self._augmentation.plan(words)], self._device)
         pixels = self._augmentation.augment(self._images.index_select(0, rows), plans)
         sizes = [len(part) for part in shares]
-        final: list[tuple[Tensor, ...]] = [array.split(sizes) for array in plans[-1]]
-        for number, (some, of_rows) in enumerate(zip(pixels.split(sizes), rows.split(sizes), strict=True)):
-            images = self._augmentation.finish(some, [array[number] for array in final])
-            yield images, self._labels.index_select(0, of_rows)
+        for some, of_rows in zip(pixels.split(sizes), rows.split(sizes), strict=True):
+            yield self._augmentation.normalise(some), self._labels.index_select(0, of_rows)

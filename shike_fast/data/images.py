@@ -309,7 +309,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to float32, channels-last."""
-        return self.augmentation_on(pixels.device).finish(pixels, [])
+        return self.augmentation_on(pixels.device).normalise(pixels)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class Trainer:
         self.best: dict[str, Any] | None = state.get("best")
         self.evaluation = Evaluation(**state["evaluation"]) if state.get("evaluation") else None
         self.images_per_second: float = state.get("images_per_second", 0.0)  # of the present epoch
+        self.seconds: float = state.get("seconds", 0.0)  # that went into it before this process
         self._speed_told = False
         self.totals = Totals(device)
         self.totals.begin(self.batch, state.get("sums") if processes.first else None)
@@ -144,6 +145,7 @@ class Trainer:
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        self._started = time.perf_counter() - self.seconds
         new = self.processes.from_first(lambda: not (self.output_dir / checkpoint.LAST).exists())
         if new:
             self._save()  # from the first moment on there is something to resume from
@@ -288,6 +290,7 @@ class Trainer:
             "top1": self.evaluation.top1,
             **self.evaluation.shots(),
             "images_per_second": self.images_per_second,
+            "seconds": time.perf_counter() - self._started,
             **loader_metrics(self.train_loader, self.test_loader, self.processes, self.device),
         }
         if self.stage == 1 and self.config.method == "shike":
@@ -297,6 +300,7 @@ class Trainer:
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""
         self.history.append(row)
+        self._started = time.perf_counter()
         self.epoch += 1
         self.batch = 0
         self.totals.begin(0)
@@ -368,6 +372,7 @@ class Trainer:
             "history": self.history,
             "evaluation": dataclasses.asdict(self.evaluation) if self.evaluation else None,
             "images_per_second": self.images_per_second,
+            "seconds": time.perf_counter() - self._started,
             "rng": rng_state(self.device),
         }
         checkpoint.save_checkpoint(state, self.output_dir / checkpoint.LAST)

@@ -47,12 +47,10 @@ def reference(dataset, index, seed, epoch):
         for k, step in enumerate(CIFAR10_POLICY[integers(words[3], 25)]):
             if uniform(words[4 + 2 * k]) < step.probability:
                 picture = apply_step(picture, step, 1 if integers(words[5 + 2 * k], 2) else -1)
-        image = np.asarray(picture)[None] if channels == 1 else np.moveaxis(np.asarray(picture), 2, 0)
-    result = normalised(image)
-    if dataset.augmentation == "cifar":
+        image = np.array(picture)[None] if channels == 1 else np.moveaxis(np.array(picture), 2, 0)
         y, x, half = int(integers(words[8], side)), int(integers(words[9], side)), side // 4
-        result[:, max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
-    return result
+        image[:, max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+    return normalised(image)
 
 
 @pytest.mark.parametrize("augmentation", ["none", "shift", "crop-flip", "cifar"])
@@ -161,11 +159,21 @@ def test_sub_policies_are_drawn_uniformly_and_once_per_image(monkeypatch):
     assert sum((n - 400) ** 2 / 400 for n in pairs.values()) < 51.2  # chi-square, 24 degrees of freedom, p = 0.001
 
 
-def test_cutout_zeroes_one_clipped_square_with_a_uniform_centre():
+def test_the_hole_is_black_not_the_mean():
+    """The published order: Cutout, then normalisation."""
+    dataset = make(augmentation="cifar")
+    dataset.images[:] = 255
+    images, _ = dataset.batch(np.arange(60), seed=0, epoch=0)
+    black = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])
+    words = dataset.augment.draw(np.arange(60), seed=0, epoch=0)
+    for image, y, x in zip(images, integers(words[:, 8], 32), integers(words[:, 9], 32), strict=True):
+        torch.testing.assert_close(image[:, y, x], black)
+
+
+def test_cutout_blackens_one_clipped_square_with_a_uniform_centre():
     count = 4096
-    images = torch.ones(count, 3, 32, 32)
     words = augment.AUGMENTATIONS["cifar"].draw(np.arange(count), seed=0, epoch=0)
-    augment.cutout(images, words)
+    images = torch.from_numpy(augment.cutout(np.ones((count, 3, 32, 32), np.uint8), words))
     hole = images == 0
     assert torch.equal(hole[:, 0], hole[:, 1])
     rows, columns = hole[:, 0].any(2).sum(1), hole[:, 0].any(1).sum(1)

@@ -124,7 +124,7 @@ def test_every_training_augmentation_has_the_same_words():
     for name in TRAINING:
         np.testing.assert_array_equal(PHOTO_AUGMENTATIONS[name].draw(indices, seed=3, epoch=2), expected)
     none = PHOTO_AUGMENTATIONS["none"]
-    assert (none.words, none.pixel_steps, none.final_step) == (0, (), None)
+    assert (none.words, none.steps) == (0, ())
 
 
 def test_flip():
@@ -314,7 +314,7 @@ def test_nothing_reads_from_the_device():
     with without_values() as mode:
         plans = [[mode.from_tensor(array) for array in plan] for plan in plans]
         images = mode.from_tensor(torch.zeros(400, *shape, dtype=torch.uint8))
-        result = augmentation.finish(augmentation.augment(images, plans), plans[-1])
+        result = augmentation.normalise(augmentation.augment(images, plans))
     assert isinstance(result, FakeTensor)
     assert result.shape == (400, *shape)
 

@@ -43,7 +43,10 @@ class Runs:
 
     @classmethod
     def reproducible_metrics(cls, directory: Path) -> list[dict]:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in cls.metrics(directory)]
+        return [
+            {k: v for k, v in row.items() if k not in ("images_per_second", "seconds")}
+            for row in cls.metrics(directory)
+        ]
 
     @staticmethod
     def checkpoint(path: Path) -> dict:
