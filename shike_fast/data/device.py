@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from shike_fast.data.arrays import ArrayDataset
 from shike_fast.data.batched import BatchedAugmentation, to_device
