@@ -20,6 +20,7 @@ from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, 
 from shike_fast.engine.config import TrainConfig, resume_config
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.metrics import Evaluation, evaluate
+from shike_fast.engine.precision import settle_amp
 from shike_fast.engine.setup import make_loader
 from shike_fast.engine.state import load_data, model_from_checkpoint
 from shike_fast.engine.steps import make_autocast
@@ -37,7 +38,7 @@ def make_parser() -> ArgumentParser:
     add("--workers", type=int, metavar="N", help="loader processes")
     add("--threads", type=int, metavar="N", help="CPU threads; default that of the run")
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
-    add("--amp", metavar="off|bf16|fp16", help="mixed precision; default that of the run")
+    add("--amp", metavar="auto|off|bf16|fp16", help="mixed precision; default that of the run")
     add(
         "--csv",
         type=Path,
@@ -63,9 +64,12 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     table: Path = arguments["csv"] or path.with_name(f"{path.stem}.{report.CLASS_TABLE}")
     _check_table(table)
     state = checkpoint.load_checkpoint(path)
-    config = _config(state, arguments, path)
-    torch.set_num_threads(config.threads)
     device = choose_device(arguments["device"])
+    amp, note = settle_amp(arguments["amp"] or state["config"].get("amp"), device)
+    config = _config(state, arguments | {"amp": amp}, path)
+    if note is not None:
+        print(note, file=sys.stderr)
+    torch.set_num_threads(config.threads)
     use_device(device)
     model = model_from_checkpoint(state, path).to(device)
     stage = arguments["stage"] or state["stage"]

@@ -24,6 +24,7 @@ from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine import checkpoint
 from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
 from shike_fast.engine.config import TrainConfig, resume_config
+from shike_fast.engine.precision import settle_amp
 from shike_fast.engine.state import model_from_checkpoint
 from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError, ConfigError
@@ -46,7 +47,7 @@ def make_parser() -> ArgumentParser:
     add("--workers", type=int, metavar="N", help="processes that decode; default one a core, at most 8")
     add("--threads", type=int, metavar="N", help="CPU threads; default that of the run")
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
-    add("--amp", metavar="off|bf16|fp16", help="mixed precision; default that of the run")
+    add("--amp", metavar="auto|off|bf16|fp16", help="mixed precision; default that of the run")
     return parser
 
 
@@ -66,9 +67,12 @@ def _predict(arguments: dict[str, Any]) -> int:
     paths = _list_images(arguments["images"])
     source: Path = arguments["checkpoint"]
     state = checkpoint.load_checkpoint(source)
-    config = _config(state, arguments, source)
-    torch.set_num_threads(config.threads)
     device = choose_device(arguments["device"])
+    amp, note = settle_amp(arguments["amp"] or state["config"].get("amp"), device)
+    config = _config(state, arguments | {"amp": amp}, source)
+    if note is not None:
+        print(note, file=sys.stderr)
+    torch.set_num_threads(config.threads)
     use_device(device)
     model = model_from_checkpoint(state, source).to(device).eval()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

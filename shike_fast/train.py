@@ -9,16 +9,25 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shike_fast import data, models
+from shike_fast.data.longtail import SUBSETS
 from shike_fast.engine import checkpoint, distributed, rundir
-from shike_fast.engine.cli import ArgumentParser, check_workers, make_deterministic, run_command, use_device
+from shike_fast.engine.cli import (
+    ArgumentParser,
+    check_workers,
+    choose_device,
+    make_deterministic,
+    run_command,
+    use_device,
+)
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
+from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.recipes import RECIPES
 from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
@@ -48,6 +57,11 @@ def make_parser() -> ArgumentParser:
         help="accept files of another size or checksum than the published ones",
     )
     add("--imbalance-factor", type=float, metavar="IF", help="images of the largest class over those of the smallest")
+    add(
+        "--subset",
+        metavar="|".join(SUBSETS),
+        help="which images of a class are kept: first, in file order (default), or as the code of LDAM and RIDE does",
+    )
     add("--augmentation", metavar="NAME", help="training transform; default the data set's own")
     add("--image-size", type=int, metavar="PX", help="side of the images, for data sets of image files (default 224)")
     add(
@@ -77,7 +91,7 @@ def make_parser() -> ArgumentParser:
     add("--warmup-epochs", type=int, metavar="N")
     add("--weight-decay", type=float)
     add("--momentum", type=float, help="default 0.9")
-    add("--amp", metavar="off|bf16|fp16", help="mixed precision (default off)")
+    add("--amp", metavar="auto|off|bf16|fp16", help="mixed precision (default off); auto: what is fastest here")
     add("--accumulate", type=int, metavar="N", help="pass a process's share of a batch through in N parts")
     add("--seed", type=int, help="default 0")
     add("--deterministic", action="store_true", help="refuse operations that are not deterministic")
@@ -159,6 +173,7 @@ class _Plan:
     state: dict[str, Any] | None = None
     best_file: Path | None = None
     new_directory: bool = True
+    note: str | None = None
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -172,10 +187,10 @@ def _train(given: dict[str, Any]) -> int:
 
 def _train_together(given: dict[str, Any], processes: distributed.Processes, profile: bool) -> int:
     with contextlib.ExitStack() as held:
-        plan = processes.from_first(lambda: _plan(given, held))
+        plan = processes.from_first(lambda: _with_note(_plan(given, held), given))
         trainer = _prepare(plan, processes, profile)  # whatever is wrong with the input shows before the directory
         processes.from_first(lambda: _take_directory(plan, held))
-        return _run(trainer)
+        return _run(trainer, plan.note)
 
 
 def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
@@ -213,6 +228,12 @@ def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
     else:
         source, state = Path(resume), checkpoint.load_checkpoint(Path(resume), to_resume=True)
     return _Plan(resume_config(state["config"], given, str(source)), output_dir, state, new_directory=False)
+
+
+def _with_note(plan: _Plan, given: dict[str, Any]) -> _Plan:
+    """The plan with what there is to say of its precision."""
+    amp = AUTO if given.get("amp") == AUTO and plan.state is None else plan.config.amp
+    return replace(plan, note=settle_amp(amp, choose_device(plan.config.device))[1])
 
 
 def _goes_on(output_dir: Path | None) -> bool:
@@ -268,8 +289,10 @@ def _require_same(dataset: data.LongTailData, fingerprint: str) -> None:
         raise ConfigError(f"--data-dir: this process sees another {dataset.name} than the first one")
 
 
-def _run(trainer: Trainer) -> int:
+def _run(trainer: Trainer, note: str | None) -> int:
     trainer.console.note(_headline(trainer))
+    if note is not None:
+        trainer.console.note(note)
     try:
         trainer.run()
     except (Interrupted, NonFiniteLossError) as end:  # in all processes at once

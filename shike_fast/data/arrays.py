@@ -83,7 +83,7 @@ def build(
             raise DataError(f"{info.name}: there are no {part} images; {info.how_obtained}")
     images, labels = train
     if options.imbalance_factor is not None:
-        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor)
+        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor, options.subset)
         images, labels = images[kept], labels[kept]
     _, channels, side, _ = images.shape
     return LongTailData(

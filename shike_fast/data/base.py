@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shike_fast.data._random import check_seed
-from shike_fast.data.longtail import check_imbalance_factor
+from shike_fast.data.longtail import check_imbalance_factor, check_subset
 from shike_fast.errors import DataError
 
 
@@ -114,6 +114,7 @@ class LoadOptions:
     seed: int
     image_size: int | None
     strict: bool = False
+    subset: str = "first"
 
 
 def require_data_dir(info: DatasetInfo, options: LoadOptions) -> Path:
@@ -158,6 +159,7 @@ def load_dataset(
     verify: bool = True,
     seed: int = 0,
     strict: bool = False,
+    subset: str = "first",
 ) -> LongTailData:
     """Load a long-tailed data set.
 
@@ -171,6 +173,7 @@ def load_dataset(
         verify: check archive checksums and the exact number of records. Labels and formats are checked always.
         seed: seed of the augmentation, unless a loader names its own.
         strict: raise DataError at the first image file that cannot be read, where another one would replace it.
+        subset: which images of a class the long-tail subset holds, a key of ``shike_fast.data.longtail.SUBSETS``.
 
     Returns:
         The training set, the test set and what describes them.
@@ -196,6 +199,8 @@ def load_dataset(
         raise DataError(f"{name}: --data-dir {data_dir} is not a folder; {info.how_obtained}")
     if imbalance_factor is None:
         imbalance_factor = info.default_imbalance_factor
+    if check_subset(subset) != "first" and imbalance_factor is None:
+        raise DataError(f"{name}: subset {subset!r} needs an imbalance factor, this data set is used whole")
     try:
         check_seed(seed)
     except ValueError as error:
@@ -209,6 +214,7 @@ def load_dataset(
         seed=seed,
         image_size=image_size,
         strict=strict,
+        subset=subset,
     )
     from shike_fast.data import pack  # which needs what is defined here
 

@@ -351,7 +351,7 @@ def build_images(
             raise DataError(f"{info.name}: there are no {part} images; {info.how_obtained}")
     labels, store = train.labels, train.store
     if options.imbalance_factor is not None:
-        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor)
+        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor, options.subset)
         labels, store = labels[kept], Subset(store, kept)
     size = options.image_size or DEFAULT_SIZE
 

@@ -1,4 +1,7 @@
-"""The exponential long-tail subset of a balanced data set (Cui et al., "Class-Balanced Loss", CVPR 2019)."""
+"""The exponential long-tail subset of a balanced data set (Cui et al., "Class-Balanced Loss", CVPR 2019).
+
+Published code agrees on how many images of each class are kept, not on which: :data:`SUBSETS`.
+"""
 
 import math
 
@@ -6,6 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shike_fast.errors import DataError
+
+SUBSETS = {
+    "first": "the first images of each class in file order (SHIKE, LOS)",
+    "ldam": "the first of each class shuffled after numpy.random.seed(0) (LDAM, RIDE, SADE, BalPoE, PaCo, ResLT, MDCS)",
+}
+"""Ways to choose the images of a long-tail subset, and whose code does it so."""
+
+
+def check_subset(subset: str) -> str:
+    """Return the name, or raise DataError unless it is one of :data:`SUBSETS`."""
+    if subset not in SUBSETS:
+        raise DataError(f"subset must be one of {', '.join(SUBSETS)}, got {subset!r}")
+    return subset
 
 
 def check_imbalance_factor(imbalance_factor: float) -> float:
@@ -42,15 +58,27 @@ def long_tail_counts(largest: int, num_classes: int, imbalance_factor: float) ->
     return np.array(counts, dtype=np.int64)
 
 
-def long_tail_indices(labels: NDArray[np.int64], num_classes: int, imbalance_factor: float) -> NDArray[np.int64]:
-    """Indices of the long-tail subset: the first n_c images of each class in file order, class after class.
+def long_tail_indices(
+    labels: NDArray[np.int64], num_classes: int, imbalance_factor: float, subset: str = "first"
+) -> NDArray[np.int64]:
+    """Indices of the long-tail subset: n_c images of each class, class after class.
 
     A class that holds fewer than its n_c images (a set that was not balanced) gives all it has.
+
+    Args:
+        labels: int64 [N], each in 0 … C−1.
+        num_classes: C.
+        imbalance_factor: IF of :func:`long_tail_counts`.
+        subset: which images of a class, a key of :data:`SUBSETS`.
     """
+    check_subset(subset)
     present = np.bincount(labels, minlength=num_classes)
     counts = long_tail_counts(int(present.max()), num_classes, imbalance_factor)
     grouped = np.argsort(labels, kind="stable")  # stable: file order within a class
-    starts = np.concatenate(([0], np.cumsum(present)[:-1]))
-    return np.concatenate([grouped[s : s + min(n, m)] for s, n, m in zip(starts, counts, present, strict=True)]).astype(
-        np.int64
-    )
+    classes = np.split(grouped, np.cumsum(present)[:-1])
+    if subset == "ldam":
+        # The global generator of that code after its seed(0); NumPy promises this stream for all time.
+        random = np.random.RandomState(0)
+        for members in classes:
+            random.shuffle(members)
+    return np.concatenate([members[:n] for members, n in zip(classes, counts, strict=True)]).astype(np.int64)

@@ -11,7 +11,10 @@ import torch
 
 from shike_fast import data, models
 from shike_fast.data.base import MOST_PIXELS_A_SIDE
+from shike_fast.data.longtail import SUBSETS
+from shike_fast.engine.cli import choose_device
 from shike_fast.engine.optimizer import OPTIMIZERS
+from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.recipes import RECIPES
 from shike_fast.engine.schedule import cosine_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
@@ -86,6 +89,7 @@ class TrainConfig:
     checkpoint_activations: bool = False
     image_size: int | None = None  # None: the data set's own
     strict: bool = False
+    subset: str = "first"
 
     @property
     def stage1_epochs(self) -> int:
@@ -175,6 +179,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         values["num_experts"] = 1
     if values["threads"] is None:
         values["threads"] = torch.get_num_threads()  # a resumed run repeats the rounding of this one
+    if values["amp"] == AUTO:
+        values["amp"], _ = settle_amp(AUTO, choose_device(values["device"]))
     config = TrainConfig(**values)
     _check(config)
     return config
@@ -192,7 +198,9 @@ def _split_epochs(values: dict[str, Any], recipe: dict[str, Any]) -> None:
 
 def _check(config: TrainConfig) -> None:
     _one_of("--method", config.method, get_args(Method))
-    _one_of("--amp", config.amp, get_args(Amp))
+    if config.amp not in get_args(Amp):  # "auto" was settled before
+        raise ConfigError(f"--amp: must be one of {', '.join((AUTO, *get_args(Amp)))}, got '{config.amp}'")
+    _one_of("--subset", config.subset, list(SUBSETS))
     _one_of("--kl-reduction", config.kl_reduction, ("mean", "batchmean"))
     _one_of("--model", config.model, models.list_models())
     _at_least("--epochs", config.epochs, 1)
@@ -270,6 +278,8 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
         raise CheckpointError(f"checkpoint {source} was written by another version of shike_fast ({error})") from error
     if given.get("pretrained") == NO_WEIGHTS:
         given = given | {"pretrained": None}
+    if given.get("amp") == AUTO:
+        given = given | {"amp": config.amp}  # what the run began with: another would alter it
     for name, value in given.items():
         if name not in CHANGEABLE and getattr(config, name) != value:
             raise CheckpointError(

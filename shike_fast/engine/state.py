@@ -27,6 +27,7 @@ def load_data(config: TrainConfig) -> data.LongTailData:
         seed=config.seed,
         image_size=config.image_size,
         strict=config.strict,
+        subset=config.subset,
     )
 
 

@@ -99,7 +99,7 @@ def test_ce_is_one_plain_network_without_a_second_stage():
         ({"dataset": "mnist"}, "--dataset: unknown data set 'mnist'; choose from .*digits-lt"),
         ({"method": "sgd"}, "--method: must be one of shike, ce, got 'sgd'"),
         ({"model": "vgg"}, "--model: must be one of .*resnet32.*got 'vgg'"),
-        ({"amp": "fp8"}, "--amp: must be one of off, bf16, fp16, got 'fp8'"),
+        ({"amp": "fp8"}, "--amp: must be one of auto, off, bf16, fp16, got 'fp8'"),
         ({"kl_reduction": "sum"}, "--kl-reduction: must be one of mean, batchmean, got 'sum'"),
         ({"epochs": -1}, "--epochs: must be at least 1, got -1"),
         ({"epochs": 0}, "--epochs: must be at least 1, got 0"),

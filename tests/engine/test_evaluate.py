@@ -93,7 +93,7 @@ def test_checkpoint_is_required(capsys):
 
 def test_bad_values(checkpoint, capsys):
     assert run("--checkpoint", checkpoint, "--amp", "fp8") == 2
-    assert "--amp: must be one of off, bf16, fp16, got 'fp8'" in capsys.readouterr().err
+    assert "--amp: must be one of auto, off, bf16, fp16, got 'fp8'" in capsys.readouterr().err
     assert run("--checkpoint", checkpoint, "--batch-size", 0) == 2
     assert "--batch-size: must be at least 1, got 0" in capsys.readouterr().err
     assert run("--checkpoint", checkpoint, "--data-dir", checkpoint.parent / "gone") == 2

@@ -130,7 +130,7 @@ def test_as_a_command_with_workers_from_another_directory(finished, digits, tmp_
         (("--images", "missing"), "--images: missing is not a folder"),
         (("--images", "empty"), "--images: empty holds no images (.jpg"),
         (("--device", "cuda:99"), "--device"),
-        (("--amp", "fp8"), "--amp: must be one of off, bf16, fp16"),
+        (("--amp", "fp8"), "--amp: must be one of auto, off, bf16, fp16"),
         (("--checkpoint", "gone.pt"), "checkpoint gone.pt does not exist"),
     ],
 )
