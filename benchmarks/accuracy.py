@@ -8,7 +8,7 @@ is that with ``--amp bf16``.
 SGD; images augmented on the host. Both have one recipe: epochs, learning rates, batches, weights of the loss's terms.
 They share no initial weights, so each pair of runs differs by chance as two seeds do.
 
-The result, ``benchmarks/results/accuracy/NAME.json``, is what docs/benchmarks.md shows of it.
+The result, ``benchmarks/results/fast_against_plain/NAME.json``, is what docs/benchmarks.md shows of it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from shike_fast.engine.config import TrainConfig, resolve
 from shike_fast.engine.metrics import SHOTS, evaluate
 from shike_fast.engine.state import load_data
 
-RESULTS = Path(__file__).parent / "results" / "accuracy"
+RESULTS = Path(__file__).parent / "results" / "fast_against_plain"
 MEASURES = ("top1", *SHOTS)
 PATHS = {"fast": "off", "fast, bf16": "bf16", "plain": None}
 

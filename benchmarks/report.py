@@ -1,7 +1,7 @@
 """Write docs/benchmarks.md from the recorded runs in benchmarks/results/*.json: ``python benchmarks/report.py``.
 
 A run is recorded by ``pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/NAME.json``, accuracies
-by ``python benchmarks/accuracy.py NAME`` in benchmarks/results/accuracy/.
+by ``python benchmarks/accuracy.py NAME`` in benchmarks/results/fast_against_plain/.
 """
 
 import json
@@ -47,7 +47,7 @@ def document() -> str:
     """The whole text of docs/benchmarks.md."""
     parts = [INTRODUCTION, "\n".join(_verification())]
     parts += ["\n".join(_run(json.loads(path.read_text(encoding="utf-8")))) for path in sorted(RESULTS.glob("*.json"))]
-    for path in sorted((RESULTS / "accuracy").glob("*.json")):
+    for path in sorted((RESULTS / "fast_against_plain").glob("*.json")):
         parts.append("\n".join(_accuracy(path.stem, json.loads(path.read_text(encoding="utf-8")))))
     return "\n".join(parts)
 

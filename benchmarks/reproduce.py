@@ -1,0 +1,461 @@
+"""The published accuracies, reproduced: ``python benchmarks/reproduce.py cifar100-lt --data-dir DATA --runs RUNS``.
+
+A queue of whole training runs, one after the other: every row of :data:`ROWS` with every seed. Each is
+``python -m shike_fast.train`` at the recipe of its data set, in a directory below RUNS. A finished run is skipped, one
+that was stopped or killed goes on from its last checkpoint, so the same command again goes on with the queue, on this
+machine or on another one that has RUNS. Ctrl-C and SIGTERM stop it at the next step.
+
+A finished run leaves ``benchmarks/results/accuracy/RUN.json``; ``docs/results.md`` and its picture are made of these
+files alone. ``--report`` writes them and says how far the queue is, without training anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shike_fast
+from shike_fast.engine.metrics import SHOTS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "accuracy", ROOT / "docs" / "results.md"
+MEASURES = ("top1", *SHOTS)
+SAVE_EVERY = 50  # steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: runs that differ in their seed alone.
+
+    Attributes:
+        name: in file names and on the command line.
+        dataset: a name of ``--dataset``.
+        options: of ``shike_fast.train``, besides data set and seed; none for its default.
+        published: accuracy (%) after the last epoch, by measure; empty where none was published.
+        source: where the published values stand.
+    """
+
+    name: str
+    dataset: str
+    options: tuple[str, ...]
+    published: dict[str, float]
+    source: str
+
+
+ROWS = (
+    Row(
+        "shike-if100",
+        "cifar100-lt",
+        (),
+        {"top1": 56.34, "stage1": 48.10},
+        "the authors' log; the paper has 56.3, 73.4 / 56.5 / 36.0 for many / medium / few",
+    ),
+    Row(
+        "ce-if100",
+        "cifar100-lt",
+        ("--method", "ce"),
+        {"top1": 39.1},
+        "model zoo of RIDE; another subset, without AutoAugment and Cutout",
+    ),
+    Row("shike-if50", "cifar100-lt", ("--imbalance-factor", "50"), {"top1": 59.8}, "the paper"),
+    Row("shike-if10", "cifar100-lt", ("--imbalance-factor", "10"), {}, "not published"),
+)
+"""In the order in which the queue takes them, seed by seed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with a seed, below a directory of runs."""
+
+    row: Row
+    seed: int
+    runs: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.row.dataset}-{self.row.name}-seed{self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        return self.runs / self.row.dataset / f"{self.row.name}-seed{self.seed}"
+
+    @property
+    def sittings(self) -> Path:
+        """A file beside the directory: a JSON object for every process that worked on the run."""
+        return self.directory.with_suffix(".sittings.jsonl")
+
+    def command(self, data_dir: str) -> list[str]:
+        """The training command as a user would type it."""
+        seed = ("--seed", str(self.seed)) if self.seed else ()
+        place = ("--data-dir", data_dir) if data_dir else ()
+        return ["python", "-m", "shike_fast.train", "--dataset", self.row.dataset, *place, *self.row.options, *seed]
+
+    def history(self) -> list[dict[str, Any]]:
+        """What the run has said of its epochs so far."""
+        return _json_lines(self.directory / "metrics.jsonl")
+
+    def epochs(self) -> int:
+        """Of the whole run; 0 where it has not begun."""
+        path = self.directory / "config.json"
+        return json.loads(path.read_text(encoding="utf-8"))["epochs"] if path.exists() else 0
+
+    def finished(self) -> bool:
+        """Whether all epochs are done and the reports, which come last, are written."""
+        history = self.history()
+        return bool(history) and len(history) == self.epochs() and (self.directory / "per_class.csv").exists()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or that of the training command that ended the queue."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    datasets = sorted({row.dataset for row in ROWS})
+    parser.add_argument("dataset", choices=datasets, help="whose rows")
+    parser.add_argument("--data-dir", default="", metavar="DATA", help="as for shike_fast.train")
+    parser.add_argument("--runs", type=Path, required=True, metavar="RUNS", help="where the runs are, or will be")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 of every row (default 3)")
+    parser.add_argument("--rows", metavar="NAME[,NAME…]", help=f"some of {', '.join(row.name for row in ROWS)}")
+    parser.add_argument("--report", action="store_true", help="train nothing; tables of what is there")
+    arguments = parser.parse_args(argv)
+    rows = [row for row in ROWS if row.dataset == arguments.dataset]
+    if arguments.rows is not None:
+        wanted = arguments.rows.split(",")
+        unknown = set(wanted) - {row.name for row in rows}
+        if unknown:
+            parser.error(f"--rows: {', '.join(sorted(unknown))} not among {', '.join(row.name for row in rows)}")
+        rows = [row for row in rows if row.name in wanted]
+    if Path(shike_fast.__file__).resolve().parents[1] != ROOT:
+        parser.error(f"shike_fast is imported from {shike_fast.__file__}; install this tree: pip install -e {ROOT}")
+    if arguments.seeds < 1:
+        parser.error(f"--seeds: must be at least 1, got {arguments.seeds}")
+    queue = [Run(row, seed, arguments.runs.absolute()) for seed in range(arguments.seeds) for row in rows]
+    status = 0 if arguments.report else train(queue, arguments.data_dir)
+    for run in queue:
+        if run.finished():
+            record(run, arguments.data_dir)
+    print("\n".join(_progress(queue)))
+    write_report()
+    return status
+
+
+def train(queue: Sequence[Run], data_dir: str) -> int:
+    """Begin or go on with the runs of a queue, one after the other, until all are finished or one ends otherwise."""
+    for run in queue:
+        if run.finished():
+            continue
+        run.directory.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{run.name}: {len(run.history())} of {run.epochs() or '?'} epochs done", flush=True)
+        with open(run.sittings, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_sitting(run)) + "\n")
+        places = ("--output-dir", str(run.directory), "--resume", "auto", "--save-every", str(SAVE_EVERY))
+        status = _call([sys.executable, *run.command(data_dir)[1:], *places])
+        if status != 0:
+            print(f"{run.name} ended with status {status}; the same command goes on with it", file=sys.stderr)
+            return status
+    return 0
+
+
+def _call(command: list[str]) -> int:
+    """Run a command and pass SIGINT and SIGTERM on to it; returns its exit status as a shell reports it.
+
+    It has a session of its own: a terminal would send it Ctrl-C a second time, and it outlives a killed queue.
+    """
+    with subprocess.Popen(command, start_new_session=True) as process:
+        handlers = {
+            number: signal.signal(number, lambda number, _: process.send_signal(number))
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _sitting(run: Run) -> dict[str, Any]:
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "epochs_before": len(run.history()),
+        "commit": _commit(),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str:
+    """Short hash of the sources; with a plus sign where they have changes."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def hardware() -> str:
+    """The processor that trains, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def record(run: Run, data_dir: str) -> Path:
+    """Write the small JSON file of a finished run."""
+    config = json.loads((run.directory / "config.json").read_text(encoding="utf-8"))
+    history, sittings = run.history(), _json_lines(run.sittings)
+    best = max(history, key=lambda row: row["top1"])  # the first of equals, as best.pt
+    before = [row for row in history if row["stage"] == 1] if history[-1]["stage"] == 2 else []
+    with open(run.directory / "per_class.csv", encoding="utf-8", newline="") as file:
+        classes = list(csv.DictReader(file))
+    result = {
+        "row": run.row.name,
+        **{
+            name: config[name]
+            for name in ("dataset", "imbalance_factor", "subset", "method", "model", "num_experts", "seed", "epochs")
+        },
+        "stage2_epochs": config["stage2_epochs"],
+        "last": _accuracies(history[-1]),
+        "best": _accuracies(best) | {"epoch": best["epoch"]},
+        "stage1": _accuracies(before[-1]) if before else None,
+        "hours": round(sum(row["seconds"] for row in history) / 3600, 2),
+        "hardware": _joined(sittings, "hardware"),
+        "commit": _joined(sittings, "commit"),
+        "torch": _joined(sittings, "torch"),
+        "finished": datetime.date.today().isoformat(),
+        "command": shlex.join(run.command("DATA" if data_dir else "")),
+        "curve": {
+            "top1": [round(row["top1"], 2) for row in history],
+            "train_loss": [round(row["train_loss"], 4) for row in history],
+        },
+        "class_accuracy": [float(row["accuracy"]) for row in classes],
+        "class_counts": [int(row["train_images"]) for row in classes],
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{run.name}.json"
+    if path.exists():  # recorded when it finished
+        result["finished"] = json.loads(path.read_text(encoding="utf-8"))["finished"]
+    path.write_text(_compact(result), encoding="utf-8")
+    return path
+
+
+def _accuracies(row: dict[str, Any]) -> dict[str, float | None]:
+    return {name: None if row[name] is None else round(row[name], 2) for name in MEASURES}
+
+
+def _joined(sittings: Sequence[dict[str, Any]], name: str) -> str:
+    """The values of all sittings, each once, in order."""
+    return ", then ".join(dict.fromkeys(sitting[name] for sitting in sittings))
+
+
+def _compact(result: dict[str, Any]) -> str:
+    """JSON with a line for each field."""
+    fields = (f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in result.items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that is being appended to: its last line may be there in part."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def _progress(queue: Sequence[Run]) -> Iterator[str]:
+    for run in queue:
+        history, epochs = run.history(), run.epochs()
+        if not history:
+            yield f"{run.name}: {'no epoch done yet' if epochs else 'not begun'}"
+            continue
+        state = "finished" if run.finished() else f"{len(history)} of {epochs} epochs"
+        left = (epochs - len(history)) * statistics.median(row["seconds"] for row in history) / 3600
+        yield (
+            f"{run.name}: {state}, top-1 {history[-1]['top1']:.2f} %, "
+            f"{sum(row['seconds'] for row in history) / 3600:.2f} h" + (f", about {left:.1f} h left" if left else "")
+        )
+
+
+# The document
+
+
+INTRODUCTION = """\
+# Results
+
+Generated by `python benchmarks/reproduce.py DATASET --runs RUNS --report` from the files in
+`benchmarks/results/accuracy/`, one for each run that trained to its last epoch; nothing here is typed by hand. The same
+command without `--report` trains what is missing.
+
+Accuracies are percentages of the test images: all (top-1), and those of classes with more than 100 training images
+(many), 20 to 100 (medium) and fewer than 20 (few). **last** is after the last epoch, which is what methods should be
+compared by. **best** is the highest of any epoch, chosen on the test set as most published values are. Where several
+seeds ran, mean ± sample standard deviation.
+"""
+
+
+def write_report() -> None:
+    """Write docs/results.md and its pictures."""
+    results = load_results()
+    DOCUMENT.write_text(document(results), encoding="utf-8")
+    for dataset in dict.fromkeys(row.dataset for row in ROWS):
+        pair = _shike_and_ce(results, dataset)
+        if pair is not None:
+            picture = DOCUMENT.with_name(f"results-{dataset}.png")
+            draw(picture, *pair)
+
+
+def load_results() -> list[dict[str, Any]]:
+    """All recorded runs."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def document(results: Sequence[dict[str, Any]]) -> str:
+    """The whole text of docs/results.md."""
+    lines = [INTRODUCTION]
+    for dataset in dict.fromkeys(row.dataset for row in ROWS):
+        lines.append(f"## {dataset}\n")
+        lines += [*summary_table([row for row in ROWS if row.dataset == dataset], results), ""]
+        if _shike_and_ce(results, dataset) is not None:
+            lines.append(f"![Accuracy by training images, and curves](results-{dataset}.png)\n")
+        lines += list(_runs([result for result in results if result["dataset"] == dataset]))
+    return "\n".join(lines)
+
+
+def summary_table(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Published against ours, a line each row."""
+    columns = (
+        "run",
+        "published",
+        "ours, last",
+        "many / medium / few",
+        "ours, best",
+        "after stage 1",
+        "seeds",
+        "source",
+    )
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        own = [result for result in results if result["dataset"] == row.dataset and result["row"] == row.name]
+        published = f"{row.published['top1']:g}" if row.published else "–"
+        if not own:
+            yield f"| `{row.name}` | {published} | not run to its end yet | | | | | {row.source} |"
+            continue
+        shots = " / ".join(_spread([result["last"][shot] for result in own]) for shot in SHOTS)
+        before = [result["stage1"]["top1"] for result in own if result["stage1"] is not None]
+        stage1 = _spread(before) if before else ""
+        if before and "stage1" in row.published:
+            stage1 += f" (published {row.published['stage1']:g})"
+        cells = [
+            f"`{row.name}`",
+            published,
+            f"**{_spread([result['last']['top1'] for result in own])}**",
+            shots,
+            _spread([result["best"]["top1"] for result in own]),
+            stage1,
+            ", ".join(str(result["seed"]) for result in own),
+            row.source,
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _runs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Where each number comes from."""
+    if not results:
+        return
+    yield "| run | seed | last | best (epoch) | hours | hardware | PyTorch | commit | finished | command |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for result in results:
+        best = result["best"]
+        cells = [
+            f"`{result['row']}`",
+            str(result["seed"]),
+            f"{result['last']['top1']:.2f}",
+            f"{best['top1']:.2f} ({best['epoch']})",
+            f"{result['hours']:g}",
+            result["hardware"],
+            result["torch"],
+            result["commit"],
+            result["finished"],
+            f"`{result['command']}`",
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.mean(known):.2f}"
+    return f"{mean} ± {statistics.stdev(known):.2f}" if len(known) > 1 else mean
+
+
+def _shike_and_ce(results: Sequence[dict[str, Any]], dataset: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The runs to draw side by side: seed 0 of either method at imbalance factor 100."""
+    chosen = {
+        result["method"]: result
+        for result in results
+        if (result["dataset"], result["imbalance_factor"], result["seed"]) == (dataset, 100, 0)
+    }
+    return (chosen["shike"], chosen["ce"]) if chosen.keys() >= {"shike", "ce"} else None
+
+
+def draw(path: Path, shike: dict[str, Any], ce: dict[str, Any]) -> None:
+    """Accuracy of the classes against their training images, and the test accuracy of every epoch, of both methods.
+
+    A class has so few test images that single classes scatter widely: the lines are means over ten neighbours in size.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.8, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    by_images, by_epoch = figure.subplots(1, 2)
+    for result, colour, label in ((shike, "tab:blue", "SHIKE"), (ce, "tab:orange", "cross-entropy")):
+        pairs = sorted(zip(result["class_counts"], result["class_accuracy"], strict=True), reverse=True)
+        groups = [list(zip(*pairs[k : k + 10], strict=True)) for k in range(0, len(pairs), 10)]
+        by_images.scatter(*zip(*pairs, strict=True), s=12, alpha=0.35, color=colour)
+        by_images.plot(
+            [statistics.mean(counts) for counts, _ in groups],
+            [statistics.mean(values) for _, values in groups],
+            color=colour,
+            marker="o",
+            label=f"{label}: {result['last']['top1']:.1f} %",
+        )
+        curve = result["curve"]["top1"]
+        by_epoch.plot(range(1, len(curve) + 1), curve, color=colour, label=label)
+    second = shike["epochs"] - shike["stage2_epochs"]
+    by_epoch.axvline(second + 0.5, color="gray", linestyle=":", linewidth=1, label="SHIKE's stage 2 begins")
+    by_images.set_xscale("log")
+    by_images.xaxis.set_major_formatter("{x:g}")
+    by_images.invert_xaxis()  # head classes first, as the field draws it
+    by_images.set(xlabel="training images of the class", ylabel="test accuracy (%), classes and means of ten")
+    by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
+    for axes in (by_images, by_epoch):
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.suptitle(f"{shike['dataset']}, imbalance factor {shike['imbalance_factor']:g}, {shike['model']}, seed 0")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
