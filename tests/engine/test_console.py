@@ -3,6 +3,7 @@ import sys
 import time
 
 import pytest
+from programs import LIMIT
 from rich.console import Console
 
 from shike_fast.engine import console as console_module
@@ -48,7 +49,7 @@ def test_a_long_epoch_shows_that_it_lives(monkeypatch):
 
 def wait_for(text, output):
     """The bar is drawn ten times a second, if the machine has the time."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + LIMIT
     while text not in output.getvalue():
         assert time.monotonic() < end
         time.sleep(0.01)

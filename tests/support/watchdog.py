@@ -14,7 +14,7 @@ import time
 
 from programs import descendants, kill, kill_marked
 
-STACKS = 5.0  # seconds in which Python prints them
+STACKS = 2.0  # seconds in which Python prints them
 
 
 def end(session: int) -> None:
