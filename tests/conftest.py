@@ -39,7 +39,7 @@ for _name in (
     *("PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONVERBOSE", "PYTHONINSPECT"),
 ):
     os.environ.pop(_name, None)
-os.environ |= {"TERM": "xterm", "LC_ALL": "C.UTF-8"}
+os.environ |= {"TERM": "xterm", "LC_ALL": "C.UTF-8", "GLOO_SOCKET_IFNAME": "lo"}  # processes meet on this machine
 locale.setlocale(locale.LC_ALL, "")
 
 # The same for signals: a script's background job ignores Ctrl-C, and so would all that it starts.

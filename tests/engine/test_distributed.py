@@ -159,7 +159,7 @@ class Torchrun:
 
     def __init__(self, programs, folder, *arguments, restarts=0, program=("-m", "shike_fast.train")):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        launcher += ["--max-restarts", restarts]
+        launcher += ["--max-restarts", restarts, "--local-addr", "localhost"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.programs = programs
         self.process = programs.start([*launcher, *program, *arguments], cwd=folder, env=environment)

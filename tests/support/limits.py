@@ -16,7 +16,7 @@ class Limits:
 
     def __init__(self, limit: float, mark: str) -> None:
         self.limit = limit
-        command = [sys.executable, str(Path(__file__).with_name("watchdog.py")), str(os.getpid()), mark]
+        command = [sys.executable, "-ES", str(Path(__file__).with_name("watchdog.py")), str(os.getpid()), mark]
         self.watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
 
     def begin(self, name: str, limit: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-LIMIT = 600.0  # seconds that only a program that hangs needs; a test may take longer
+LIMIT = 900.0  # seconds that only a program that hangs needs; a test may take longer
 
 _MARK = "SHIKE_FAST_TESTS"  # variable of the environment that a program hands on to all that it starts
 
