@@ -58,7 +58,8 @@ def test_hangs(slow_to_end):
 def test_what_pytest_cannot_end_ends_the_session(programs, tmp_path, code, hangs):
     (tmp_path / "conftest.py").write_text(CONFTEST.format(hangs=hangs))
     (tmp_path / "test_it.py").write_text(code)
-    done = programs.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_it.py"], cwd=tmp_path)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_it.py"]
+    done = programs.run(command, cwd=tmp_path, env=os.environ | {"PYTEST_ADDOPTS": ""})
     assert done.returncode < 0
     assert f"\n{hangs}: no end after 0.2 s; this ends the session\n" in done.stderr
     assert 'test_it.py", line ' in done.stderr  # where it is
