@@ -14,15 +14,17 @@ import time
 
 from programs import descendants, kill, kill_marked
 
-STACKS = 2.0  # seconds in which Python prints them
+PATIENCE = 60.0  # seconds in which Python prints where each thread is
 
 
 def end(session: int) -> None:
     below = set(descendants(session)) - {os.getpid()}
     with contextlib.suppress(ProcessLookupError):
-        os.kill(session, signal.SIGABRT)  # pytest's faulthandler prints the stacks
-    time.sleep(STACKS)
-    kill([session, *below])
+        os.kill(session, signal.SIGABRT)  # pytest's faulthandler prints the stacks, and the session ends
+    deadline = time.monotonic() + PATIENCE
+    while os.getppid() == session and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kill([session, *below] if os.getppid() == session else below)  # its number may be another's by now
 
 
 def watch(session: int) -> None:
