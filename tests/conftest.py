@@ -1,14 +1,17 @@
-"""What all tests share: fixed seeds, a bounded number of threads, the golden arrays, a small image folder, skipping
-without a GPU, two processes that talk to each other, and what nvcc makes of a source file."""
+"""What all tests share: surroundings that are not the caller's, programs that end with their test, limits of time,
+fixed seeds, a bounded number of threads, the golden arrays, a small image folder, skipping without a GPU, two processes
+that talk to each other, and what nvcc makes of a source file."""
 
 import importlib.util
+import locale
 import os
 import random
 import re
 import shutil
-import subprocess
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -20,18 +23,30 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import settings
+from limits import Limits
 from PIL import Image
+from programs import LIMIT, Programs
 
-# For the tests and all programs that they start: what the caller's terminal, proxy or launcher says would change what
-# is printed, fetched or waited for.
+# For the tests and all programs that they start: what the caller's terminal, language, proxy, launcher or Python is set
+# to would change what is printed, fetched or waited for.
 for _name in (
-    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *(name for name in os.environ if name.startswith(("LC_", "LANG"))),
     *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
     *(name for name in os.environ if name.startswith("TORCHELASTIC_")),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONCOERCECLOCALE", "PYTHON_COLORS"),
+    *("PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONVERBOSE", "PYTHONINSPECT"),
 ):
     os.environ.pop(_name, None)
-os.environ["TERM"] = "xterm"
+os.environ |= {"TERM": "xterm", "LC_ALL": "C.UTF-8", "GLOO_SOCKET_IFNAME": "lo"}  # processes meet on this machine
+locale.setlocale(locale.LC_ALL, "")
+
+# The same for signals: a script's background job ignores Ctrl-C, and so would all that it starts.
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -46,6 +61,16 @@ RESOURCES = re.compile(
 # Reproducible anywhere: no clock, no memory of earlier runs.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
+
+
+_programs = Programs()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    limit = config.getoption("timeout", None)
+    limit = float(config.getini("timeout")) if limit is None else limit
+    if limit and not config.getoption("usepdb"):
+        config.pluginmanager.register(Limits(limit, _programs.mark))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,6 +103,18 @@ def _seeds() -> None:
 
 
 @pytest.fixture(scope="session")
+def programs() -> Programs:
+    """``programs.run(command)`` and ``programs.start(command)``, for every program that a test needs."""
+    return _programs
+
+
+@pytest.fixture(autouse=True)
+def _no_program_outlives_its_test() -> Iterator[None]:
+    yield
+    _programs.end()
+
+
+@pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
     """``golden(name)``: the arrays of tests/data/golden/NAME.npz by key. Treat them as read-only."""
     cache: dict[str, dict[str, np.ndarray]] = {}
@@ -92,7 +129,7 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def interpret() -> Callable[[str, list[str]], None]:
+def interpret(programs: Programs) -> Callable[[str, list[str]], None]:
     """``interpret(file, checks)``: run these functions of a test file, and no other, with interpreted Triton kernels.
 
     Triton decides at its import whether it interprets, so they run in processes of their own.
@@ -105,7 +142,7 @@ def interpret() -> Callable[[str, list[str]], None]:
     def run(file: str, checks: list[str]) -> None:
         def work(part: list[str]) -> None:
             command = [sys.executable, "-m", "pytest", *options, *(f"{file}::{name}" for name in part)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = programs.run(command, env=environment)
             output = done.stdout + done.stderr
             assert done.returncode == 0, output[-6000:]
             missing = [name for name in part if f"::{name}" not in output]
@@ -141,7 +178,14 @@ def two_processes(
         folder = tmp_path_factory.mktemp("processes")
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(pytestconfig.rootpath)  # the processes import the module of the function by its name
-            mp.spawn(_work_in_a_group, (folder, work), nprocs=2)
+            spawned = mp.spawn(_work_in_a_group, (folder, work), nprocs=2, join=False)
+        deadline = time.monotonic() + LIMIT
+        try:
+            while not spawned.join(timeout=max(deadline - time.monotonic(), 0)):
+                assert time.monotonic() < deadline, f"two processes: no end of {work.__name__} after {LIMIT:g} s"
+        finally:
+            for process in spawned.processes:
+                process.kill()
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
     return run
@@ -150,7 +194,7 @@ def two_processes(
 def _work_in_a_group(rank: int, folder: Path, work: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT / 2))
     torch.save(work(), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -164,29 +208,28 @@ class CompiledKernels(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def compile_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], CompiledKernels]:
+def compile_cuda(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], CompiledKernels]:
     """``compile_cuda(name, architecture)``: the kernels of csrc/NAME for, say, sm_90."""
+
+    def output_of(command: list[str]) -> str:
+        done = programs.run(command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     def compiled(name: str, architecture: str) -> CompiledKernels:
         assert NVCC is not None
         cubin = tmp_path_factory.mktemp("cuda") / "kernels.cubin"
         options = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
-        report = _output_of([NVCC, *options, str(CSRC / name), "-o", str(cubin)])
+        report = output_of([NVCC, *options, str(CSRC / name), "-o", str(cubin)])
         tool = _cuobjdump(Path(NVCC).parent)
         assert tool is not None, "nvcc brings cuobjdump along, and so does Triton"
-        functions = [text.partition("\n") for text in _output_of([tool, "-sass", str(cubin)]).split("Function : ")[1:]]
+        functions = [text.partition("\n") for text in output_of([tool, "-sass", str(cubin)]).split("Function : ")[1:]]
         return CompiledKernels(
             {_readable(match["name"]): match.groupdict() for match in RESOURCES.finditer(report)},
             {_readable(mangled.strip()): code for mangled, _, code in functions},
         )
 
     return compiled
-
-
-def _output_of(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def _cuobjdump(folder: Path) -> str | None:

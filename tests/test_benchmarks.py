@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ def test_unverified_backends_are_named(report, monkeypatch):
     assert "Every backend has passed its tests on a device." in report.document()
 
 
-def test_a_recorded_run(tmp_path, report, monkeypatch):
+def test_a_recorded_run(programs, tmp_path, report, monkeypatch):
     """A short run of one benchmark, recorded as JSON, becomes a table with every contender, the fastest first."""
     recorded = tmp_path / "run.json"
     command = [
@@ -48,7 +47,7 @@ def test_a_recorded_run(tmp_path, report, monkeypatch):
     command += ["-k", "128 and (dkt or peer)", f"--benchmark-json={recorded}", "-p", "no:cacheprovider"]
     command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "-p", "no:cov"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = programs.run(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(recorded.read_text())
     assert "node" not in results["machine_info"]
@@ -195,14 +194,14 @@ def test_accuracy_of_either_path(tmp_path, monkeypatch):
             assert summary["standard_error"] == pytest.approx(abs(summary["values"][0] - summary["values"][1]) / 2)
 
 
-def test_device_suite_is_a_script_that_bash_reads():
+def test_device_suite_is_a_script_that_bash_reads(programs):
     script = ROOT / "benchmarks" / "device_suite.sh"
     assert script.stat().st_mode & 0o100
-    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    done = programs.run(["bash", "-n", script])
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_smoke_run_on_the_cpu():
+def test_smoke_run_on_the_cpu(programs):
     command = [sys.executable, str(ROOT / "benchmarks" / "device_smoke.py"), "cpu", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = programs.run(command)
     assert (done.returncode, done.stdout) == (0, "every kernel ran\n"), done.stderr

@@ -23,15 +23,18 @@ import pybind11
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from programs import LIMIT
 
 import shike_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-CMAKE = shutil.which("cmake", path=cmake.CMAKE_BIN_DIR)
-NINJA = shutil.which("ninja", path=ninja.BIN_DIR)
+CMAKE = shutil.which("cmake", path=cmake.CMAKE_BIN_DIR) or shutil.which("cmake")
+NINJA = shutil.which("ninja", path=ninja.BIN_DIR) or shutil.which("ninja")
+CXX = os.environ.get("CXX", "c++")
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
-SITE_PACKAGES = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+# More than one where the environment sees the packages of another one.
+SITE_PACKAGES = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
 
 HOOK = "import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
 PROBE = """
@@ -43,19 +46,20 @@ print(json.dumps({
 }))
 """
 
+pytestmark = pytest.mark.timeout(2 * LIMIT)
 
-def run(command, *, cwd, env=None, check=True):
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=200,
-    )
-    assert not check or done.returncode == 0, done.stdout
-    return done
+
+@pytest.fixture(scope="session")
+def run(programs):
+    """``run(command, cwd=...)``: a finished program, whose output and errors are one text."""
+
+    def run(command, *, env=None, check=True, **options):
+        options |= {"env": os.environ | (env or {}), "stderr": subprocess.STDOUT, "limit": LIMIT}
+        done = programs.run(command, **options)
+        assert not check or done.returncode == 0, done.stdout
+        return done
+
+    return run
 
 
 def script(path, text):
@@ -72,16 +76,22 @@ def bare_environment(folder):
     return folder / "bin" / "python", site_packages
 
 
-def probe(folder, wheel, cwd):
-    """Install a wheel where the test environment's packages are seen, but no editable install of them; import it."""
-    python, site_packages = bare_environment(folder)
-    # Folders that a .pth file names are searched, but .pth files in them, such as an editable install's, are not run.
-    (site_packages / "dependencies.pth").write_text("\n".join(SITE_PACKAGES) + "\n")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site_packages)
-    cwd.mkdir()
-    done = run([python, "-c", PROBE], cwd=cwd, env={"PYTHONPATH": ""})
-    return json.loads(done.stdout.splitlines()[-1]), site_packages
+@pytest.fixture
+def probe(run, tmp_path):
+    """``probe(wheel)``: what a program finds that imports the installed wheel, and the folder this is installed in."""
+
+    def probe(wheel):
+        python, site_packages = bare_environment(tmp_path / "env")
+        # The test environment's packages are seen, but no editable install of them: folders that a .pth file names are
+        # searched, but .pth files in them are not run.
+        (site_packages / "dependencies.pth").write_text("\n".join(SITE_PACKAGES) + "\n")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site_packages)
+        (tmp_path / "elsewhere").mkdir()
+        done = run([python, "-c", PROBE], cwd=tmp_path / "elsewhere", env={"PYTHONPATH": ""})
+        return json.loads(done.stdout.splitlines()[-1]), site_packages
+
+    return probe
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,7 @@ def tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sdist(tree, tmp_path_factory):
+def sdist(run, tree, tmp_path_factory):
     out = tmp_path_factory.mktemp("sdist")
     run([sys.executable, "-c", HOOK.format(hook="build_sdist"), out], cwd=tree)
     (archive,) = out.glob("*.tar.gz")
@@ -117,16 +127,18 @@ def unpacked(sdist, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(unpacked, tmp_path_factory):
+def wheel(run, unpacked, tmp_path_factory):
+    """Compiled without optimisation, which takes two thirds of the time: nothing here depends on it."""
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", out, "."]
-    run(command, cwd=unpacked, env={"SHIKE_CUDA": "0"})
+    compiler = script(out / "bin" / "c++", f'exec {CXX} "$@" -O0')
+    command = [sys.executable, "-m", "pip", "--isolated", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
+    run([*command, "-w", out, "."], cwd=unpacked, env={"SHIKE_CUDA": "0", "CXX": str(compiler)})
     (archive,) = out.glob("*.whl")
     return archive
 
 
 @pytest.fixture(scope="module")
-def editable(unpacked, wheel, tmp_path_factory):
+def editable(run, unpacked, wheel, tmp_path_factory):
     """An editable install's wheel; a stand-in for CMake hands out the regular wheel's library: no compilation."""
     out = tmp_path_factory.mktemp("editable")
     with zipfile.ZipFile(wheel) as archive:
@@ -181,8 +193,8 @@ def test_wheel_contents(wheel):
     assert "\nRequires-Dist: torch>=2.10\n" in metadata
 
 
-def test_wheel_imports_from_another_directory(wheel, tmp_path):
-    found, site_packages = probe(tmp_path / "env", wheel, tmp_path / "elsewhere")
+def test_wheel_imports_from_another_directory(probe, wheel, tmp_path):
+    found, site_packages = probe(wheel)
     assert found["version"] == found["build"]["version"] == shike_fast.__version__
     assert Path(found["package"]) == site_packages / "shike_fast" / "__init__.py"
     assert Path(found["kernels"]) == site_packages / "shike_fast" / "kernels" / "__init__.py"
@@ -190,15 +202,15 @@ def test_wheel_imports_from_another_directory(wheel, tmp_path):
     assert not str(found["top_level_kernels"]).startswith(str(tmp_path))
 
 
-def test_editable_imports_from_another_directory(editable, unpacked, tmp_path):
-    found, _ = probe(tmp_path / "env", editable, tmp_path / "elsewhere")
+def test_editable_imports_from_another_directory(probe, editable, unpacked, tmp_path):
+    found, _ = probe(editable)
     assert Path(found["package"]) == unpacked / "shike_fast" / "__init__.py"
     assert Path(found["kernels"]) == unpacked / "kernels" / "__init__.py"
     assert Path(found["native"]).parent == unpacked / "shike_fast"
     assert not str(found["top_level_kernels"]).startswith((str(tmp_path), str(unpacked)))
 
 
-def test_build_without_cuda_says_so(wheel, tmp_path):
+def test_build_without_cuda_says_so(run, wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".so"))
         library = archive.extract(name, tmp_path)
@@ -240,26 +252,27 @@ def test_citation_names_this_version():
 # --- what CMake decides about CUDA -----------------------------------------------------------------------------------
 
 
-def configure(folder, env=None, **settings):
-    """Configure, without building. Returns the exit status, the output in one line, and the generated header."""
-    env = {"CUDACXX": None, "CUDA_HOME": None, "CUDA_PATH": None, **(env or {})}
-    settings = {
-        "CMAKE_MAKE_PROGRAM": NINJA,
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "SHIKE_VERSION": "1.2.3",
-        **settings,
-    }
-    done = subprocess.run(
-        [CMAKE, "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in settings.items())],
-        env={name: value for name, value in {**os.environ, **env}.items() if value is not None},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=200,
-    )
-    header = folder / "generated" / "build_config.h"
-    return done.returncode, " ".join(done.stdout.split()), header.read_text() if header.is_file() else ""
+@pytest.fixture
+def configure(run, tmp_path, monkeypatch):
+    """Configures, without building. Returns the exit status, the output in one line, and the generated header."""
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+    def configure(env=None, **settings):
+        settings = {
+            "CMAKE_MAKE_PROGRAM": NINJA,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "SHIKE_VERSION": "1.2.3",
+            **settings,
+        }
+        options = [f"-D{name}={value}" for name, value in settings.items()]
+        command = [CMAKE, "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", *options]
+        done = run(command, env=env, check=False)
+        header = tmp_path / "build" / "generated" / "build_config.h"
+        return done.returncode, " ".join(done.stdout.split()), header.read_text() if header.is_file() else ""
+
+    return configure
 
 
 @pytest.fixture
@@ -278,8 +291,8 @@ def path_without_nvcc(tmp_path):
     return os.pathsep.join(folders)
 
 
-def test_without_nvcc_auto_builds_for_the_cpu(path_without_nvcc, tmp_path):
-    status, output, header = configure(tmp_path / "build", {"PATH": path_without_nvcc})
+def test_without_nvcc_auto_builds_for_the_cpu(configure, path_without_nvcc):
+    status, output, header = configure({"PATH": path_without_nvcc})
     reason = "nvcc not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH and PATH)"
     assert status == 0
     assert f"building for the CPU only: {reason}" in output
@@ -288,36 +301,36 @@ def test_without_nvcc_auto_builds_for_the_cpu(path_without_nvcc, tmp_path):
     assert 'kVersion[] = "1.2.3"' in header
 
 
-def test_without_nvcc_cuda_required_is_an_error(path_without_nvcc, tmp_path):
-    status, output, _ = configure(tmp_path / "build", {"PATH": path_without_nvcc}, SHIKE_CUDA="1")
+def test_without_nvcc_cuda_required_is_an_error(configure, path_without_nvcc):
+    status, output, _ = configure({"PATH": path_without_nvcc}, SHIKE_CUDA="1")
     assert status != 0
     assert "SHIKE_CUDA=1, but nvcc not found" in output
 
 
-def test_broken_nvcc_auto_builds_for_the_cpu(tmp_path):
+def test_broken_nvcc_auto_builds_for_the_cpu(configure, tmp_path):
     nvcc = script(tmp_path / "nvcc", "echo 'compiling'; echo 'nvcc fatal : the toolkit is damaged' >&2; exit 1")
-    status, output, header = configure(tmp_path / "build", {"CUDACXX": str(nvcc)})
+    status, output, header = configure({"CUDACXX": str(nvcc)})
     assert status == 0
     assert f"building for the CPU only: {nvcc} does not work: nvcc fatal : the toolkit is damaged" in output
     assert "#define SHIKE_WITH_CUDA 0" in header
 
 
-def test_broken_nvcc_cuda_required_is_an_error(tmp_path):
+def test_broken_nvcc_cuda_required_is_an_error(configure, tmp_path):
     nvcc = script(tmp_path / "bin" / "nvcc", "exit 7")  # found through CUDA_HOME, and without a word of explanation
-    status, output, _ = configure(tmp_path / "build", {"CUDA_HOME": str(tmp_path)}, SHIKE_CUDA="1")
+    status, output, _ = configure({"CUDA_HOME": str(tmp_path)}, SHIKE_CUDA="1")
     assert status != 0
     assert f"SHIKE_CUDA=1, but {nvcc} does not work: exit status 7" in output
 
 
-def test_nvcc_that_does_not_exist(tmp_path):
-    status, output, header = configure(tmp_path / "build", {"CUDACXX": str(tmp_path / "absent")})
+def test_nvcc_that_does_not_exist(configure, tmp_path):
+    status, output, header = configure({"CUDACXX": str(tmp_path / "absent")})
     assert status == 0
     assert "absent does not work: " in output
     assert "#define SHIKE_WITH_CUDA 0" in header
 
 
-def test_unknown_value_of_shike_cuda(tmp_path):
-    status, output, _ = configure(tmp_path / "build", SHIKE_CUDA="maybe")
+def test_unknown_value_of_shike_cuda(configure):
+    status, output, _ = configure(SHIKE_CUDA="maybe")
     assert status != 0
     assert 'SHIKE_CUDA must be auto, 1 or 0, got "maybe"' in output
 
@@ -327,12 +340,12 @@ def test_unknown_value_of_shike_cuda(tmp_path):
     ("archs", "message"),
     [("9.0", '"9.0" is not an architecture; write for example "80-real;90"'), ("90-real, 1", "does not support 1; it")],
 )
-def test_bad_architectures(archs, message, tmp_path):
+def test_bad_architectures(configure, archs, message):
     settings = {
         "CMAKE_CUDA_COMPILER": NVCC,
         "SHIKE_CUDA_ARCHS": archs,
     }  # a compiler that is named is not tried out: faster
-    status, output, _ = configure(tmp_path / "build", {"CUDACXX": NVCC}, **settings)
+    status, output, _ = configure({"CUDACXX": NVCC}, **settings)
     assert status != 0
     assert f"SHIKE_CUDA_ARCHS: {message}" in output.replace(f"{NVCC} ", "")
 
@@ -343,10 +356,10 @@ def test_bad_architectures(archs, message, tmp_path):
     [("9.0\\n9.0\\n", r"90"), ("99.9\\n", r"(\d+-real;)+\d+")],
     ids=["two present GPUs", "a GPU this nvcc does not know"],
 )
-def test_default_architectures(capabilities, archs, tmp_path):
+def test_default_architectures(configure, capabilities, archs, tmp_path):
     script(tmp_path / "bin" / "nvidia-smi", f"printf '{capabilities}'")
     env = {"CUDACXX": NVCC, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    status, output, header = configure(tmp_path / "build", env, CMAKE_CUDA_COMPILER=NVCC)
+    status, output, header = configure(env, CMAKE_CUDA_COMPILER=NVCC)
     assert status == 0, output
     assert re.search(rf'kCudaArchitectures\[\] = "{archs}";', header)
     assert "#define SHIKE_WITH_CUDA 1" in header
@@ -356,14 +369,15 @@ def test_default_architectures(capabilities, archs, tmp_path):
 
 
 @pytest.fixture
-def build_ext(unpacked, tmp_path):
+def build_ext(run, unpacked, tmp_path):
     """Runs setup.py where Python has only setuptools and the packages named, and PATH only the stand-ins given."""
     python, site_packages = bare_environment(tmp_path / "env")
 
     def build_ext(packages=(), **tools):
         for package in ("setuptools", "_distutils_hack", *packages):
-            for found in Path(SITE_PACKAGES[0]).glob(f"{package}*"):
-                (site_packages / found.name).symlink_to(found)
+            for found in (path for folder in SITE_PACKAGES for path in Path(folder).glob(f"{package}*")):
+                if not (site_packages / found.name).exists():
+                    (site_packages / found.name).symlink_to(found)
         (tmp_path / "bin").mkdir()
         for name, text in tools.items():
             script(tmp_path / "bin" / name, text)

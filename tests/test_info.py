@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -204,9 +203,9 @@ def test_processor_without_a_name_in_cpuinfo(monkeypatch, tmp_path):
     assert info.collect()["devices"]["cpu"]["name"] == "Some CPU @ 2 GHz"
 
 
-def test_command_from_another_directory(tmp_path):
+def test_command_from_another_directory(programs, tmp_path):
     command = [sys.executable, "-m", "shike_fast.info", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = programs.run(command, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["versions"]["shike_fast"] == shike_fast.__version__
 
@@ -218,8 +217,8 @@ def test_unknown_argument(capsys):
     assert "unrecognized arguments: --xml" in capsys.readouterr().err
 
 
-def test_without_a_command_the_commands_are_listed():
-    done = subprocess.run([sys.executable, "-m", "shike_fast"], capture_output=True, text=True)
+def test_without_a_command_the_commands_are_listed(programs):
+    done = programs.run([sys.executable, "-m", "shike_fast"])
     assert done.returncode == 2 and done.stderr == ""
     listed = [line.split()[2].removeprefix("shike_fast.") for line in done.stdout.splitlines()[1:]]
     assert listed == ["train", "evaluate", "predict", "data", "info"]

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,12 +62,11 @@ def test_from_nothing_to_predictions(name, tmp_path, capsys):
         assert 1 >= first >= second >= third >= 0 and first > 1 / CLASSES and first + second + third < 1 + 1e-5
 
 
-def test_a_few_steps_of_the_real_network_as_commands(tmp_path):
+def test_a_few_steps_of_the_real_network_as_commands(programs, tmp_path):
     """The recipe of iNaturalist as it is, but for its size: resnet50, RandAugment, two workers."""
 
     def command(module, *arguments):
-        line = [sys.executable, "-m", f"shike_fast.{module}", *map(str, arguments)]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        done = programs.run([sys.executable, "-m", f"shike_fast.{module}", *arguments], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

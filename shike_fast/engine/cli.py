@@ -90,7 +90,9 @@ def run_command(command: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no signal handlers
+    # Where Python allows no signal handlers, or the caller wants the signal to be ignored.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         yield
         return
 

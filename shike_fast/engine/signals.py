@@ -11,6 +11,7 @@ from typing import Any
 class GracefulStop:
     """Context in which the first SIGTERM or SIGINT only sets :attr:`signal`; a second one acts as usual.
 
+    A signal that is ignored stays so: a script starts its background jobs like this, and Ctrl-C is not meant for them.
     Outside the main thread, where Python allows no signal handlers, the context changes nothing.
     """
 
@@ -31,7 +32,8 @@ class GracefulStop:
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

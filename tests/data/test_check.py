@@ -1,8 +1,6 @@
-import contextlib
 import errno
 import os
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -391,27 +389,17 @@ import shike_fast.data.commands.check as check
 from shike_fast.data.__main__ import main
 def wait(store, index, *, decode):
     os.write(1, b"started\\n")  # in one piece: print may write the end of the line by itself
-    time.sleep(60)
+    time.sleep(600)
 check.find_fault = wait
 sys.exit(main(["check", "--dataset", "imagefolder", "--data-dir", sys.argv[1], "--workers", "2"]))
 """
 
 
-def test_ctrl_c_ends_all_processes(image_dir):
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SLOW, str(image_dir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout.readline() == "started\n"
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to all of them
-        _, error = process.communicate(timeout=60)  # ends when no process holds the pipes any more
-        assert (process.returncode, error) == (130, "error: stopped by SIGINT\n")
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+def test_ctrl_c_ends_all_processes(programs, image_dir):
+    process = programs.start([sys.executable, "-c", _SLOW, image_dir])
+    assert process.stdout.readline() == "started\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to all of them
+    done = programs.finish(process)  # ends when no process holds the pipes any more
+    assert (done.returncode, done.stderr) == (130, "error: stopped by SIGINT\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

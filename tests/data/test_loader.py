@@ -1,7 +1,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -182,8 +181,8 @@ print(len(list(loader.epoch(0))))
 """
 
 
-def test_a_program_ends_that_does_not_close_its_loader():
-    done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=60)
+def test_a_program_ends_that_does_not_close_its_loader(programs):
+    done = programs.run([sys.executable, "-c", FORGETFUL])
     assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import LIMIT
 
 from shike_fast.data import load_dataset
 from shike_fast.data.commands import _processes
@@ -36,18 +37,34 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def start(source, out, *options):
-    """The command in a process of its own."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(pack(source, out, *options)))
-    process.start()
-    return process
+@pytest.fixture
+def start():
+    """Starts the command in a process of its own, which ends at the latest with the test."""
+    started = []
+
+    def start(source, out, *options):
+        process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(pack(source, out, *options)))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def exit_code(process):
+    process.join(LIMIT)
+    assert process.exitcode is not None, f"no end after {LIMIT:g} s"
+    return process.exitcode
 
 
 def running(pid):
@@ -81,13 +98,12 @@ def pids(folder):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_killed_pack_goes_on_where_it_was(image_dir, tmp_path, slow, monkeypatch, workers):
+def test_a_killed_pack_goes_on_where_it_was(image_dir, tmp_path, start, slow, monkeypatch, workers):
     out = tmp_path / "pack"
     process = start(image_dir, out, "--workers", workers)
     wait_for(lambda: (out / "train-00000.npz").exists() and (out / ".train-00001.tar.tmp").exists())
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert exit_code(process) == -signal.SIGKILL
     assert not (out / "pack.json").exists()
     before = (out / "train-00000.tar").stat()
     # At once, while workers may still be at it: they are waited for.
@@ -128,25 +144,23 @@ def test_shards_that_are_not_what_their_description_says_are_made_again(image_di
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
-def test_a_signal_ends_all_processes(image_dir, tmp_path, slow, number, name, capfd):
+def test_a_signal_ends_all_processes(image_dir, tmp_path, start, slow, number, name, capfd):
     out = tmp_path / "pack"
     process = start(image_dir, out, "--workers", "2")
     wait_for(lambda: len(pids(slow)) == 2 and (out / "train-00000.npz").exists())
     os.kill(process.pid, number)
-    process.join()
-    assert process.exitcode == 128 + number
+    assert exit_code(process) == 128 + number
     assert not [pid for pid in pids(slow) if running(pid)]
     assert not list(out.glob(".*.tmp"))
     assert capfd.readouterr().err == f"error: stopped by {name}\n"
 
 
-def test_a_worker_that_is_killed(image_dir, tmp_path, slow, capfd):
+def test_a_worker_that_is_killed(image_dir, tmp_path, start, slow, capfd):
     out = tmp_path / "pack"
     process = start(image_dir, out, "--workers", "2")
     wait_for(lambda: len(pids(slow)) == 2 and (out / "train-00000.npz").exists())
     os.kill(pids(slow)[0], signal.SIGKILL)
-    process.join()
-    assert process.exitcode == 1
+    assert exit_code(process) == 1
     error = capfd.readouterr().err
     assert error.startswith("error: a worker process ended early, by SIGKILL; if memory ran out use fewer --workers")
     assert not [pid for pid in pids(slow) if running(pid)]

@@ -1,5 +1,6 @@
 """The programs of test_worker_memory.py: what each one returns is printed as JSON."""
 
+import ctypes
 import gc
 import json
 import sys
@@ -84,5 +85,9 @@ def size(root):
     return photographs(loader, 2)
 
 
+PR_SET_THP_DISABLE = 41  # of prctl(); pages of 2 MiB would count whole
+
+
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

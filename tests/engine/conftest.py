@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import Programs
 
 from shike_fast.train import main
 
@@ -18,18 +19,18 @@ class Runs:
 
     small = SMALL
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, programs: Programs) -> None:
         self.root = root
+        self.programs = programs
 
     def train(self, *arguments: object) -> int:
         return main([str(argument) for argument in arguments])
 
     def start(self, *arguments: object, **options: object) -> subprocess.Popen:
-        command = [sys.executable, "-m", "shike_fast.train", *map(str, arguments)]
+        command = [sys.executable, "-m", "shike_fast.train", *arguments]
         # one thread: the same rounding as a run in any other process, however busy the machine is
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        return subprocess.Popen(command, cwd=self.root, env=environment, text=True, **pipes)
+        return self.programs.start(command, cwd=self.root, env=environment, **options)
 
     @staticmethod
     def metrics(directory: Path) -> list[dict]:
@@ -61,8 +62,8 @@ class Runs:
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> Runs:
-    return Runs(tmp_path)
+def runs(tmp_path: Path, programs: Programs) -> Runs:
+    return Runs(tmp_path, programs)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 import os
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -218,13 +217,12 @@ while True:
 """
 
 
-def test_killed_while_writing(tmp_path):
+def test_killed_while_writing(programs, tmp_path):
     """Ten kills into an endless series of writes: what is found is whole and no older than the last finished write."""
     for kill in range(10):
         directory = tmp_path / str(kill)
         directory.mkdir()
-        command = [sys.executable, "-c", _WRITE_FOREVER, str(directory / "last.pt")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = programs.start([sys.executable, "-c", _WRITE_FOREVER, directory / "last.pt"])
         written = 0
         for _ in range(2 + kill):
             written = int(process.stdout.readline())

@@ -2,7 +2,6 @@ import ctypes
 import errno
 import os
 import signal
-import subprocess
 import sys
 import threading
 
@@ -168,14 +167,15 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
 """
 
 
-def test_memory_is_kept_from_step_to_step():
+def test_memory_is_kept_from_step_to_step(programs):
     pages = 8 * 2**23 // os.sysconf("SC_PAGESIZE")
     faults = {}
     for name in ("given back", "kept"):
         command = [sys.executable, "-c", FAULTS, name]
         # Left alone, glibc moves its threshold as blocks are freed, and may then keep the memory for once by chance.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        done = programs.run(command, env=environment)
+        assert done.returncode == 0, done.stderr
         faults[name] = int(done.stdout)
     assert faults["kept"] < pages / 100
     assert faults["given back"] > pages / 2
@@ -196,9 +196,9 @@ def test_a_full_disk_is_named_with_its_remedy(capsys):
     )
 
 
-def test_a_reader_that_goes_away_ends_a_command_quietly():
+def test_a_reader_that_goes_away_ends_a_command_quietly(programs):
     program = "import sys; from shike_fast.engine.cli import run_command; "
     program += "sys.exit(run_command(lambda: [print(i) for i in range(10**6)] and 0))"
-    line = f"{sys.executable} -c '{program}' | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    line = '"$0" -c "$1" | head -n 1; echo ${PIPESTATUS[0]}'
+    done = programs.run(["bash", "-c", line, sys.executable, program])
     assert (done.stdout, done.stderr) == ("0\n141\n", "")

@@ -1,9 +1,9 @@
 import io
-import subprocess
 import sys
 import time
 
 import pytest
+from programs import LIMIT
 from rich.console import Console
 
 from shike_fast.engine import console as console_module
@@ -49,7 +49,7 @@ def test_a_long_epoch_shows_that_it_lives(monkeypatch):
 
 def wait_for(text, output):
     """The bar is drawn ten times a second, if the machine has the time."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + LIMIT
     while text not in output.getvalue():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -81,7 +81,7 @@ def test_time_left_is_unknown_before_the_first_step():
     assert output.getvalue().endswith("left ?\n")
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run():
+def test_a_reader_that_goes_away_does_not_end_the_run(programs):
     script = (
         "import sys\n"
         "from shike_fast.engine.console import RunConsole\n"
@@ -89,14 +89,11 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
         "for line in range(100_000): console.note('a line of the run')\n"
         "print('finished', file=sys.stderr)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = programs.start([sys.executable, "-c", script])
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "finished\n"
     assert process.wait() == 0
-    process.stderr.close()
 
 
 @pytest.mark.parametrize("terminal", [False, True])

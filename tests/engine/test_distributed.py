@@ -2,18 +2,18 @@
 
 import contextlib
 import csv
+import functools
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from programs import descendants
 
 from shike_fast import models
 from shike_fast.data.loader import share as share_of
@@ -157,52 +157,41 @@ def test_every_process_takes_a_device(monkeypatch):
 class Torchrun:
     """The training command in two processes."""
 
-    def __init__(self, folder, *arguments, restarts=0, program=("-m", "shike_fast.train")):
+    def __init__(self, programs, folder, *arguments, restarts=0, program=("-m", "shike_fast.train")):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        launcher += ["--max-restarts", str(restarts)]
+        launcher += ["--max-restarts", restarts, "--local-addr", "localhost"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [*launcher, *map(str, program), *map(str, arguments)],
-            cwd=folder,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        self.programs = programs
+        self.process = programs.start([*launcher, *program, *arguments], cwd=folder, env=environment)
 
     def wait_for(self, condition):
-        end = time.monotonic() + 120
-        while not condition():
-            assert self.process.poll() is None and time.monotonic() < end, self.finish()
-            time.sleep(0.02)
+        self.programs.wait_until(condition, self.process)
 
     def finish(self):
-        try:
-            output, errors = self.process.communicate(timeout=240)
-        finally:
-            self.process.kill()
-        return self.process.returncode, output, errors
+        done = self.programs.finish(self.process)
+        return done.returncode, done.stdout, done.stderr
 
     def workers(self):
         """Process numbers by rank."""
-        children = subprocess.run(
-            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True
-        ).stdout
-        pids = [int(line.split()[0]) for line in children.splitlines() if "shike_fast.train" in line]
         ranks = {}
-        for pid in pids:
+        for pid in descendants(self.process.pid):
             with open(f"/proc/{pid}/environ", "rb") as file:
                 found = re.search(rb"(?:^|\0)RANK=(\d+)", file.read())
             if found:
-                ranks[int(found[1])] = pid
+                ranks.setdefault(int(found[1]), pid)  # not a process that it started
         return ranks
+
+
+@pytest.fixture
+def torchrun(programs, tmp_path):
+    return functools.partial(Torchrun, programs, tmp_path)
 
 
 SMALL = ["--model", "resnet8", "--batch-size", "64", "--epochs", "4", "--stage2-epochs", "1", "--sync-batch-norm"]
 
 
-def test_the_command_in_two_processes(runs, tmp_path):
-    status, output, errors = Torchrun(tmp_path, *SMALL, "--output-dir", tmp_path / "two", "--accumulate", 2).finish()
+def test_the_command_in_two_processes(torchrun, runs, tmp_path):
+    status, output, errors = torchrun(*SMALL, "--output-dir", tmp_path / "two", "--accumulate", 2).finish()
     assert status == 0, errors
     assert output.count("writing to") == 1 and "2 processes on cpu" in output
     rows = runs.metrics(tmp_path / "two")
@@ -214,11 +203,11 @@ def test_the_command_in_two_processes(runs, tmp_path):
     assert config["accumulate"] == 2 and config["sync_batch_norm"] is True
 
 
-def test_all_processes_test_the_model_that_is_saved(runs, tmp_path):
+def test_all_processes_test_the_model_that_is_saved(torchrun, runs, tmp_path):
     """Without synchronised statistics each has statistics of its own; the first one's are the model's."""
     arguments = [option for option in SMALL if option != "--sync-batch-norm"]
     arguments += ["--batch-size", 16, "--epochs", 5, "--stage2-epochs", 0, "--output-dir", tmp_path / "two"]
-    status, _, errors = Torchrun(tmp_path, *arguments).finish()
+    status, _, errors = torchrun(*arguments).finish()
     assert status == 0, errors
     state = runs.checkpoint(tmp_path / "two" / "last.pt")
     assert evaluate_command(["--checkpoint", str(tmp_path / "two" / "last.pt"), "--csv", str(tmp_path / "a.csv")]) == 0
@@ -228,10 +217,10 @@ def test_all_processes_test_the_model_that_is_saved(runs, tmp_path):
     assert sum(correct) > 600 // 4  # enough that other statistics classify otherwise
 
 
-def test_two_processes_train_like_one(runs, tmp_path):
+def test_two_processes_train_like_one(torchrun, runs, tmp_path):
     # More threads, or larger steps, would magnify the rounding.
     arguments = [*SMALL, "--epochs", 1, "--stage2-epochs", 0, "--threads", 1, "--lr", 0.001]
-    status, _, errors = Torchrun(tmp_path, *arguments, "--output-dir", tmp_path / "two").finish()
+    status, _, errors = torchrun(*arguments, "--output-dir", tmp_path / "two").finish()
     assert status == 0, errors
     assert runs.train(*arguments, "--output-dir", tmp_path / "one") == 0
     (two,), (one,) = runs.metrics(tmp_path / "two"), runs.metrics(tmp_path / "one")
@@ -239,10 +228,10 @@ def test_two_processes_train_like_one(runs, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(runs, tmp_path, rank):
+def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(torchrun, runs, tmp_path, rank):
     directory = tmp_path / "run"
-    launched = Torchrun(
-        tmp_path, *SMALL, "--epochs", 12, "--stage2-epochs", 2, "--output-dir", directory, "--threads", 1, restarts=2
+    launched = torchrun(
+        *SMALL, "--epochs", 12, "--stage2-epochs", 2, "--output-dir", directory, "--threads", 1, restarts=2
     )
     launched.wait_for(lambda: runs.epochs(directory) >= 1)
     workers = launched.workers()
@@ -257,9 +246,9 @@ def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(runs, tmp_path, rank)
     assert state["epoch"] == 12 and [row["epoch"] for row in state["history"]] == list(range(1, 13))
 
 
-def test_sigterm_saves_and_ends_all(runs, tmp_path):
+def test_sigterm_saves_and_ends_all(torchrun, runs, tmp_path):
     directory = tmp_path / "run"
-    launched = Torchrun(tmp_path, *SMALL, "--epochs", 400, "--output-dir", directory)
+    launched = torchrun(*SMALL, "--epochs", 400, "--output-dir", directory)
     launched.wait_for(lambda: runs.epochs(directory))
     os.kill(launched.workers()[1], signal.SIGTERM)
     status, _, errors = launched.finish()
@@ -277,8 +266,8 @@ def test_sigterm_saves_and_ends_all(runs, tmp_path):
         ([*SMALL, "--lr", 1e30], "error: the loss is not finite at step "),
     ],
 )
-def test_an_error_in_two_processes_is_told_once(tmp_path, arguments, message):
-    status, _, errors = Torchrun(tmp_path, *arguments).finish()
+def test_an_error_in_two_processes_is_told_once(torchrun, arguments, message):
+    status, _, errors = torchrun(*arguments).finish()
     assert status != 0
     assert errors.count(message) == errors.count("error: ") == 1, errors
 
@@ -302,20 +291,20 @@ sys.exit(main(sys.argv[1:]))
         (["--bogus"], "error: unrecognized arguments: --bogus"),
     ],
 )
-def test_others_wait_until_the_first_process_has_told(tmp_path, arguments, message):
+def test_others_wait_until_the_first_process_has_told(torchrun, tmp_path, arguments, message):
     """At the end of one process torchrun stops the others, half a second later at the latest."""
     (tmp_path / "slow.py").write_text(_SLOW_TO_TELL)
-    status, _, errors = Torchrun(tmp_path, *arguments, program=[tmp_path / "slow.py"]).finish()
+    status, _, errors = torchrun(*arguments, program=[tmp_path / "slow.py"]).finish()
     assert status != 0
     assert errors.count(message) == errors.count("error: ") == 1, errors
 
 
-def test_a_start_that_is_refused_stays_refused_when_restarted(runs, tmp_path):
+def test_a_start_that_is_refused_stays_refused_when_restarted(torchrun, runs, tmp_path):
     """torchrun starts anew whatever ended with an error: the second time must not take over what the first may not."""
     directory = tmp_path / "old"
     assert runs.train(*runs.small, "--output-dir", directory) == 0
     before = {path: path.read_bytes() for path in directory.iterdir()}
-    status, _, errors = Torchrun(tmp_path, *SMALL, "--output-dir", directory, restarts=1).finish()
+    status, _, errors = torchrun(*SMALL, "--output-dir", directory, restarts=1).finish()
     assert status != 0
     assert errors.count(f"error: --output-dir: {directory} is not empty; add --resume") == 2  # once each time
     assert {path: path.read_bytes() for path in directory.iterdir()} == before
@@ -360,14 +349,14 @@ def test_a_launch_has_a_name(monkeypatch):
     assert launch() == launch() and launch().startswith("x ") and str(os.getppid()) in launch().split()
 
 
-def test_restarts_need_a_directory(tmp_path):
-    status, _, errors = Torchrun(tmp_path, *SMALL, restarts=1).finish()
+def test_restarts_need_a_directory(torchrun):
+    status, _, errors = torchrun(*SMALL, restarts=1).finish()
     assert status != 0
     assert "error: --output-dir: name it, so that processes that torchrun restarts find what they had saved" in errors
 
 
-def test_a_batch_too_small_for_its_processes(tmp_path):
-    status, _, errors = Torchrun(tmp_path, *SMALL, "--accumulate", 20, "--output-dir", tmp_path / "run").finish()
+def test_a_batch_too_small_for_its_processes(torchrun, tmp_path):
+    status, _, errors = torchrun(*SMALL, "--accumulate", 20, "--output-dir", tmp_path / "run").finish()
     assert status != 0
     assert (
         "--batch-size: counts the images of all processes; 2 processes with --accumulate 20 need at least 80" in errors

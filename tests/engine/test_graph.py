@@ -1,7 +1,6 @@
 """Recorded calls: on a device against the calls themselves; without one, with a stand-in for PyTorch's graphs."""
 
 import contextlib
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -136,9 +135,9 @@ except RunError as error:
 
 
 @pytest.mark.gpu
-def test_on_a_device_a_wait_is_told_in_a_line():
+def test_on_a_device_a_wait_is_told_in_a_line(programs):
     """In a process of its own: some versions of PyTorch record nothing more after a recording that failed."""
-    printed = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True).stdout
+    printed = programs.run([sys.executable, "-c", WAITING]).stdout
     assert printed.startswith("a step cannot be recorded as a CUDA graph (") and printed.endswith("--no-cuda-graph\n")
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -108,9 +107,9 @@ def test_a_network_of_photographs_brings_its_own_transform(image_dir, here, runs
     assert float(found[3]["probability_1"]) == pytest.approx(float(best), abs=1e-4)
 
 
-def test_as_a_command_with_workers_from_another_directory(finished, digits, tmp_path):
+def test_as_a_command_with_workers_from_another_directory(programs, finished, digits, tmp_path):
     command = [sys.executable, "-m", "shike_fast.predict", "--checkpoint", finished / "best.pt", "--images", digits]
-    done = subprocess.run([*map(str, command), "--workers", "2"], cwd=tmp_path, capture_output=True, text=True)
+    done = programs.run([*command, "--workers", "2"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(rows(tmp_path / "predictions.csv")) == 40
     left = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".coverage")]  # of a measured process

@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -48,17 +47,17 @@ def test_open_below_a_file(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks are POSIX")
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time(programs, tmp_path):
     attempt = (
         "import sys; from pathlib import Path; from shike_fast.engine import rundir\n"
         "with rundir.open_directory(Path(sys.argv[1])): pass"
     )
     command = [sys.executable, "-c", attempt, str(tmp_path)]
     with rundir.open_directory(tmp_path):
-        refused = subprocess.run(command, capture_output=True, text=True)
+        refused = programs.run(command)
     assert refused.returncode == 1
     assert "another process is writing to" in refused.stderr
-    subprocess.run(command, check=True)
+    assert programs.run(command).returncode == 0
 
 
 def test_metrics_lines(tmp_path):

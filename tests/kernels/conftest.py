@@ -1,7 +1,6 @@
 """Fixtures that compile Triton kernels ahead of time: no GPU is needed."""
 
 import re
-import subprocess
 
 import pytest
 
@@ -51,26 +50,26 @@ def compiled(tmp_path_factory):
         yield _compile
 
 
-def _tool(name, *arguments):
-    import triton
-
-    command = [getattr(triton.knobs.nvidia, name).path, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.fixture
-def registers(tmp_path):
+def registers(programs, tmp_path):
     """A function that tells (registers a thread, spills): stores to the stack on NVIDIA, spilled registers on AMD.
 
     Not the size of the stack: ptxas has reserved one that nothing was ever stored to, with registers to spare.
     """
 
+    def tool(name, *arguments):
+        import triton
+
+        done = programs.run([getattr(triton.knobs.nvidia, name).path, *arguments])
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def count(binary):
         if "cubin" in binary.asm:
             path = tmp_path / "kernel.cubin"
             path.write_bytes(binary.asm["cubin"])
-            usage = _tool("cuobjdump", "-res-usage", path)
-            return int(re.search(r"REG:(\d+)", usage).group(1)), _tool("nvdisasm", path).count(" STL")
+            usage = tool("cuobjdump", "-res-usage", path)
+            return int(re.search(r"REG:(\d+)", usage).group(1)), tool("nvdisasm", path).count(" STL")
         names = ("vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count")
         counts = [int(re.search(rf"\.{name}:\s+(\d+)", binary.asm["amdgcn"]).group(1)) for name in names]
         return sum(counts[:2]), sum(counts[2:])

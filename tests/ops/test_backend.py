@@ -1,6 +1,5 @@
 """Choice among backends, with implementations registered for the test only."""
 
-import subprocess
 import sys
 
 import pytest
@@ -161,13 +160,14 @@ def test_vmap_goes_to_the_reference():
     torch.testing.assert_close(losses, torch.stack([ops.expert_cross_entropy(z, TARGET) for z in logits]))
 
 
-def run_without_native(code):
-    """Run code in a process whose compiled library cannot be imported."""
+@pytest.fixture
+def run_without_native(programs):
+    """Runs code in a process whose compiled library cannot be imported."""
     blocked = "import sys; sys.modules['shike_fast._native'] = None; "
-    return subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True)
+    return lambda code: programs.run([sys.executable, "-c", blocked + code])
 
 
-def test_without_the_compiled_library_the_reference_runs():
+def test_without_the_compiled_library_the_reference_runs(run_without_native):
     done = run_without_native(
         "import torch; from shike_fast import ops; z, y = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64);"
         "print(ops.dkt_loss(z, y).item() > 0, ops.backends()['cpu'], ops.backend_reasons()['cpu']);"

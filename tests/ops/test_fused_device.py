@@ -1,6 +1,5 @@
 """The fused ops on a GPU: CUDA graphs, no waiting for the device, and a target out of range."""
 
-import subprocess
 import sys
 
 import pytest
@@ -96,12 +95,12 @@ def test_nothing_waits_for_the_device(backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss", ["torch.nn.functional.cross_entropy(z[0], y)", "ops.dkt_loss(z, y, backend='cuda')"])
 @pytest.mark.parametrize("bad", [-1, 5])
-def test_a_target_out_of_range_on_a_gpu_is_a_device_side_assertion(loss, bad):
+def test_a_target_out_of_range_on_a_gpu_is_a_device_side_assertion(programs, loss, bad):
     """It breaks the process's CUDA context, for the kernels as for PyTorch; so in a process of its own."""
     code = (
         "import torch; from shike_fast import ops\n"
         f"z, y = torch.randn(3, 2, 5, device='cuda'), torch.tensor([0, {bad}], device='cuda')\n"
         f"{loss}\ntorch.cuda.synchronize()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = programs.run([sys.executable, "-c", code])
     assert done.returncode != 0 and "device-side assert triggered" in done.stderr
