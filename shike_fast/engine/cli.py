@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from shike_fast._resources import is_out_of_memory, is_out_of_threads, out_of_threads
 from shike_fast.errors import ConfigError, ShikeError
 
 USAGE_ERROR = 2  # bad input: nothing was done
@@ -69,14 +70,14 @@ def run_command(command: Callable[[], int]) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _fail(_out_of_memory(error), FAILURE)
     except RuntimeError as error:
-        # torch has no types of their own for a full main memory, a loader process that died, a peer that has gone
+        # there are no types of their own for a full main memory, a thread that cannot start, a peer that has gone
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             return _fail(f"another process of the run has ended, or cannot be reached ({_one_line(error)})", FAILURE)
-        if "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             return _fail(_out_of_memory(error), FAILURE)
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        return _fail(f"{_one_line(error).rstrip('.')}; memory may have run out: use fewer --workers, or 0", FAILURE)
+        if is_out_of_threads(error):
+            return _fail(str(out_of_threads("cannot go on")), FAILURE)
+        raise
     except BrokenPipeError:  # whoever read the output has gone (… | head); nor may the flush at exit fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
