@@ -14,6 +14,7 @@ import os
 import pickle
 import socket
 import struct
+import sys
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,8 @@ def send(end: socket.socket, value: object) -> None:
 def receive(end: socket.socket) -> Any:
     """The next object. Its arrays lie in memory of their own, which lives as long as one of them.
 
+    Before Python 3.13 such memory takes a file descriptor.
+
     Raises:
         Closed: there will be none.
         OSError: memory or open files do not suffice.
@@ -84,7 +87,7 @@ def receive(end: socket.socket) -> Any:
     size, total = _HEADER.unpack_from(packet)
     if files:
         try:
-            memory = memoryview(mmap.mmap(files[0], total))
+            memory = memoryview(_map(files[0], total))
         finally:
             os.close(files[0])
     elif total > _INLINE:  # the system drops a descriptor for which there is no room
@@ -93,6 +96,12 @@ def receive(end: socket.socket) -> Any:
         memory = memoryview(bytearray(packet))[_HEADER.size :]
     spans, stream = pickle.loads(memory[size:total])
     return pickle.loads(stream, buffers=[memory[start:stop] for start, stop in spans])
+
+
+def _map(file: int, size: int) -> mmap.mmap:
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(file, size, trackfd=False)
+    return mmap.mmap(file, size)
 
 
 def _write(file: int, data: memoryview) -> None:
