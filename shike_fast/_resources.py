@@ -1,7 +1,11 @@
-"""What the system may refuse a process, and what helps: it is no fault of the file that was to be opened just then."""
+"""Memory that a process keeps, and what the system may refuse it.
+
+Such a refusal is no fault of the file that was to be opened just then: the error says what is lacking and what helps.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 
 from shike_fast.errors import RunError
@@ -42,3 +46,22 @@ def lacking(what: str, error: OSError) -> RunError:
 def out_of_threads(what: str) -> RunError:
     """The error to show where no thread could be started."""
     return RunError(f"{what} ({_THREAD}); {_REMEDIES[errno.EAGAIN]}")
+
+
+def keep_memory() -> bool:
+    """Let the C library keep freed memory for the next tensors of this process.
+
+    By default it gives large blocks back to the system, which hands them out again page by page, cleared: 36,000 page
+    faults in every step of resnet32 with a batch of 128, a tenth of its time.
+
+    Returns:
+        Whether the C library can do that: glibc can.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    most = 2**31 - 2**12
+    below = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # versions before 2.35 take 32 MiB at most
+    return bool(below and mallopt(trim_threshold, most))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from shike_fast._resources import is_lacking, is_out_of_memory, lacking
+from shike_fast._resources import is_lacking, is_out_of_memory, keep_memory, lacking
 from shike_fast.data import _messages
 from shike_fast.errors import RunError, ShikeError
 
@@ -207,6 +207,7 @@ def _serve(load: Callable[[Any], Any], end: socket.socket, parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
     torch.set_num_threads(1)  # the threads of the parent were not forked
+    keep_memory()  # each batch then lies where the one before it lay
     poll = select.poll()
     poll.register(end, select.POLLIN)
     try:

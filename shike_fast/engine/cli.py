@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from shike_fast._resources import is_out_of_memory, is_out_of_threads, out_of_threads
+from shike_fast._resources import is_out_of_memory, is_out_of_threads, keep_memory, out_of_threads
 from shike_fast.errors import ConfigError, ShikeError
 
 USAGE_ERROR = 2  # bad input: nothing was done
@@ -170,25 +169,6 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
     elif device.type == "cpu":
         keep_memory()
-
-
-def keep_memory() -> bool:
-    """Let the C library keep freed memory for the next tensors of this process.
-
-    By default it gives large blocks back to the system, which hands them out again page by page, cleared: 36,000 page
-    faults in every step of resnet32 with a batch of 128, a tenth of its time.
-
-    Returns:
-        Whether the C library can do that: glibc can.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    most = 2**31 - 2**12
-    below = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # versions before 2.35 take 32 MiB at most
-    return bool(below and mallopt(trim_threshold, most))
 
 
 def make_deterministic(deterministic: bool) -> None:
