@@ -29,6 +29,7 @@ from PIL import (  # each adds its format to those that Image.open knows
     WebPImagePlugin,  # noqa: F401
 )
 
+from shike_fast._resources import is_lacking, lacking
 from shike_fast.errors import DataError
 
 # A file of a few kilobytes may claim to hold any number of pixels. Pillow refuses from here on as well.
@@ -50,6 +51,18 @@ Encoded = bytes | memoryview
 
 class BrokenImageError(DataError):
     """An image cannot be decoded. The text says why, without the image's name, which only its reader knows."""
+
+
+def unreadable(error: OSError, what: str = "") -> Exception:
+    """What to raise for an image that the system did not let us read: it is broken, unless something else is lacking.
+
+    Args:
+        error: the failure.
+        what: the file, if that is not the image itself.
+    """
+    if is_lacking(error):
+        return lacking("cannot read images", error)
+    return BrokenImageError(f"{what + ' ' if what else ''}cannot be read ({error.strerror or error})")
 
 
 class Picture(Protocol):

@@ -14,7 +14,8 @@ from torch import Tensor
 # Encoded images, uint8 [bytes] on the CPU, to uint8 [3, H, W] on the GPU. RuntimeError if one cannot be decoded.
 DecodeBatch = Callable[[Sequence[Tensor]], list[Tensor]]
 
-_AT_A_TIME = 64  # images resized together: bounds the memory of the index arrays, 0.3 GB for windows of 500 x 500
+_AT_A_TIME = 64  # images resized together: bounds the memory of the index arrays, 0.15 GB for windows of 500 x 500
+_APP1, _SCAN, _FILL = 0xE1, 0xDA, 0xFF  # second bytes of markers in a JPEG
 
 
 class NoHardwareDecoderError(RuntimeError):
@@ -22,41 +23,75 @@ class NoHardwareDecoderError(RuntimeError):
 
 
 def hardware_decoder(device: torch.device) -> DecodeBatch:
-    """torchvision's decoder, which hands whole batches to NVIDIA's nvJPEG.
+    """torchcodec's decoder or, where that is not installed, torchvision's: both hand whole batches to NVIDIA's nvJPEG.
+
+    The images come as they are stored, whatever orientation a camera has noted.
 
     Raises:
-        NoHardwareDecoderError: the device is no NVIDIA GPU, torchvision is missing or broken, or it was built without.
+        NoHardwareDecoderError: the device is no NVIDIA GPU, or neither package is there, works, and can do that.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         raise NoHardwareDecoderError(
             f"{device} is no NVIDIA GPU" if device.type != "cuda" else "this PyTorch was built without CUDA"
         )
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except Exception as error:  # a torchvision of another PyTorch fails with whatever its extension raises
-        reason = " ".join(str(error).split())
-        raise NoHardwareDecoderError(
-            f"torchvision cannot be imported ({reason}); install the one of this PyTorch"
-        ) from error
+    reasons = []
+    for name, find in (("torchcodec", _torchcodec), ("torchvision", _torchvision)):
+        try:
+            return _tried(find(), device)
+        except Exception as error:  # whatever the extension of a package of another PyTorch raises, or one without CUDA
+            reasons.append(f"{name}: {' '.join(str(error).split())}")
+    raise NoHardwareDecoderError(
+        f"neither torchcodec nor torchvision decodes JPEG on {device} ({'; '.join(reasons)}); install the one of this "
+        "PyTorch"
+    )
+
+
+_Decode = Callable[[list[Tensor], torch.device], list[Tensor]]
+
+
+def _torchcodec() -> _Decode:
+    from torchcodec.decoders import decode_jpeg  # since version 0.16
+
+    # It turns images upright by itself, always.
+    return lambda encoded, device: decode_jpeg([without_exif(jpeg) for jpeg in encoded], mode="RGB", device=device)
+
+
+def _torchvision() -> _Decode:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return lambda encoded, device: decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+
+
+def _tried(decode_jpeg: _Decode, device: torch.device) -> DecodeBatch:
+    """The decoder, in step with the present stream, and after it has shown that it works."""
 
     def decode(encoded: Sequence[Tensor]) -> list[Tensor]:
-        # The decoder writes in a stream of its own to memory that it takes from this one, and does not wait for it:
-        # kernels that still read what lay there before must be done.
+        # nvJPEG writes, out of step with this stream, to memory that was taken from it: kernels that still read what
+        # lay there before must be done.
         torch.cuda.current_stream(device).synchronize()
         try:
-            return decode_jpeg(list(encoded), mode=ImageReadMode.RGB, device=device)
+            return decode_jpeg(list(encoded), device)
         except RuntimeError:
             torch.cuda.synchronize(device)  # nor may it still be writing when that memory is used again
             raise
 
     trial = io.BytesIO()
     Image.new("RGB", (16, 16)).save(trial, "JPEG")
-    try:
-        decode([torch.frombuffer(bytearray(trial.getvalue()), dtype=torch.uint8)])
-    except Exception as error:  # so do builds without nvJPEG
-        reason = " ".join(str(error).split())
-        raise NoHardwareDecoderError(f"torchvision does not decode JPEG on {device} ({reason})") from error
+    decode([torch.frombuffer(bytearray(trial.getvalue()), dtype=torch.uint8)])
     return decode
+
+
+def without_exif(encoded: Tensor) -> Tensor:
+    """A JPEG without what a camera has noted, uint8 [bytes] as before: the same pixels, and no orientation."""
+    data = encoded.numpy()
+    kept, start, at = [], 0, 2  # behind the marker that begins the file
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (_FILL, _SCAN):
+        length = 2 + int.from_bytes(data[at + 2 : at + 4].tobytes(), "big")
+        if data[at + 1] == _APP1 and data[at + 4 : at + 10].tobytes() == b"Exif\0\0":
+            kept.append(encoded[start:at])
+            start = at + length
+        at += length
+    return torch.cat([*kept, encoded[start:]]) if kept else encoded
 
 
 @dataclass(frozen=True)
@@ -119,11 +154,13 @@ def _resize_together(images: Sequence[Tensor], plans: Sequence[Resizing], size: 
     place, weights = _filter(boxes[:, 2] - boxes[:, 0], outer[:, 0], outer[:, 2], size, device)  # [B, S], [T, B, S]
     start = (row_start_[:, None] + place[owner])[:, None]  # [R, 1, S]
     channels = torch.arange(3, device=device)[:, None]
-    index = start + (plane_[:, None, None] * channels)  # [R, 3, S]
+    # Half as many bytes as int64, where that is enough: these are the largest arrays here.
+    index_type = torch.int32 if len(flat) + len(weights) < 2**31 else torch.int64
+    index = (start + (plane_[:, None, None] * channels)).to(index_type)  # [R, 3, S]
     total = torch.full(index.shape, 0.5, device=device)
     for tap, weight in enumerate(weights):
         # A weight beyond the window is zero; its pixel may lie beyond the last image.
-        values = flat[(index + tap).clamp_(max=len(flat) - 1)]
+        values = flat.index_select(0, (index + tap).clamp_(max=len(flat) - 1).flatten()).view(index.shape)
         total.addcmul_(values.float(), weight[owner][:, None])
     narrow = total.floor_().clamp_(0, 255).to(torch.uint8)  # [R, 3, S]
 

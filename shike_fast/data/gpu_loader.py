@@ -19,7 +19,7 @@ from shike_fast.data.gpu_decode import DecodeBatch, Resizing, hardware_decoder, 
 from shike_fast.data.image_transforms import evaluation_box, evaluation_size, random_crop_box
 from shike_fast.data.images import Broken, ImageDataset, PixelBatch
 from shike_fast.data.loader import Batch, EpochLoader
-from shike_fast.data.photo_loader import BrokenImages, one_ahead, warn_of_broken
+from shike_fast.data.photo_loader import BrokenImages, OneAhead, warn_of_broken
 
 _BATCHES_AHEAD = 3  # whose files are being read
 _MOST_PIXELS = 2**24  # of an image that the GPU decodes; larger ones the CPU decodes at a reduced size
@@ -88,6 +88,7 @@ class GpuPhotoLoader(EpochLoader):
     ) -> None:
         super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
         self._device = torch.device(device)
+        self._one_ahead = OneAhead(self._device)
         self._decode = decode or hardware_decoder(self._device)
         self._threads = max(1, num_workers)
         self.broken = BrokenImages(dataset, report)
@@ -104,7 +105,7 @@ class GpuPhotoLoader(EpochLoader):
         with ThreadPoolExecutor(self._threads) as pool:
             try:
                 reads = self._reads(pool, epoch, start_batch)
-                yield from one_ahead((partial(self._on_device, *read, epoch) for read in reads), self._device)
+                yield from self._one_ahead(partial(self._on_device, *read, epoch) for read in reads)
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -100,14 +100,18 @@ def _size(path: str) -> int:
 
 
 def image_files(folder: Path) -> list[str]:
-    """The images in a folder and all folders below it, by their extensions, in no order."""
+    """The images in a folder and all folders below it, by their extensions, in no order.
+
+    Names that begin with a dot are passed over, of files and of folders: Jupyter leaves ``.ipynb_checkpoints`` with
+    copies of images, macOS ``._x.jpg`` beside ``x.jpg``.
+    """
 
     def fail(error: OSError) -> None:
         raise error  # os.walk would pass over a folder that it cannot list
 
     found = []
-    for directory, _, names in os.walk(folder, onerror=fail):
-        # Names that start with a dot are no images: macOS leaves "._x.jpg" beside "x.jpg".
+    for directory, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes into those that are left
         found += [os.path.join(directory, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
     # Opening a pipe or a device would wait for ever. A link to nowhere stays, to be named as unreadable.
     return [path for path in found if os.path.isfile(path) or not os.path.exists(path)]

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from shike_fast.data.augment import Augmentation, Normalise
 from shike_fast.data.base import DatasetInfo, LoadOptions, LongTailData, count_classes, fingerprint
 from shike_fast.data.batched import BatchedAugmentation, to_device
-from shike_fast.data.decode import BrokenImageError, Encoded, Picture, open_image
+from shike_fast.data.decode import BrokenImageError, Encoded, Picture, open_image, unreadable
 from shike_fast.data.image_transforms import MARGIN, evaluation_pixels, random_crop_box, training_pixels
 from shike_fast.data.longtail import long_tail_indices
 from shike_fast.data.paths import PathTable
@@ -89,7 +89,7 @@ class FileStore:
             with open_regular(self.name(index)) as file:
                 return file.read()
         except OSError as error:
-            raise BrokenImageError(f"cannot be read ({error.strerror or error})") from error
+            raise unreadable(error) from error
 
     def open(self, index: int) -> Picture:
         return open_image(self.read(index))
@@ -224,10 +224,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         shape = (len(indices), 3, self.size, self.size)
         layout = torch.channels_last if self._interleaved else torch.contiguous_format
         result = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
-        if get_worker_info() is not None:  # the way that PyTorch's own collating takes: one copy less
-            result = torch.empty(0, dtype=torch.uint8).set_(
-                torch.UntypedStorage._new_shared(result.numel()), 0, shape, result.stride()
-            )
         labels = self.labels[indices]
         broken: list[Broken] = []
         for b, index in enumerate(indices):

@@ -1,32 +1,25 @@
 """Batches of an epoch, in this process or from worker processes, resumable at any batch."""
 
-import contextlib
-import gc
-import os
-import signal
-import time
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from shike_fast.data._random import check_seed, permutation
+from shike_fast.data._workers import LoadingStopped, WorkerPool
 from shike_fast.data.base import BatchSource
-from shike_fast.errors import DataError, RunError
+
+__all__ = ["Batch", "Epoch", "EpochLoader", "Loader", "LoadingStopped", "Request", "share"]
 
 Batch = tuple[Tensor, Tensor]
-
-_DEATH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,31 +32,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """An error on its way from a worker, sent as a value: torch would add a traceback to the text of a raised one."""
-
-    message: str
-    memory: bool = False
-
-
-class _WorkerDataset(Dataset[Any]):
-    """What the worker processes hold: answers whole-batch requests."""
-
-    def __init__(self, load: Callable[[Request], Any]) -> None:
-        self.load = load
-
-    def __getitems__(self, request: Request) -> Any:
-        try:
-            return self.load(request)
-        except DataError as error:
-            return _Failure(str(error))
-        except MemoryError as error:
-            reason = " ".join(str(error).split()) or "no details"
-            message = f"out of memory in a loader process ({reason}); use fewer --workers, or a smaller --batch-size"
-            return _Failure(message, memory=True)
-
-
-@dataclass(frozen=True)
 class _LoadBatch:
     """Answers a request with the data set's batch."""
 
@@ -71,57 +39,6 @@ class _LoadBatch:
 
     def __call__(self, request: Request) -> Batch:
         return self.source.batch(request.indices, seed=request.seed, epoch=request.epoch)
-
-
-class _Requests:
-    """The batch sampler of the worker pool: yields the requests of the epoch that was set last."""
-
-    def __init__(self) -> None:
-        self.pending: list[Request] = []
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.pending)
-
-
-def _identity(answer: Any) -> Any:
-    return answer
-
-
-# Ctrl-C and a batch system's SIGTERM reach the whole process group. The main process finishes its step, saves and
-# closes the workers; a worker that died first would turn that clean exit into an error. Workers end without it, too.
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _start_worker(parent: int, _worker: int) -> None:
-    if os.getppid() != parent:  # which died meanwhile: nobody would ever end this process
-        os._exit(1)
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
-
-
-@contextlib.contextmanager
-def _holding_stop_signals() -> Iterator[None]:
-    """Delay the stop signals; processes forked meanwhile never see them, not even before :func:`_start_worker`."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-@contextlib.contextmanager
-def _any_number_of_workers() -> Iterator[None]:
-    """Without PyTorch's warning of more workers than cores, which the commands limit."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        yield
-
-
-def _end_workers(pool: DataLoader[Any]) -> None:
-    if pool._iterator is not None:
-        # There is no public way; left to the garbage collector, the workers would go on for a while.
-        pool._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def share(indices: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
@@ -150,7 +67,11 @@ class EpochLoader(ABC):
     """What all loaders have in common: the order of an epoch, its global batches and this process's share of each.
 
     The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index) alone, so a resumption
-    in the middle of an epoch and the number of processes change no sample.
+    in the middle of an epoch and the number of processes change no sample. Several epochs may be under way at a time.
+
+    Attributes:
+        should_stop: is asked while a worker process makes its reader wait for a batch; if it says yes,
+            :class:`LoadingStopped` ends the epoch. By default nobody stops.
     """
 
     def __init__(
@@ -176,6 +97,7 @@ class EpochLoader(ABC):
         self.seed = check_seed(dataset.seed if seed is None else seed)
         self.rank = rank
         self.world_size = world_size
+        self.should_stop: Callable[[], bool] = lambda: False
 
     @property
     def batches_per_epoch(self) -> int:
@@ -250,12 +172,12 @@ class Loader(EpochLoader):
             raise ValueError(f"Loader: num_workers must be at least 0, got {num_workers}")
         self.num_workers = num_workers
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._requests = _Requests()
-        self._pool: DataLoader[Any] | None = None
+        self._pool: WorkerPool | None = None
         self._end_workers: Callable[[], object] = lambda: None
 
     def close(self) -> None:
-        """End the worker processes. The loader may be used again: it then starts new ones."""
+        """End the worker processes, and with them epochs that are under way. The loader may be used again: it then
+        starts new ones."""
         if self._pool is not None:
             self._pool = None
             self._end_workers()
@@ -270,53 +192,32 @@ class Loader(EpochLoader):
     def _loaded(self, epoch: int, start_batch: int) -> Iterator[Any]:
         """What ``_load_function`` makes of this process's share of each batch, page-locked where that was asked for."""
         requests = [Request(indices, self.seed, epoch) for indices in self._shares(epoch, start_batch)]
-        return self._from_workers(requests) if self.num_workers else self._from_here(requests)
-
-    def _from_here(self, requests: list[Request]) -> Iterator[Any]:
-        load = self._load_function()
-        for request in requests:
-            loaded = load(request)
-            yield pin_memory(loaded) if self._pin_memory else loaded
+        if self.num_workers == 0:
+            load = self._load_function()
+            for request in requests:
+                loaded = load(request)
+                yield pin_memory(loaded) if self._pin_memory else loaded
+        else:
+            answers = self._from_workers(requests)
+            yield from _pinned(answers) if self._pin_memory else answers
 
     def _from_workers(self, requests: list[Request]) -> Iterator[Any]:
-        if self._pool is None:
-            with _any_number_of_workers():
-                self._pool = self._make_pool()
+        if self._pool is None or not self._pool.processes:
+            self._pool = WorkerPool(self._load_function(), self.num_workers)
             # Also when the program ends: it would wait for ever for workers that ignore the signal which it sends them.
-            self._end_workers = weakref.finalize(self, _end_workers, self._pool)
-        self._requests.pending = requests
-        for answer in self._answers(self._pool):
-            if isinstance(answer, _Failure):
-                raise (RunError if answer.memory else DataError)(answer.message)
-            yield answer
+            self._end_workers = weakref.finalize(self, self._pool.close)
+        yield from self._pool.answers(requests, self.should_stop)
 
-    def _make_pool(self) -> DataLoader[Any]:
-        return DataLoader(
-            _WorkerDataset(self._load_function()),
-            # PyTorch's types expect lists of indices and of samples; it passes on what it is given.
-            batch_sampler=self._requests,  # type: ignore[arg-type]
-            collate_fn=_identity,
-            num_workers=self.num_workers,
-            pin_memory=self._pin_memory,
-            worker_init_fn=partial(_start_worker, os.getpid()),
-            persistent_workers=True,
-            generator=torch.Generator(),  # its own: iterating must not advance the global generator
-        )
 
-    def _answers(self, pool: DataLoader[Any]) -> Iterator[Any]:
-        try:
-            try:
-                with _holding_stop_signals(), _any_number_of_workers():
-                    answers = iter(pool)
-                yield from answers
-            except (OSError, EOFError):
-                # Fetching a batch that a dying worker has just announced fails like this. If so, the signal of its
-                # death, on which PyTorch raises the RuntimeError below, interrupts this sleep.
-                time.sleep(_DEATH_SECONDS)
-                raise
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            self.close()
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise RunError(f"{reason}; memory may have run out: use fewer --workers, or 0") from error
+def _pinned(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches in page-locked memory; a thread copies each while the one before it is in use."""
+    device = torch.cuda.current_device()  # a new thread would begin with the first one, and take memory there
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        waiting: Future[Any] | None = None
+        for batch in batches:
+            begun = thread.submit(pin_memory, batch)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = begun
+        if waiting is not None:
+            yield waiting.result()

@@ -31,7 +31,7 @@ from shike_fast.data._pack_format import (
     shard_name,
 )
 from shike_fast.data.base import DatasetInfo, LoadOptions, LongTailData, check_labels
-from shike_fast.data.decode import BrokenImageError, Picture, RawPicture, plain_jpeg
+from shike_fast.data.decode import BrokenImageError, Picture, RawPicture, plain_jpeg, unreadable
 from shike_fast.data.images import ImagePart, build_images, warn_of_broken
 from shike_fast.errors import DataError
 
@@ -195,7 +195,7 @@ class PackStore:
                     raise BrokenImageError(f"{file.name} is not the {file.bytes} bytes long that it was")
                 return memoryview(mmap.mmap(stream.fileno(), file.bytes, access=mmap.ACCESS_READ))
         except OSError as error:
-            raise BrokenImageError(f"{file.name} cannot be read ({error.strerror or error})") from error
+            raise unreadable(error, file.name) from error
 
 
 def _read_index(folder: Path, record: PartRecord, classes: int, *, raw: bool) -> Index:

@@ -126,6 +126,7 @@ class PhotoLoader(Loader):
     ) -> None:
         self._device = torch.device(device)
         self._on_cpu = self._device.type == "cpu"
+        self._one_ahead = OneAhead(self._device)
         super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, pin_memory=not self._on_cpu, **options)
         self.broken = BrokenImages(dataset, report, most_broken)
         self._seconds = 0.0
@@ -145,7 +146,7 @@ class PhotoLoader(Loader):
             for batch in answers:
                 yield self.dataset.normalised(batch.pixels), batch.labels
         else:
-            yield from one_ahead((partial(self._on_device, batch, epoch) for batch in answers), self._device)
+            yield from self._one_ahead(partial(self._on_device, batch, epoch) for batch in answers)
 
     def _received(self, epoch: int, start_batch: int) -> Iterator[PixelBatch]:
         for answer in self._loaded(epoch, start_batch):
@@ -160,26 +161,37 @@ class PhotoLoader(Loader):
         return self.dataset.normalised(self.dataset.augmented(moved, seed=self.seed, epoch=epoch)), labels
 
 
-def one_ahead(jobs: Iterator[Callable[[], tuple[Tensor, ...]]], device: torch.device) -> Iterator[Any]:
-    """The results of ``jobs``, each begun in a stream of its own before the one before it is handed out.
+class OneAhead:
+    """Begins work on a device in a stream of its own, each piece before the one before it is handed out.
 
-    On a device without streams each job is simply done when it is its turn.
+    The stream is the same in all epochs: what PyTorch keeps of the memory used in one stream serves no other.
+
+    Args:
+        device: where the work is done. Without streams there, each piece is simply done when it is its turn.
     """
-    if device.type != "cuda":
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, jobs: Iterator[Callable[[], tuple[Tensor, ...]]]) -> Iterator[Any]:
+        """The results of ``jobs``."""
+        if self._device.type != "cuda":
+            for job in jobs:
+                yield job()
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        waiting: tuple[tuple[Tensor, ...], torch.cuda.Event] | None = None
         for job in jobs:
-            yield job()
-        return
-    stream = torch.cuda.Stream(device)
-    waiting: tuple[tuple[Tensor, ...], torch.cuda.Event] | None = None
-    for job in jobs:
-        with torch.cuda.stream(stream):
-            begun = job()
-            event = stream.record_event()
+            with torch.cuda.stream(self._stream):
+                begun = job()
+                event = self._stream.record_event()
+            if waiting is not None:
+                yield _handed_over(*waiting, self._device)
+            waiting = begun, event
         if waiting is not None:
-            yield _handed_over(*waiting, device)
-        waiting = begun, event
-    if waiting is not None:
-        yield _handed_over(*waiting, device)
+            yield _handed_over(*waiting, self._device)
 
 
 def _handed_over(tensors: tuple[Tensor, ...], event: torch.cuda.Event, device: torch.device) -> tuple[Tensor, ...]:

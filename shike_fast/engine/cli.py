@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import os
 import signal
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from shike_fast._resources import is_out_of_memory, is_out_of_threads, keep_memory, out_of_threads
 from shike_fast.errors import ConfigError, ShikeError
 
 USAGE_ERROR = 2  # bad input: nothing was done
@@ -69,14 +69,14 @@ def run_command(command: Callable[[], int]) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _fail(_out_of_memory(error), FAILURE)
     except RuntimeError as error:
-        # torch has no types of their own for a full main memory, a loader process that died, a peer that has gone
+        # there are no types of their own for a full main memory, a thread that cannot start, a peer that has gone
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             return _fail(f"another process of the run has ended, or cannot be reached ({_one_line(error)})", FAILURE)
-        if "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             return _fail(_out_of_memory(error), FAILURE)
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        return _fail(f"{_one_line(error).rstrip('.')}; memory may have run out: use fewer --workers, or 0", FAILURE)
+        if is_out_of_threads(error):
+            return _fail(str(out_of_threads("cannot go on")), FAILURE)
+        raise
     except BrokenPipeError:  # whoever read the output has gone (… | head); nor may the flush at exit fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -171,25 +171,6 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
     elif device.type == "cpu":
         keep_memory()
-
-
-def keep_memory() -> bool:
-    """Let the C library keep freed memory for the next tensors of this process.
-
-    By default it gives large blocks back to the system, which hands them out again page by page, cleared: 36,000 page
-    faults in every step of resnet32 with a batch of 128, a tenth of its time.
-
-    Returns:
-        Whether the C library can do that: glibc can.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    most = 2**31 - 2**12
-    below = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # versions before 2.35 take 32 MiB at most
-    return bool(below and mallopt(trim_threshold, most))
 
 
 def make_deterministic(deterministic: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shike_fast import data
-from shike_fast.data.loader import EpochLoader
+from shike_fast.data.loader import EpochLoader, LoadingStopped
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
@@ -157,10 +157,16 @@ class Trainer:
             writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
         try:
             with GracefulStop() as stop:
-                while self.epoch < self.config.epochs:
-                    self._train_epoch(stop)
-                    row = self._evaluate_epoch(stop)
-                    self._finish_epoch(row, writer)
+                for loader in (self.train_loader, self.test_loader):
+                    loader.should_stop = lambda: stop.requested and not self.processes.several
+                try:
+                    while self.epoch < self.config.epochs:
+                        self._train_epoch(stop)
+                        row = self._evaluate_epoch(stop)
+                        self._finish_epoch(row, writer)
+                except LoadingStopped:  # no batch came: the state is that of the last step
+                    self._stop_if_asked(stop)
+                    raise
         except DataError as error:
             raise RunError(str(error)) from error
         finally:

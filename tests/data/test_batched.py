@@ -19,7 +19,15 @@ from shike_fast.data._batched_operations import LEVELS, OPERATORS, SIGNS, VARIAN
 from shike_fast.data.arrays import ArrayDataset
 from shike_fast.data.augment import AUGMENTATIONS
 from shike_fast.data.autoaugment import _OPERATIONS, CIFAR10_POLICY, Step, apply_step
-from shike_fast.data.batched import AutoAugment, BatchedAugmentation, Cutout, RandomCrop, RandomFlip, to_device
+from shike_fast.data.batched import (
+    AutoAugment,
+    BatchedAugmentation,
+    Cutout,
+    RandomCrop,
+    RandomFlip,
+    images_at_a_time,
+    to_device,
+)
 
 CPU = torch.device("cpu")
 OPERATIONS = {operation: (operator, k) for operator in OPERATORS for k, operation in enumerate(operator.operations)}
@@ -246,3 +254,12 @@ def test_the_number_of_launches_is_the_same_for_every_epoch_and_batch():
         calls.append(counter.calls)
     assert len(set(calls)) == 1
     assert calls[0] < 600
+
+
+def test_operations_take_a_bounded_number_of_images_at_a_time():
+    """Their temporary results are fifty times as large."""
+    image = 3 * 224 * 224
+    assert images_at_a_time(torch.device("cuda"), image) * image * 50 <= 2**29
+    assert images_at_a_time(torch.device("cpu"), image) == 6
+    for device in ("cpu", "cuda"):
+        assert images_at_a_time(torch.device(device), 2**40) == 1

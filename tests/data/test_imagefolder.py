@@ -109,6 +109,25 @@ def test_the_fingerprint_is_the_training_files(image_dir):
     assert len({before, changed, load(image_dir).fingerprint}) == 3
 
 
+def test_hidden_folders_are_passed_over(image_dir):
+    """Jupyter copies what it opens into one beside it."""
+    before = load(image_dir)
+    for part in ("train", "val"):
+        for name in ("cat/.ipynb_checkpoints", "cat/deeper/.thumbnails/large", ".Trash/cat"):
+            folder = image_dir / part / name
+            folder.mkdir(parents=True)
+            shutil.copy(image_dir / part / "cat" / "0.jpg", folder / "0-checkpoint.jpg")
+    after = load(image_dir)
+    assert after.class_counts.tolist() == before.class_counts.tolist() == [6, 4, 2]
+    assert after.test.labels.tolist() == before.test.labels.tolist()
+    assert after.fingerprint == before.fingerprint
+
+
+def test_only_names_below_the_folder_count_as_hidden(image_dir):
+    hidden = image_dir.rename(image_dir.with_name(".photos"))
+    assert load(hidden).class_counts.tolist() == [6, 4, 2]
+
+
 def test_other_files_and_hidden_names_are_ignored(image_dir):
     before = load(image_dir).fingerprint
     (image_dir / "train" / "notes.txt").write_text("x")

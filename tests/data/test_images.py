@@ -1,5 +1,6 @@
 """Images of files as samples: windows, what stands for a broken one, what a long-tail subset keeps."""
 
+import errno
 import os
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from shike_fast.data.decode import BrokenImageError, open_image
 from shike_fast.data.image_transforms import IMAGENET_MEAN, IMAGENET_STD
 from shike_fast.data.images import FileStore, ImageDataset, Subset
 from shike_fast.data.paths import PathTable
+from shike_fast.errors import RunError
 
 
 def load(root, **options):
@@ -27,6 +29,18 @@ def break_file(root, name, content=b"no image"):
     path = root / name
     path.write_bytes(content)
     return path
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_system_lacks_is_no_broken_image(image_dir, monkeypatch, number):
+    def refuse(path, flags):
+        raise OSError(number, os.strerror(number), path)
+
+    train = load(image_dir).train
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RunError, match=rf"cannot read images \({os.strerror(number)}\); .*--workers") as found:
+        pixels_of(train, 0)
+    assert ".jpg" not in str(found.value)
 
 
 def test_pixels_then_augmentation_then_normalisation_make_a_batch(image_dir):

@@ -56,7 +56,7 @@ def assert_same(found, expected):
 
 
 def workers(loader):
-    return [worker.pid for worker in loader._pool._iterator._workers]
+    return [process.pid for process in loader._pool.processes]
 
 
 def test_every_sample_once_an_epoch_in_a_new_order():
@@ -204,7 +204,7 @@ def test_workers_survive_the_signals_that_stop_the_main_process():
             os.kill(pid, number)
     assert sum(1 for _ in batches) == 199
     assert workers(loader) == pids
-    processes = list(loader._pool._iterator._workers)
+    processes = loader._pool.processes
     loader.close()
     assert [process.exitcode for process in processes] == [0, 0]  # none that had to be killed
 
@@ -271,7 +271,7 @@ def test_a_runtime_error_of_a_data_set_is_not_taken_for_a_dead_worker():
 
 def test_a_killed_worker_is_reported():
     loader = Loader(Troubled(die), batch_size=4, shuffle=False, num_workers=1)
-    with pytest.raises(RunError, match=r"DataLoader worker .*use fewer --workers, or 0"):
+    with pytest.raises(RunError, match=r"loader process \d+ ended early, by SIGKILL; .*use fewer --workers, or 0"):
         list(loader.epoch(0))
     assert multiprocessing.active_children() == []
     loader.close()

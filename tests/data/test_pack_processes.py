@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import multiprocessing
 import os
 import signal
@@ -164,6 +165,37 @@ def test_a_worker_that_is_killed(image_dir, tmp_path, start, slow, capfd):
     error = capfd.readouterr().err
     assert error.startswith("error: a worker process ended early, by SIGKILL; if memory ran out use fewer --workers")
     assert not [pid for pid in pids(slow) if running(pid)]
+
+
+@pytest.mark.parametrize("failing", [1, 3])
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EAGAIN, "ulimit -u"), (errno.ENOMEM, "use fewer --workers")])
+def test_a_process_that_cannot_be_started(monkeypatch, failing, number, remedy):
+    fork, calls = os.fork, itertools.count(1)
+
+    def refuse():
+        if next(calls) == failing:
+            raise OSError(number, os.strerror(number))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(
+        RunError, match=rf"cannot start worker process {failing} of 3 .*{os.strerror(number)}.*{remedy}"
+    ):
+        _processes.work(lambda task, tell: None, [1, 2, 3], 3, lambda: contextlib.nullcontext(print))
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_lacks_is_one_line(image_dir, tmp_path, monkeypatch, capfd):
+    def refuse(path, content):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+
+    out = tmp_path / "pack"
+    write = command.atomic_write
+    monkeypatch.setattr(command, "atomic_write", lambda p, c: (refuse if p.suffix == ".npz" else write)(p, c))
+    assert pack(image_dir, out) == 1
+    error = capfd.readouterr().err
+    name = out / "train-00000.npz"
+    assert error == f"error: cannot use {name} (File too large); raise the limit of file sizes (ulimit -f)\n"
 
 
 def test_a_worker_that_is_killed_before_it_gets_its_first_task(monkeypatch):

@@ -275,7 +275,7 @@ def test_an_image_depends_neither_on_its_neighbours_nor_on_the_chunks(chunk_byte
     images, words = photos(60, (3, 7, 9)), words_of(60)
     augmentation = make(EVERYTHING, (3, 7, 9))
     together = augmentation(torch.from_numpy(images.copy()), words)
-    monkeypatch.setattr(batched_module, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(batched_module._CHUNK_BYTES, "cpu", chunk_bytes)
     for rows in ([7], [59, 3], range(20, 50), range(60)):
         chosen = np.array(rows)
         assert torch.equal(augmentation(torch.from_numpy(images[chosen]), words[chosen]), together[chosen])

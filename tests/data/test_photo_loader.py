@@ -1,17 +1,21 @@
 """Loaders of image files: the same batches for any number of workers, what they say of broken images and of speed."""
 
+import contextlib
+import importlib.util
 import itertools
 import multiprocessing
+import threading
 
 import pytest
 import torch
 from torch import Tensor
 
 from shike_fast.data import load_dataset
+from shike_fast.data import loader as loader_module
 from shike_fast.data.decode import open_image
 from shike_fast.data.gpu_loader import GpuPhotoLoader
 from shike_fast.data.images import Broken
-from shike_fast.data.photo_loader import BrokenImages, PhotoLoader
+from shike_fast.data.photo_loader import BrokenImages, OneAhead, PhotoLoader
 
 CPU = torch.device("cpu")
 
@@ -181,6 +185,97 @@ def test_without_a_gpu_there_is_no_hardware_decoder(image_dir):
         GpuPhotoLoader(load(image_dir).train, batch_size=4, shuffle=True, device="cpu")
 
 
+class Streams:
+    """What the loaders use of torch.cuda, without a GPU: says what is made and in what order."""
+
+    def __init__(self, monkeypatch):
+        self.made = 0
+        self.log: list[str] = []
+        monkeypatch.setattr(torch.cuda, "Stream", self.make)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+
+    def make(self, device):
+        self.made += 1
+        return self
+
+    def record_event(self):
+        return self.log[-1]
+
+    def wait_event(self, event):
+        self.log.append(f"wait for {event}")
+
+
+class OnDevice:
+    def record_stream(self, stream):
+        stream.log.append("keep")
+
+
+def test_all_epochs_of_a_loader_work_in_one_stream(monkeypatch):
+    streams = Streams(monkeypatch)
+    ahead = OneAhead(torch.device("cuda"))
+
+    def jobs():
+        for number in range(3):
+            yield lambda number=number: (streams.log.append(f"job {number}"), (OnDevice(),))[1]
+
+    for _ in range(3):
+        streams.log.clear()
+        for _ in ahead(jobs()):
+            streams.log.append("use")
+        handed_over = [[f"wait for job {number}", "keep", "use"] for number in range(3)]
+        assert streams.log == ["job 0", "job 1", *handed_over[0], "job 2", *handed_over[1], *handed_over[2]]
+    abandoned = ahead(jobs())
+    next(abandoned)
+    next(ahead(jobs()))  # at the same time
+    assert streams.made == 1
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_loaders_keep_their_stream(image_dir, kind):
+    loader = make(kind, load(image_dir).train)
+    before = loader._one_ahead
+    for epoch in range(2):
+        list(loader.epoch(epoch))
+    assert loader._one_ahead is before and before._device == CPU
+
+
+def test_page_locking_is_done_ahead_by_a_thread(monkeypatch):
+    devices, copied = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(loader_module, "pin_memory", lambda batch: (copied.append(threading.get_ident()), batch)[1])
+    assert list(loader_module._pinned(iter(range(5)))) == [0, 1, 2, 3, 4]
+    assert devices == [3] and len(set(copied)) == 1 and copied[0] != threading.get_ident()
+    begun = loader_module._pinned(iter(range(5)))
+    assert next(begun) == 0
+    before = threading.active_count()
+    begun.close()
+    assert threading.active_count() == before - 1
+
+
+def test_several_epochs_at_a_time_on_the_gpu_loader(image_dir):
+    train = load(image_dir).train
+    expected = [list(make("gpu", train).epoch(epoch)) for epoch in range(2)]
+    loader = make("gpu", train)
+    for pairs in zip(*(loader.epoch(epoch) for epoch in range(2)), strict=True):
+        for epoch, (images, labels) in enumerate(pairs):
+            other, other_labels = expected[epoch].pop(0)
+            assert torch.equal(images, other) and torch.equal(labels, other_labels)
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_from_epoch_to_epoch(image_dir):
+    loader = make("cpu", load(image_dir, augmentation="rrc-jitter-randaugment").train, device=torch.device("cuda"))
+    reserved = []
+    for epoch in range(8):
+        for images, _ in loader.epoch(epoch):
+            images.sum()
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", ["rrc", "rrc-jitter-randaugment"])
 def test_batches_on_a_gpu_are_those_of_the_cpu(image_dir, augmentation):
@@ -195,7 +290,8 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(image_dir, augmentation):
 
 @pytest.mark.gpu
 def test_the_hardware_decoder_gives_almost_the_same_images(image_dir):
-    pytest.importorskip("torchvision")
+    if importlib.util.find_spec("torchcodec") is None:
+        pytest.importorskip("torchvision")
     train = load(image_dir, augmentation="rrc").train
     pairs = zip(
         PhotoLoader(train, batch_size=6, shuffle=True, device="cuda").epoch(0),

@@ -18,7 +18,7 @@ from shike_fast.data.photo_loader import PhotoLoader
 def private_kibibytes(loader):
     """What each worker has written and shares with no other process."""
     used = []
-    for worker in loader._pool._iterator._workers:
+    for worker in loader._pool.processes:
         with open(f"/proc/{worker.pid}/smaps_rollup") as file:
             used.append(next(int(line.split()[1]) for line in file if line.startswith("Private_Dirty")))
     return used

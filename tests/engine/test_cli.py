@@ -34,11 +34,7 @@ def raising(error):
         (DataError("file x is truncated"), 2, "error: file x is truncated\n"),
         (NonFiniteLossError("the loss is not finite"), 1, "error: the loss is not finite\n"),
         (FileNotFoundError(2, "No such file", "weights.pt"), 1, "error: cannot use file weights.pt: No such file\n"),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed"),
-            1,
-            "error: DataLoader worker (pid 7) is killed; memory may",
-        ),
+        (RuntimeError("can't start new thread"), 1, "error: cannot go on (can't start new thread); raise the limit of"),
         (KeyboardInterrupt(), 130, "error: stopped by SIGINT\n"),
         (
             MemoryError(),

@@ -1,13 +1,18 @@
 """Runs on image files: broken ones, the loaders' speed, and the options that only such data sets have."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
 
 from shike_fast import data, evaluate
-from shike_fast.data import gpu_loader
+from shike_fast.data import _workers, gpu_loader
 from shike_fast.data.gpu_decode import NoHardwareDecoderError
+from shike_fast.data.images import ImageDataset
 from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine.cli import most_workers
 from shike_fast.engine.config import resolve
@@ -50,6 +55,28 @@ def test_a_run_goes_on_without_a_broken_image_and_says_so(image_dir, train, runs
     assert (result["unreadable_images"], result["top1"]) == (1, rows[-1]["top1"])
     assert evaluate.main(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--workers", "0"]) == 0
     assert "tested as plain grey: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_signal_ends_a_run_that_waits_for_a_batch(train, runs, tmp_path, monkeypatch, capsys, part):
+    """A file system that does not answer, for example."""
+    main, pixels = os.getpid(), ImageDataset.pixels
+
+    def hang(dataset, indices, *, seed, epoch):
+        if os.getpid() != main and dataset.training == (part == "train") and len(dataset) - 1 in indices:
+            os.kill(main, signal.SIGTERM)
+            time.sleep(3600)
+        return pixels(dataset, indices, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr(ImageDataset, "pixels", hang)
+    monkeypatch.setattr(_workers, "_PATIENCE", 0.1)
+    assert train(workers=2) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM; state saved in ")
+    state = runs.checkpoint(tmp_path / "run" / "last.pt")
+    assert (state["epoch"], state["batch"] == 3) == (0, part == "val")
+    assert not multiprocessing.active_children()
+    monkeypatch.undo()
+    assert train("--resume", workers=2) == 0
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

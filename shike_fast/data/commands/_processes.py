@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from shike_fast._resources import is_out_of_memory, lacking
+from shike_fast.data._workers import STOP_SIGNALS, holding_stop_signals, how_ended
 from shike_fast.errors import DataError, RunError, ShikeError
 
 Task = TypeVar("Task")
@@ -24,7 +26,6 @@ Tell = Callable[[int, list[str]], None]  # how many more items are done, and lin
 
 LOCK = ".lock"  # file in a folder that one command at a time may write to
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = 5.0  # seconds that the workers of a killed command may take to notice
 _HEARTBEAT = 0.5  # seconds after which a worker without work looks whether the command still runs
 _REPORTS = 0.1  # seconds between two reports of a worker
@@ -54,8 +55,11 @@ def work(
     remaining = iter(tasks)
     pool: dict[Connection, ForkProcess] = {}
     try:
-        for _ in range(min(workers, len(tasks))):
-            pipe, process = _start(do)
+        for number in range(min(workers, len(tasks))):
+            try:
+                pipe, process = _start(do)
+            except OSError as error:
+                raise lacking(f"cannot start worker process {number + 1} of {workers}", error) from error
             pool[pipe] = process
             _send(next(remaining), pipe, process)
         # Only now: a thread that draws a progress bar is not to be forked.
@@ -93,21 +97,22 @@ def _send(task: object, pipe: Connection, process: ForkProcess) -> None:
 def _start(do: Callable[[Task, Tell], None]) -> tuple[Connection, ForkProcess]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    # A signal between the fork and the worker's first line would be handled as in this process.
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-    try:
+    with theirs:  # the only end that tells, by its end, of the end of the worker
         process = context.Process(target=_serve, args=(do, theirs, os.getpid()), daemon=True)
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-    theirs.close()  # the only end that tells, by its end, of the end of the worker
+        try:
+            # A signal between the fork and the worker's first line would be handled as in this process.
+            with holding_stop_signals():
+                process.start()
+        except BaseException:
+            ours.close()
+            raise
     return ours, process
 
 
 def _serve(do: Callable[[Task, Tell], None], pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
     torch.set_num_threads(1)  # the threads of the parent were not forked
     done, lines, last = 0, list[str](), time.monotonic()
@@ -133,8 +138,15 @@ def _serve(do: Callable[[Task, Tell], None], pipe: Connection, parent: int) -> N
     except ShikeError as error:
         flush()
         pipe.send(error)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         pipe.send(RunError("out of memory; use fewer --workers and repeat the command"))
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(1)  # there is nobody to tell
+    except OSError as error:
+        what = f"cannot use {error.filename}" if error.filename else "a worker process cannot go on"
+        pipe.send(lacking(what, error))
 
 
 def _tasks(pipe: Connection, parent: int) -> Iterator[Any]:
@@ -154,9 +166,7 @@ def _check_parent(parent: int) -> None:
 
 
 def _ended(process: ForkProcess) -> RunError:
-    process.join()
-    code = process.exitcode or 0
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+    how = how_ended(process)
     return RunError(
         f"a worker process ended early, {how}; if memory ran out use fewer --workers, and repeat the command"
     )
