@@ -22,7 +22,7 @@ from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.recipes import RECIPES
 from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
-from shike_fast.errors import ConfigError
+from shike_fast.errors import ConfigError, warn
 
 _AUTO = "auto"
 _MUST = "\0"  # --resume without a value: no file is called this
@@ -141,13 +141,13 @@ def _recipe_table() -> str:
             f"  {name:18}{recipe.model:10}{epochs:8}{recipe.batch_size:<7}{recipe.lr:<6g}{recipe.weight_decay:<14g}"
             f"{recipe.hardest_weight:<7g}{recipe.mutual_weight:<6g}{recipe.scale:g}"
         )
+    lines.append("your own data set: those of imagefolder, or, where its images have one size, of cifar100-lt")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    given = vars(make_parser().parse_args(argv))
-    return run_command(lambda: _train(given))
+    return run_command(lambda: _train(vars(make_parser().parse_args(argv))), prints_result=False)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,10 @@ def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
     resume: str | None = given.pop("resume", None)
     output_dir: Path | None = given.pop("output_dir", None)
     if distributed.may_restart() and output_dir is None:
-        raise ConfigError("--output-dir: name it, so that processes that torchrun restarts find what they had saved")
+        raise ConfigError(
+            "--output-dir: name it, so that processes that torchrun restarts find what they had saved; without "
+            "torchrun, unset TORCHELASTIC_MAX_RESTARTS"
+        )
     if _goes_on(output_dir):
         resume = _AUTO
     if resume is None:
@@ -283,7 +286,7 @@ def _run(trainer: Trainer) -> int:
 
 
 def _newest_state(output_dir: Path) -> tuple[Path, dict[str, Any]]:
-    found = checkpoint.find_resumable(output_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    found = checkpoint.find_resumable(output_dir, warn)
     if found is None:
         raise ConfigError(f"--resume: the checkpoint in {output_dir} has gone")
     return found

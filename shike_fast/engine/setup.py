@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from shike_fast.data.loader import EpochLoader
 from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine.cli import cores, most_workers
 from shike_fast.engine.config import TrainConfig
-from shike_fast.engine.distributed import Processes
+from shike_fast.engine.distributed import Processes, local_world_size
+from shike_fast.engine.state import build_model
 from shike_fast.engine.steps import AMP_DTYPES
 from shike_fast.errors import ConfigError
 
@@ -84,9 +84,8 @@ def _workers(config: TrainConfig, source: data.BatchSource, device: torch.device
         return min(config.workers, most_workers())  # a checkpoint may come from a larger machine
     if not source.one_by_one:
         return 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     decodes_for_gpu = isinstance(source, ImageDataset) and device.type != "cpu"
-    return min(_MOST_DECODERS if decodes_for_gpu else _MOST_WORKERS, max(1, cores() // local))
+    return min(_MOST_DECODERS if decodes_for_gpu else _MOST_WORKERS, max(1, cores() // local_world_size()))
 
 
 def _auto_device(config: TrainConfig) -> bool:
@@ -117,9 +116,61 @@ def check_setting(
             f"--batch-size: counts the images of all processes; {processes.world_size} processes with --accumulate "
             f"{config.accumulate} need at least {2 * passes}, got {config.batch_size}"
         )
+    _check_last_batch(config, dataset, processes)
     if len(dataset.test) < processes.world_size:
         raise ConfigError(f"{dataset.name} has {len(dataset.test)} test images for {processes.world_size} processes")
     _check_amp(config.amp, device)
+
+
+def _check_last_batch(config: TrainConfig, dataset: data.LongTailData, processes: Processes) -> None:
+    """Refuse a last batch that brings a single image to a network whose last maps are a single value."""
+    images = len(dataset.train)
+
+    def fits(batch_size: int) -> bool:
+        last = min(batch_size, (images - 1) % batch_size + 1)
+        return last >= processes.world_size and _fewest_at_a_time(last, config, processes) > 1
+
+    last = min(config.batch_size, (images - 1) % config.batch_size + 1)
+    if last < processes.world_size or fits(config.batch_size) or _normalises_one_image(config, dataset):
+        return
+    shared = f" for {processes.world_size} processes" if processes.several else ""
+    parts = f" with --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+    least = 2 * processes.world_size * config.accumulate
+    near = sorted(range(least, 2 * config.batch_size + 1), key=lambda size: abs(size - config.batch_size))
+    size = next(filter(fits, near), None)
+    remedy = "add images" if size is None else f"use --batch-size {size}"
+    if processes.several:
+        remedy += ", or another number of processes"
+    pixels = f"{dataset.image_size}x{dataset.image_size}"
+    raise ConfigError(
+        f"--batch-size: of {images} images in batches of {config.batch_size} the last batch holds {last}"
+        f"{shared}{parts}, so that BatchNorm sees one alone, which in {config.model}'s last maps at {pixels} pixels is "
+        f"a single value a channel; {remedy}"
+    )
+
+
+def _fewest_at_a_time(images: int, config: TrainConfig, processes: Processes) -> int:
+    """The fewest images over which BatchNorm takes its statistics in a step with so many, as the step cuts them."""
+    share = images // processes.world_size  # of the processes that get the fewest
+    parts = max(1, min(config.accumulate, share))
+    if not config.sync_batch_norm:
+        return share // parts
+    larger = images % processes.world_size  # processes that get one image more
+    return larger * ((share + 1) // parts) + (processes.world_size - larger) * (share // parts)
+
+
+def _normalises_one_image(config: TrainConfig, dataset: data.LongTailData) -> bool:
+    """Whether the network can be trained on one image: the norms must have more than one value a channel."""
+    model = build_model(config, dataset, pretrained=False).train()
+    image = torch.zeros(1, dataset.in_channels, dataset.image_size, dataset.image_size)
+    try:
+        with torch.no_grad():
+            model.features(image)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            return False
+        raise
+    return True
 
 
 def _check_amp(amp: str, device: torch.device) -> None:

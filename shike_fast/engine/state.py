@@ -11,12 +11,23 @@ from shike_fast import data, models
 from shike_fast._version import __version__
 from shike_fast.engine.config import TrainConfig
 from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.models.registry import TRAINABLE
 
 _MOST_CHARACTERS = 400  # of torch's list of keys
 
 
 def load_data(config: TrainConfig) -> data.LongTailData:
-    """The data set of a run."""
+    """The data set of a run.
+
+    Raises:
+        DataError: if it cannot be loaded.
+        ConfigError: if it is one of the user's own, which is not registered in this process.
+    """
+    if config.dataset not in data.datasets():
+        raise ConfigError(
+            f"the data set '{config.dataset}' is not registered in this process; import the module that registers it "
+            f"first; there are {', '.join(data.datasets())}"
+        )
     return data.load_dataset(
         config.dataset,
         data_dir=config.data_dir,
@@ -38,6 +49,12 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
         )
     except ValueError as error:
         raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}: {error}") from error
+    lacking = [name for name in TRAINABLE if not hasattr(model, name)]
+    if lacking:
+        raise ConfigError(
+            f"--model: {config.model} cannot be trained, it has no {', '.join(lacking)}; docs/models.md says what a "
+            "network of your own needs"
+        )
     if dataset.image_size < model.min_image_size:
         least, size = model.min_image_size, dataset.image_size
         raise ConfigError(
@@ -59,7 +76,7 @@ def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiEx
         model = models.create_model(**state["model_description"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {source} describes no model of this version of shike_fast ({error})"
+            f"checkpoint {source} describes no model of this version of shike_fast, nor one registered here ({error})"
         ) from error
     restore_model(state, model)
     return model

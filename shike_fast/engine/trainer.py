@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shike_fast import data
+from shike_fast._storage import atomic_write, naming
 from shike_fast.data.loader import EpochLoader
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
@@ -32,6 +33,7 @@ from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
 from shike_fast.nn import convert_sync_batchnorm
 
+_EVENTS = "events.out.tfevents"  # TensorBoard's files begin so
 _READ_EVERY = 20  # steps between readings of the totals, where reading waits for the device or for other processes
 
 
@@ -154,7 +156,8 @@ class Trainer:
             self._adopt_best()
             rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
             rundir.write_metrics(self.output_dir, self.history)
-            writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
+            with naming(self.output_dir / _EVENTS):
+                writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
         try:
             with GracefulStop() as stop:
                 while self.epoch < self.config.epochs:
@@ -167,10 +170,11 @@ class Trainer:
             if self.profile is not None:
                 self.profile.close()
             self.console.close()
-            if writer is not None:
-                writer.close()
             self.train_loader.close()
             self.test_loader.close()
+            if writer is not None:
+                with naming(self.output_dir / _EVENTS):
+                    writer.close()
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
@@ -184,7 +188,7 @@ class Trainer:
         if self.best is None or best.exists():
             return
         if self.best_file is not None and self.best_file.is_file():
-            checkpoint.atomic_write(best, self.best_file.read_bytes())
+            atomic_write(best, self.best_file.read_bytes())
         else:
             self.console.note(f"no {checkpoint.BEST} of epochs 1 to {self.epoch} at hand: the best of the rest is kept")
             self.best = None
@@ -321,7 +325,8 @@ class Trainer:
         for name, value in row.items():
             if name not in ("epoch", "stage") and value is not None:
                 group = "train" if name.startswith("train_") else "test" if name in ("top1", *SHOTS) else "run"
-                writer.add_scalar(f"{group}/{name.removeprefix('train_')}", value, self.epoch)
+                with naming(self.output_dir / _EVENTS):
+                    writer.add_scalar(f"{group}/{name.removeprefix('train_')}", value, self.epoch)
 
     def _leave_stage(self) -> None:
         """Free what only the stage before needed, its recordings above all, before the next one takes memory."""
