@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -107,9 +107,7 @@ def _predict(arguments: dict[str, Any]) -> int:
     top = min(arguments["top"], len(names))
     try:
         with replacing(output) as file:
-            for lines in _table(probabilities(), paths, names, top, loader.broken.messages):
-                with naming(output):
-                    file.write(lines)
+            _write(file, output, probabilities(), paths, names, top, loader.broken.messages)
     finally:
         loader.close()
     print(f"{output}: {len(paths):,} images, {top} classes each")
@@ -158,12 +156,25 @@ def _dataset(state: dict[str, Any], source: Path, store: FileStore) -> ImageData
         ) from error
 
 
-def _table(
-    batches: Iterator[Tensor], paths: PathTable, names: Sequence[str], top: int, broken: dict[int, str]
-) -> Iterator[bytes]:
+def _write(
+    file: IO[bytes],
+    path: Path,
+    batches: Iterator[Tensor],
+    images: PathTable,
+    names: Sequence[str],
+    top: int,
+    broken: dict[int, str],
+) -> None:
     """A header, and for each image its classes by falling probability, or the reason why it has none."""
+
+    def add(rows: list[list[Any]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with naming(path):
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))  # file names need not be UTF-8
+
     ranks = range(1, top + 1)
-    yield _lines([[_FIRST_COLUMN, *(f"{what}_{rank}" for rank in ranks for what in _OF_A_CLASS), "error"]])
+    add([[_FIRST_COLUMN, *(f"{what}_{rank}" for rank in ranks for what in _OF_A_CLASS), "error"]])
     index = 0
     for batch in batches:
         rows = []
@@ -174,15 +185,9 @@ def _table(
                 cells += [c, names[c], f"{value:.6f}"]
             if index in broken:
                 cells = [""] * len(cells)
-            rows.append([paths[index], *cells, broken.get(index, "")])
+            rows.append([images[index], *cells, broken.get(index, "")])
             index += 1
-        yield _lines(rows)
-
-
-def _lines(rows: list[list[Any]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+        add(rows)
 
 
 if __name__ == "__main__":
