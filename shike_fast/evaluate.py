@@ -20,11 +20,11 @@ from shike_fast.engine import checkpoint, report
 from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, run_command, use_device
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.console import RunConsole
-from shike_fast.engine.metrics import Evaluation, evaluate
-from shike_fast.engine.setup import make_loader
+from shike_fast.engine.metrics import Evaluation, NonFiniteLogitsError, evaluate
+from shike_fast.engine.setup import check_device, make_loader
 from shike_fast.engine.state import load_data, model_from_checkpoint
 from shike_fast.engine.steps import make_autocast
-from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.errors import CheckpointError, ConfigError, RunError
 
 
 def make_parser() -> ArgumentParser:
@@ -67,6 +67,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     torch.set_num_threads(config.threads)
     device = choose_device(arguments["device"])
     use_device(device)
+    check_device(config, device)
     model = model_from_checkpoint(state, path).to(device)
     stage = arguments["stage"] or state["stage"]
     if stage == 2 and config.method == "ce":
@@ -87,6 +88,8 @@ def _evaluate(arguments: dict[str, Any]) -> int:
             autocast=make_autocast(config.amp, device),
             calibration=True,
         )
+    except NonFiniteLogitsError as error:
+        raise RunError(f"checkpoint {path}: {error}") from error
     finally:
         loader.close()
     report.write_class_table(table, result, dataset.class_names)
@@ -104,7 +107,7 @@ def _config(state: dict[str, Any], arguments: dict[str, Any], path: Path) -> Tra
     """Settings of the run, with those replaced that only concern the evaluation."""
     names = ("data_dir", "workers", "device", "threads", "amp")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
-    given["loader"] = "auto"  # the run's may need a device that is not here
+    given |= {"loader": "auto", "cuda_graph": None}  # the run's may need a device that is not here
     return replace_settings(stored_config(state["config"], str(path)), given)
 
 

@@ -26,6 +26,7 @@ from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine import checkpoint
 from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
+from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import model_from_checkpoint
 from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError, ConfigError
@@ -73,6 +74,7 @@ def _predict(arguments: dict[str, Any]) -> int:
     torch.set_num_threads(config.threads)
     device = choose_device(arguments["device"])
     use_device(device)
+    check_device(config, device)
     model = model_from_checkpoint(state, source).to(device).eval()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stage = arguments["stage"] or state["stage"]
@@ -133,6 +135,7 @@ def _list_images(folder: Path) -> PathTable:
 def _config(state: dict[str, Any], arguments: dict[str, Any], source: Path) -> TrainConfig:
     names = ("device", "threads", "amp")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
+    given |= {"loader": "auto", "cuda_graph": None}  # the run's may need a device that is not here
     return replace_settings(stored_config(state["config"], str(source)), given)
 
 

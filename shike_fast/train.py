@@ -20,9 +20,11 @@ from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.cli import ArgumentParser, check_workers, make_deterministic, run_command, use_device
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.recipes import RECIPES
+from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
 from shike_fast.errors import ConfigError, warn
+from shike_fast.models.pretrained import require_weight_file
 
 _AUTO = "auto"
 _MUST = "\0"  # --resume without a value: no file is called this
@@ -159,6 +161,7 @@ class _Plan:
     state: dict[str, Any] | None = None
     best_file: Path | None = None
     new_directory: bool = True
+    source: Path = Path(checkpoint.LAST)
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -200,7 +203,7 @@ def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
         if not (own and source.is_file() and output_dir.resolve() == source.parent.resolve()):
             state = checkpoint.load_checkpoint(source, to_resume=True)
             config = resume_config(state["config"], given, str(source))
-            return _new(config, output_dir, state, source.with_name(checkpoint.BEST))
+            return _new(config, output_dir, state, source)
     elif output_dir is None:
         raise ConfigError("--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE")
     elif not checkpoint.has_checkpoint(output_dir):
@@ -215,7 +218,8 @@ def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
         source, state = _newest_state(output_dir)
     else:
         source, state = Path(resume), checkpoint.load_checkpoint(Path(resume), to_resume=True)
-    return _Plan(resume_config(state["config"], given, str(source)), output_dir, state, new_directory=False)
+    config = resume_config(state["config"], given, str(source))
+    return _Plan(config, output_dir, state, new_directory=False, source=source)
 
 
 def _goes_on(output_dir: Path | None) -> bool:
@@ -229,10 +233,14 @@ def _goes_on(output_dir: Path | None) -> bool:
 
 
 def _new(
-    config: TrainConfig, output_dir: Path, state: dict[str, Any] | None = None, best_file: Path | None = None
+    config: TrainConfig, output_dir: Path, state: dict[str, Any] | None = None, source: Path | None = None
 ) -> _Plan:
     rundir.check_unused(output_dir)
-    return _Plan(config, output_dir, state, best_file)
+    if state is None and config.pretrained is not None:
+        require_weight_file(Path(config.pretrained))
+    if source is None:
+        return _Plan(config, output_dir)
+    return _Plan(config, output_dir, state, source.with_name(checkpoint.BEST), source=source)
 
 
 def _take_directory(plan: _Plan, held: contextlib.ExitStack) -> None:
@@ -249,6 +257,7 @@ def _prepare(plan: _Plan, processes: distributed.Processes, profile: bool) -> Tr
     torch.set_num_threads(config.threads)
     device = distributed.choose_device_of(processes, config.device)
     use_device(device)
+    processes.together(lambda: check_device(config, device))
     if config.download:
         processes.from_first(lambda: load_data(config).name)  # it alone downloads to a folder that all share
     dataset = processes.together(lambda: load_data(config))
@@ -263,6 +272,7 @@ def _prepare(plan: _Plan, processes: distributed.Processes, profile: bool) -> Tr
         best_file=plan.best_file,
         processes=processes,
         profile=profile,
+        source=plan.source,
     )
 
 

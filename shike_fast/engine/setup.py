@@ -55,8 +55,6 @@ def make_loader(
     batch_size = config.batch_size if train else test_batch_size or (1 if files else 4) * config.batch_size
     if config.loader == "device" and files:
         raise ConfigError(f"--loader: device holds images that fit in memory, {dataset.name} has files; use cpu or gpu")
-    if config.loader == "gpu" and device.type != "cuda":
-        raise ConfigError(f"--loader: gpu needs a GPU, this run is on {device}; use cpu or auto")
     workers = _workers(config, source, device)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -108,8 +106,7 @@ def check_setting(
     Raises:
         ConfigError: naming the option and the remedy.
     """
-    if config.cuda_graph and device.type != "cuda":
-        raise ConfigError(f"--cuda-graph: needs a GPU, this run is on {device}; leave it out, or try --compile")
+    check_device(config, device)
     passes = processes.world_size * config.accumulate
     if config.batch_size < 2 * passes:  # BatchNorm needs two values a channel
         raise ConfigError(
@@ -119,6 +116,18 @@ def check_setting(
     _check_last_batch(config, dataset, processes)
     if len(dataset.test) < processes.world_size:
         raise ConfigError(f"{dataset.name} has {len(dataset.test)} test images for {processes.world_size} processes")
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Find out, before the data set is read, what the device cannot do.
+
+    Raises:
+        ConfigError: naming the option and the remedy.
+    """
+    if config.cuda_graph and device.type != "cuda":
+        raise ConfigError(f"--cuda-graph: needs a GPU, this run is on {device}; leave it out, or try --compile")
+    if config.loader == "gpu" and device.type != "cuda":
+        raise ConfigError(f"--loader: gpu needs a GPU, this run is on {device}; use cpu or auto")
     _check_amp(config.amp, device)
 
 

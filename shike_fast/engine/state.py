@@ -78,19 +78,20 @@ def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiEx
         raise CheckpointError(
             f"checkpoint {source} describes no model of this version of shike_fast, nor one registered here ({error})"
         ) from error
-    restore_model(state, model)
+    restore_model(state, model, source)
     return model
 
 
-def restore_model(state: dict[str, Any], model: models.MultiExpertResNet) -> None:
-    """Load the weights of a checkpoint into ``model``.
+def restore_model(state: dict[str, Any], model: models.MultiExpertResNet, source: Path) -> None:
+    """Load the weights of the checkpoint read from ``source`` into ``model``.
 
     Raises:
         CheckpointError: if they are those of another model.
     """
     if state["model_description"] != model.description:
+        difference = _difference(state["model_description"], model.description)
         raise CheckpointError(
-            f"the checkpoint holds another model: {_difference(state['model_description'], model.description)}; "
+            f"{source}: the checkpoint holds another model: {difference}; "
             "leave the model options out to use the checkpoint's own"
         )
     try:
@@ -98,7 +99,7 @@ def restore_model(state: dict[str, Any], model: models.MultiExpertResNet) -> Non
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= _MOST_CHARACTERS else reason[:_MOST_CHARACTERS] + " ..."
-        raise CheckpointError(f"the checkpoint's weights do not fit its model: {reason}") from error
+        raise CheckpointError(f"{source}: the checkpoint's weights do not fit its model: {reason}") from error
 
 
 def data_description(dataset: data.LongTailData) -> dict[str, Any]:
@@ -118,15 +119,15 @@ def data_description(dataset: data.LongTailData) -> dict[str, Any]:
     }
 
 
-def restore_data(state: dict[str, Any], dataset: data.LongTailData) -> None:
-    """Check that a resumed run sees the training images that it saw before.
+def restore_data(state: dict[str, Any], dataset: data.LongTailData, source: Path) -> None:
+    """Check that a run resumed from the checkpoint ``source`` sees the training images that it saw before.
 
     Raises:
         CheckpointError: if it does not.
     """
     if state["data"].get("fingerprint") != dataset.fingerprint:
         raise CheckpointError(
-            f"the checkpoint was trained on other images than this {dataset.name} holds; "
+            f"{source}: the checkpoint was trained on other images than this {dataset.name} holds; "
             "point --data-dir at the data of that run (a pack is not the same images as its files), or start a new one"
         )
 

@@ -69,6 +69,7 @@ class Trainer:
         best_file: best checkpoint of the run that ``state`` comes from, copied if ``output_dir`` has none.
         processes: who trains along; all of them make a Trainer, and the first one writes the files.
         profile: write a trace of some steps and print what took the most time.
+        source: the file that ``state`` comes from, for errors.
 
     Raises:
         ConfigError: if the device or the data set cannot do what the settings ask for.
@@ -90,6 +91,7 @@ class Trainer:
         best_file: Path | None = None,
         processes: Processes = Processes(),  # noqa: B008  (immutable)
         profile: bool = False,
+        source: Path = Path(checkpoint.LAST),
     ) -> None:
         self.processes = processes
         self.config = config
@@ -106,8 +108,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config, dataset, pretrained=not state)
         if state:
-            restore_data(state, dataset)
-            restore_model(state, self.model)
+            restore_data(state, dataset, source)
+            restore_model(state, self.model, source)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(device)
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -129,7 +131,9 @@ class Trainer:
                 self.steps.load_state(state)
                 set_rng_state(state["rng"], device)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"the checkpoint's training state does not fit its model: {error}") from error
+                raise CheckpointError(
+                    f"{source}: the checkpoint's training state does not fit its model: {error}"
+                ) from error
 
     def _checked_loaders(self) -> tuple[EpochLoader, EpochLoader]:
         setting = (self.config, self.dataset, self.device)

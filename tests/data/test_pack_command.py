@@ -328,7 +328,9 @@ def test_data_without_files(image_dir, tmp_path, monkeypatch, failed):
     ],
 )
 def test_unusable_options(image_dir, tmp_path, options, text, failed):
-    failed(pack(image_dir, tmp_path / "pack", *options), text)
+    with pytest.raises(SystemExit) as end:
+        pack(image_dir, tmp_path / "pack", *options)
+    failed(end.value.code, text)
 
 
 def test_the_published_number_of_records_is_checked_unless_told_otherwise(image_dir, tmp_path, monkeypatch):
