@@ -2,6 +2,8 @@
 
 import sys
 
+from shike_fast.engine.cli import USAGE_ERROR, run_command
+
 COMMANDS = {
     "train": "train a network on a long-tailed data set",
     "evaluate": "test a checkpoint on the test images of its data set",
@@ -13,10 +15,14 @@ COMMANDS = {
 
 def main() -> int:
     """List the commands; the status is that of bad input, as this is none of them."""
+    return run_command(_list)
+
+
+def _list() -> int:
     width = max(map(len, COMMANDS))
     lines = [f"  python -m shike_fast.{name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
     print("\n".join(["commands, each with --help:", *lines]))
-    return 2
+    return USAGE_ERROR
 
 
 if __name__ == "__main__":

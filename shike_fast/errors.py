@@ -3,6 +3,8 @@
 The commands print such an exception as ``error: <message>`` and end with its exit status, without a traceback.
 """
 
+import sys
+
 
 class ShikeError(Exception):
     """Base class: the message names the argument or file at fault and what to do about it."""
@@ -26,3 +28,8 @@ class RunError(ShikeError):
 
 class CheckpointError(ShikeError, ValueError):
     """A checkpoint or weight file is missing, damaged, or belongs to another model or run."""
+
+
+def warn(message: str) -> None:
+    """Tell the user of something that does not end the command."""
+    print(f"warning: {message}", file=sys.stderr)

@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
+from shike_fast._storage import check_output_file
 from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine import checkpoint, report
 from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, run_command, use_device
-from shike_fast.engine.config import TrainConfig, resume_config
+from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.console import RunConsole
-from shike_fast.engine.metrics import Evaluation, evaluate
+from shike_fast.engine.metrics import Evaluation, NonFiniteLogitsError, evaluate
 from shike_fast.engine.precision import settle_amp
-from shike_fast.engine.setup import make_loader
+from shike_fast.engine.setup import check_device, make_loader
 from shike_fast.engine.state import load_data, model_from_checkpoint
 from shike_fast.engine.steps import make_autocast
-from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.errors import CheckpointError, ConfigError, RunError
 
 
 def make_parser() -> ArgumentParser:
@@ -51,8 +52,7 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    arguments = make_parser().parse_args(argv)
-    return run_command(lambda: _evaluate(vars(arguments)))
+    return run_command(lambda: _evaluate(vars(make_parser().parse_args(argv))))
 
 
 def _evaluate(arguments: dict[str, Any]) -> int:
@@ -62,7 +62,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
         raise ConfigError(f"--batch-size: must be at least 1, got {batch_size}")
     check_workers(arguments["workers"])
     table: Path = arguments["csv"] or path.with_name(f"{path.stem}.{report.CLASS_TABLE}")
-    _check_table(table)
+    check_output_file("--csv", table, report.is_class_table, "is no table of classes")
     state = checkpoint.load_checkpoint(path)
     device = choose_device(arguments["device"])
     amp, note = settle_amp(arguments["amp"] or state["config"].get("amp"), device)
@@ -71,6 +71,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
         print(note, file=sys.stderr)
     torch.set_num_threads(config.threads)
     use_device(device)
+    check_device(config, device)
     model = model_from_checkpoint(state, path).to(device)
     stage = arguments["stage"] or state["stage"]
     if stage == 2 and config.method == "ce":
@@ -91,6 +92,8 @@ def _evaluate(arguments: dict[str, Any]) -> int:
             autocast=make_autocast(config.amp, device),
             calibration=True,
         )
+    except NonFiniteLogitsError as error:
+        raise RunError(f"checkpoint {path}: {error}") from error
     finally:
         loader.close()
     report.write_class_table(table, result, dataset.class_names)
@@ -104,22 +107,12 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     return 0
 
 
-def _check_table(table: Path) -> None:
-    """Refuse a file that cannot be written, or that holds something other than an earlier table of classes."""
-    if table.is_dir() or not table.name:
-        raise ConfigError(f"--csv: {table} is a folder; name a file")
-    if not table.parent.is_dir():
-        raise ConfigError(f"--csv: {table.parent} is not a folder; create it or name another file")
-    if table.exists() and not report.is_class_table(table):
-        raise ConfigError(f"--csv: {table} exists and is no table of classes; name another file")
-
-
 def _config(state: dict[str, Any], arguments: dict[str, Any], path: Path) -> TrainConfig:
     """Settings of the run, with those replaced that only concern the evaluation."""
     names = ("data_dir", "workers", "device", "threads", "amp")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
-    given["loader"] = "auto"  # the run's may need a device that is not here
-    return resume_config(state["config"] | given, {}, str(path))
+    given |= {"loader": "auto", "cuda_graph": None}  # the run's may need a device that is not here
+    return replace_settings(stored_config(state["config"], str(path)), given)
 
 
 def _summary(result: Evaluation) -> dict[str, Any]:

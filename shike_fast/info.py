@@ -18,7 +18,7 @@ from shike_fast import ops
 from shike_fast._native_loader import native, native_error
 from shike_fast._version import __version__
 from shike_fast.data.gpu_decode import NoHardwareDecoderError, hardware_decoder
-from shike_fast.engine.cli import ArgumentParser
+from shike_fast.engine.cli import ArgumentParser, run_command
 from shike_fast.ops import _backend
 
 
@@ -214,8 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes them from ``sys.argv``.
 
     Returns:
-        The exit status: 0. What is missing is reported, and is no failure of this command.
+        The exit status: 0, or 2 for an unknown option. What is missing is reported, and is no failure of this command.
     """
+    return run_command(lambda: _show(argv))
+
+
+def _show(argv: Sequence[str] | None) -> int:
     parser = ArgumentParser(prog="python -m shike_fast.info", description="Show versions, devices, backends.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)

@@ -7,29 +7,33 @@ network, the class names and the transform along; neither the data set nor its f
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shike_fast._storage import check_output_file, naming, replacing
 from shike_fast.data.imagefolder import EXTENSIONS, image_files
 from shike_fast.data.images import FileStore, ImageDataset
 from shike_fast.data.paths import PathTable
 from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine import checkpoint
 from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
-from shike_fast.engine.config import TrainConfig, resume_config
+from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.precision import settle_amp
+from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import model_from_checkpoint
 from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError, ConfigError
 
 _FIRST_COLUMN = "image"
+_OF_A_CLASS = ("class", "name", "probability")
 _MOST_WORKERS = 8
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, for networks of grey images
 
@@ -53,8 +57,7 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 1 where some images could not be read."""
-    arguments = make_parser().parse_args(argv)
-    return run_command(lambda: _predict(vars(arguments)))
+    return run_command(lambda: _predict(vars(make_parser().parse_args(argv))))
 
 
 def _predict(arguments: dict[str, Any]) -> int:
@@ -63,8 +66,9 @@ def _predict(arguments: dict[str, Any]) -> int:
         if arguments[name] is not None and arguments[name] < least:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least {least}, got {arguments[name]}")
     output: Path = arguments["output"]
-    _check_output(output)
-    paths = _list_images(arguments["images"])
+    check_output_file("--output", output, _holds_predictions, "holds no predictions")
+    if not arguments["images"].is_dir():
+        raise ConfigError(f"--images: {arguments['images']} is not a folder")
     source: Path = arguments["checkpoint"]
     state = checkpoint.load_checkpoint(source)
     device = choose_device(arguments["device"])
@@ -74,11 +78,13 @@ def _predict(arguments: dict[str, Any]) -> int:
         print(note, file=sys.stderr)
     torch.set_num_threads(config.threads)
     use_device(device)
+    check_device(config, device)
     model = model_from_checkpoint(state, source).to(device).eval()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stage = arguments["stage"] or state["stage"]
     if stage == 2 and config.method == "ce":
         raise CheckpointError(f"--stage: checkpoint {source} was trained with method 'ce', which has no stage 2")
+    paths = _list_images(arguments["images"])
     dataset = _dataset(state, source, FileStore(arguments["images"], paths))
     workers = arguments["workers"]
     loader = PhotoLoader(
@@ -105,14 +111,11 @@ def _predict(arguments: dict[str, Any]) -> int:
 
     names = state["data"]["class_names"]
     top = min(arguments["top"], len(names))
-    temporary = output.with_name(f".{output.name}.part")
     try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            _write(file, probabilities(), paths, names, top, loader.broken.messages)
-        os.replace(temporary, output)
+        with replacing(output) as file:
+            _write(file, output, probabilities(), paths, names, top, loader.broken.messages)
     finally:
         loader.close()
-        temporary.unlink(missing_ok=True)
     print(f"{output}: {len(paths):,} images, {top} classes each")
     if len(loader.broken):
         messages = list(loader.broken.messages.values())
@@ -121,23 +124,12 @@ def _predict(arguments: dict[str, Any]) -> int:
     return 0
 
 
-def _check_output(output: Path) -> None:
-    """Refuse a file that cannot be written, or that holds something other than earlier predictions."""
-    if output.is_dir() or not output.name:
-        raise ConfigError(f"--output: {output} is a folder; name a file")
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output: {output.parent} is not a folder; create it or name another file")
-    if output.exists() and not output.is_file():
-        raise ConfigError(f"--output: {output} is no regular file; name one")
-    if output.exists():
-        with open(output, "rb") as file:
-            if not file.readline().startswith(f"{_FIRST_COLUMN},class_1,".encode()):
-                raise ConfigError(f"--output: {output} exists and holds no predictions; name another file")
+def _holds_predictions(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.readline().startswith(f"{_FIRST_COLUMN},class_1,".encode())
 
 
 def _list_images(folder: Path) -> PathTable:
-    if not folder.is_dir():
-        raise ConfigError(f"--images: {folder} is not a folder")
     paths = PathTable(sorted(os.path.relpath(path, folder) for path in image_files(folder)))
     if not len(paths):
         raise ConfigError(f"--images: {folder} holds no images ({', '.join(EXTENSIONS)})")
@@ -147,7 +139,8 @@ def _list_images(folder: Path) -> PathTable:
 def _config(state: dict[str, Any], arguments: dict[str, Any], source: Path) -> TrainConfig:
     names = ("device", "threads", "amp")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
-    return resume_config(state["config"] | given, {}, str(source))
+    given |= {"loader": "auto", "cuda_graph": None}  # the run's may need a device that is not here
+    return replace_settings(stored_config(state["config"], str(source)), given)
 
 
 def _dataset(state: dict[str, Any], source: Path, store: FileStore) -> ImageDataset:
@@ -171,20 +164,27 @@ def _dataset(state: dict[str, Any], source: Path, store: FileStore) -> ImageData
 
 
 def _write(
-    file: TextIO,
+    file: IO[bytes],
+    path: Path,
     batches: Iterator[Tensor],
-    paths: PathTable,
+    images: PathTable,
     names: Sequence[str],
     top: int,
     broken: dict[int, str],
 ) -> None:
     """A header, and for each image its classes by falling probability, or the reason why it has none."""
+
+    def add(rows: list[list[Any]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with naming(path):
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))  # file names need not be UTF-8
+
     ranks = range(1, top + 1)
-    header = [f"{what}_{rank}" for rank in ranks for what in ("class", "name", "probability")]
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow([_FIRST_COLUMN, *header, "error"])
+    add([[_FIRST_COLUMN, *(f"{what}_{rank}" for rank in ranks for what in _OF_A_CLASS), "error"]])
     index = 0
     for batch in batches:
+        rows = []
         values, classes = batch.topk(top, dim=1)
         for row, chosen in zip(values.tolist(), classes.tolist(), strict=True):
             cells: list[Any] = []
@@ -192,8 +192,9 @@ def _write(
                 cells += [c, names[c], f"{value:.6f}"]
             if index in broken:
                 cells = [""] * len(cells)
-            table.writerow([paths[index], *cells, broken.get(index, "")])
+            rows.append([images[index], *cells, broken.get(index, "")])
             index += 1
+        add(rows)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ from shike_fast.engine.cli import (
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.recipes import RECIPES
+from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
-from shike_fast.errors import ConfigError
+from shike_fast.errors import ConfigError, warn
+from shike_fast.models.pretrained import require_weight_file
 
 _AUTO = "auto"
 _MUST = "\0"  # --resume without a value: no file is called this
@@ -155,13 +157,13 @@ def _recipe_table() -> str:
             f"  {name:18}{recipe.model:10}{epochs:8}{recipe.batch_size:<7}{recipe.lr:<6g}{recipe.weight_decay:<14g}"
             f"{recipe.hardest_weight:<7g}{recipe.mutual_weight:<6g}{recipe.scale:g}"
         )
+    lines.append("your own data set: those of imagefolder, or, where its images have one size, of cifar100-lt")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    given = vars(make_parser().parse_args(argv))
-    return run_command(lambda: _train(given))
+    return run_command(lambda: _train(vars(make_parser().parse_args(argv))), prints_result=False)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class _Plan:
     best_file: Path | None = None
     new_directory: bool = True
     note: str | None = None
+    source: Path = Path(checkpoint.LAST)
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -199,7 +202,10 @@ def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
     resume: str | None = given.pop("resume", None)
     output_dir: Path | None = given.pop("output_dir", None)
     if distributed.may_restart() and output_dir is None:
-        raise ConfigError("--output-dir: name it, so that processes that torchrun restarts find what they had saved")
+        raise ConfigError(
+            "--output-dir: name it, so that processes that torchrun restarts find what they had saved; without "
+            "torchrun, unset TORCHELASTIC_MAX_RESTARTS"
+        )
     if _goes_on(output_dir):
         resume = _AUTO
     if resume is None:
@@ -212,7 +218,7 @@ def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
         if not (own and source.is_file() and output_dir.resolve() == source.parent.resolve()):
             state = checkpoint.load_checkpoint(source, to_resume=True)
             config = resume_config(state["config"], given, str(source))
-            return _new(config, output_dir, state, source.with_name(checkpoint.BEST))
+            return _new(config, output_dir, state, source)
     elif output_dir is None:
         raise ConfigError("--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE")
     elif not checkpoint.has_checkpoint(output_dir):
@@ -227,7 +233,8 @@ def _plan(given: dict[str, Any], held: contextlib.ExitStack) -> _Plan:
         source, state = _newest_state(output_dir)
     else:
         source, state = Path(resume), checkpoint.load_checkpoint(Path(resume), to_resume=True)
-    return _Plan(resume_config(state["config"], given, str(source)), output_dir, state, new_directory=False)
+    config = resume_config(state["config"], given, str(source))
+    return _Plan(config, output_dir, state, new_directory=False, source=source)
 
 
 def _with_note(plan: _Plan, given: dict[str, Any]) -> _Plan:
@@ -247,10 +254,14 @@ def _goes_on(output_dir: Path | None) -> bool:
 
 
 def _new(
-    config: TrainConfig, output_dir: Path, state: dict[str, Any] | None = None, best_file: Path | None = None
+    config: TrainConfig, output_dir: Path, state: dict[str, Any] | None = None, source: Path | None = None
 ) -> _Plan:
     rundir.check_unused(output_dir)
-    return _Plan(config, output_dir, state, best_file)
+    if state is None and config.pretrained is not None:
+        require_weight_file(Path(config.pretrained))
+    if source is None:
+        return _Plan(config, output_dir)
+    return _Plan(config, output_dir, state, source.with_name(checkpoint.BEST), source=source)
 
 
 def _take_directory(plan: _Plan, held: contextlib.ExitStack) -> None:
@@ -267,6 +278,7 @@ def _prepare(plan: _Plan, processes: distributed.Processes, profile: bool) -> Tr
     torch.set_num_threads(config.threads)
     device = distributed.choose_device_of(processes, config.device)
     use_device(device)
+    processes.together(lambda: check_device(config, device))
     if config.download:
         processes.from_first(lambda: load_data(config).name)  # it alone downloads to a folder that all share
     dataset = processes.together(lambda: load_data(config))
@@ -281,6 +293,7 @@ def _prepare(plan: _Plan, processes: distributed.Processes, profile: bool) -> Tr
         best_file=plan.best_file,
         processes=processes,
         profile=profile,
+        source=plan.source,
     )
 
 
@@ -306,7 +319,7 @@ def _run(trainer: Trainer, note: str | None) -> int:
 
 
 def _newest_state(output_dir: Path) -> tuple[Path, dict[str, Any]]:
-    found = checkpoint.find_resumable(output_dir, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    found = checkpoint.find_resumable(output_dir, warn)
     if found is None:
         raise ConfigError(f"--resume: the checkpoint in {output_dir} has gone")
     return found

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 something is wrong with the data, or the work could not b
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -26,8 +27,11 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    arguments = make_parser().parse_args(argv)
-    return run_command(lambda: _COMMANDS[arguments.command].run(arguments))
+    return run_command(lambda: _run(make_parser().parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return _COMMANDS[arguments.command].run(arguments)
 
 
 if __name__ == "__main__":

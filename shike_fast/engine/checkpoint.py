@@ -1,37 +1,26 @@
 """Checkpoints that survive a kill at any moment.
 
-A file is written under a temporary name, flushed to the disk and renamed, so a reader sees the old file or the new one,
-never a part. The last checkpoint but one stays as ``last.previous.pt``. Reading checks the CRC of every record first
-and never executes a pickle (``weights_only=True``).
+They are written as :mod:`shike_fast._storage` writes files. The last checkpoint but one stays as ``last.previous.pt``.
+Reading checks the CRC of every record first and never executes a pickle (``weights_only=True``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from shike_fast.errors import CheckpointError, RunError
+from shike_fast._storage import naming, replacing
+from shike_fast.errors import CheckpointError
 
 FORMAT = 1
 LAST = "last.pt"
 BEST = "best.pt"
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that after a crash it holds the old content or the new, whole."""
-    with _writing(path) as file:
-        file.write(data)
-    os.replace(temporary_of(path), path)
-    _sync_directory(path.parent)
 
 
 def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous: bool = True) -> None:
@@ -44,29 +33,13 @@ def save_checkpoint(state: dict[str, Any], path: Path, *, keep_previous: bool = 
         path: the checkpoint file.
         keep_previous: keep the replaced file as ``<stem>.previous.pt``.
     """
-    with _writing(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
-    if keep_previous and path.exists():
-        _link(path, previous_of(path))
-    os.replace(temporary_of(path), path)
-    _sync_directory(path.parent)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[IO[bytes]]:
-    """Write the temporary file of ``path`` through to the disk; without leaving it behind if that fails."""
-    temporary = temporary_of(path)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # torch hides a failed write behind an error of its archive writer
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else _first_line(cause)
-        raise RunError(f"cannot write {path}: {reason}; make room or choose another folder") from error
+    with replacing(path, keep_previous_as=previous_of(path) if keep_previous else None) as file, naming(path):
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides it behind an error of its archive writer
+                raise error.__context__ from error
+            raise
 
 
 def previous_of(path: Path) -> Path:
@@ -99,7 +72,13 @@ def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
                 f"checkpoint {path} is damaged (wrong CRC in record {damaged}); use another checkpoint"
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({error.strerror or _first_line(error)}); see to the file and its disk"
+        ) from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise  # the memory's fault, not the file's
         raise CheckpointError(
             f"checkpoint {path} is damaged or truncated ({_first_line(error)}); use another checkpoint"
         ) from error
@@ -108,7 +87,10 @@ def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
             f"checkpoint {path} holds more than tensors and plain values, loading it could execute code"
         ) from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
-        raise CheckpointError(f"{path} is no checkpoint of shike_fast; for plain weights use --pretrained")
+        raise CheckpointError(
+            f"{path} is no checkpoint of shike_fast, which {LAST} and {BEST} of a run are; weights alone are for "
+            "shike_fast.train --pretrained, those of the published code for models.convert_reference_state_dict"
+        )
     if state["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {state['format']}, this version of shike_fast reads format {FORMAT}; "
@@ -176,31 +158,6 @@ def remove_leftovers(directory: Path) -> None:
     """Delete the temporary files of a write that was cut short."""
     for path in directory.glob(".*.tmp"):
         path.unlink()
-
-
-def _link(path: Path, target: Path) -> None:
-    """Make ``target`` another name of the file at ``path``, which stays where it is throughout."""
-    temporary = temporary_of(target)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, target)
-
-
-def temporary_of(path: Path) -> Path:
-    """Where a write to ``path`` begins: one fixed name, so that a killed write leaves at most one file behind."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _sync_directory(directory: Path) -> None:
-    # the rename itself is durable only once the directory is
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error: Exception) -> str:

@@ -17,11 +17,14 @@ from typing import Any, NoReturn
 import torch
 
 from shike_fast._resources import is_out_of_memory, is_out_of_threads, keep_memory, out_of_threads
+from shike_fast._storage import FULL
+from shike_fast.engine.output import forgiving_streams
 from shike_fast.errors import ConfigError, ShikeError
 
 USAGE_ERROR = 2  # bad input: nothing was done
 FAILURE = 1  # the work began and could not be finished
 
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _HEAD_START = 3.0  # seconds that one process may start after another and still be the first to speak
 
 
@@ -40,10 +43,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print ``error: <message>`` and exit with status 2."""
-        first = os.environ.get("RANK", "0") == "0"
+        first = _is_first()
         if not first:
             let_first_speak()
         self.exit(USAGE_ERROR, f"error: {message}; see {self.prog} --help\n" if first else None)
+
+
+def _is_first() -> bool:
+    """Whether no process with a lower rank was started with this one, as far as the environment is right."""
+    rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return not (rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size))
 
 
 def let_first_speak() -> None:
@@ -51,15 +60,34 @@ def let_first_speak() -> None:
     time.sleep(_HEAD_START)
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], *, prints_result: bool = True) -> int:
     """Call ``command``; print an error meant for the user as one line and return its exit status.
 
-    2 means bad input; anything else that went wrong with files or memory is 1. Faults of the library itself keep their
-    traceback.
+    2 means bad input, also where ``command`` parses the command line; anything else that went wrong with files or
+    memory is 1. Faults of the library itself keep their traceback. What printing meets with never ends the command, and
+    what it sets for the whole process is as before when it has ended.
+
+    Args:
+        command: returns the exit status.
+        prints_result: what it prints is what it is for, so that a full disk under standard output is a failure.
     """
+    with forgiving_streams() as output, _settings_kept():
+        status = _status_of(command)
+        sys.stdout.flush()
+        if status == 0 and prints_result and output.failure is not None:
+            reason = output.failure.strerror
+            return _fail(f"standard output cannot be written: {reason}; what was printed is not complete", FAILURE)
+        return status
+
+
+def _status_of(command: Callable[[], int]) -> int:
     try:
         with _sigterm_raises():
             return command()
+    except SystemExit as end:  # of the parser, for --help or a bad option
+        if not isinstance(end.code, int):
+            raise
+        return end.code
     except ShikeError as error:
         return _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
@@ -77,15 +105,19 @@ def run_command(command: Callable[[], int]) -> int:
         if is_out_of_threads(error):
             return _fail(str(out_of_threads("cannot go on")), FAILURE)
         raise
-    except BrokenPipeError:  # whoever read the output has gone (… | head); nor may the flush at exit fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            where = f" for {error.filename}" if error.filename else ""
-            return _fail(f"the disk is full, there is no space left{where}; free some and repeat the command", FAILURE)
-        where = f" {error.filename}" if error.filename else ""
-        return _fail(f"cannot use file{where}: {error.strerror or _one_line(error)}", FAILURE)
+        return _fail(_of_the_system(error), FAILURE)
+
+
+def _of_the_system(error: OSError) -> str:
+    reason = error.strerror or _one_line(error)
+    where = f" for {error.filename}" if error.filename else ""
+    if error.errno in FULL:
+        what = "the disk is full, there is" if error.errno == errno.ENOSPC else "by the disk quota there is"
+        return f"{what} no space left{where}; free some and repeat the command"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files{where}; use fewer --workers, or raise the limit (ulimit -n)"
+    return f"cannot use file {error.filename}: {reason}" if error.filename else f"the system refuses a call: {reason}"
 
 
 @contextlib.contextmanager
@@ -104,6 +136,32 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _settings_kept() -> Iterator[None]:
+    """What a command sets for the whole process is as before when it ends: its caller may be a notebook."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    workspace = os.environ.get(_CUBLAS_WORKSPACE)
+    random = torch.get_rng_state()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    device_random = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop(_CUBLAS_WORKSPACE, None)
+        torch.set_rng_state(random)
+        if device is not None:
+            torch.cuda.set_device(device)
+            torch.cuda.set_rng_state_all(device_random)
 
 
 def _out_of_memory(error: BaseException) -> str:
@@ -179,6 +237,6 @@ def make_deterministic(deterministic: bool) -> None:
     Call it before the first CUDA operation: cuBLAS reads its setting only once.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic

@@ -15,7 +15,7 @@ from shike_fast.data.longtail import SUBSETS
 from shike_fast.engine.cli import choose_device
 from shike_fast.engine.optimizer import OPTIMIZERS
 from shike_fast.engine.precision import AUTO, settle_amp
-from shike_fast.engine.recipes import RECIPES
+from shike_fast.engine.recipes import recipe_of
 from shike_fast.engine.schedule import cosine_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
 
@@ -157,8 +157,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         raise ConfigError(
             f"--dataset: unknown data set '{values['dataset']}'; choose from {', '.join(data.datasets())}"
         )
-    recipe = dataclasses.asdict(RECIPES[values["dataset"]])
     info = data.datasets()[values["dataset"]]
+    recipe = dataclasses.asdict(recipe_of(info))
     if values["imbalance_factor"] is None:
         values["imbalance_factor"] = info.default_imbalance_factor
     if values["augmentation"] is None:
@@ -260,6 +260,41 @@ def _at_least(flag: str, value: int, minimum: int) -> None:
         raise ConfigError(f"{flag}: must be at least {minimum}, got {value}")
 
 
+def stored_config(stored: dict[str, Any], source: str) -> TrainConfig:
+    """The settings that a checkpoint holds.
+
+    Args:
+        stored: the checkpoint's ``config``.
+        source: the checkpoint file, for the error.
+
+    Raises:
+        CheckpointError: if they are not those of this version, or of a model that is not registered here.
+    """
+    model = stored.get("model")
+    if isinstance(model, str) and model not in models.list_models():
+        raise CheckpointError(
+            f"checkpoint {source} holds the network '{model}', which is not registered in this process; import the "
+            f"module that registers it first; there are {', '.join(models.list_models())}"
+        )
+    try:
+        config = TrainConfig(**stored)
+        _check(config)
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(f"checkpoint {source} was written by another version of shike_fast ({error})") from error
+    return config
+
+
+def replace_settings(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The settings with some of them replaced.
+
+    Raises:
+        ConfigError: naming the first unusable one.
+    """
+    config = dataclasses.replace(config, **given)
+    _check(config)
+    return config
+
+
 def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) -> TrainConfig:
     """Settings of a resumed run: those of the checkpoint, with the changeable ones replaced by what the user named.
 
@@ -270,12 +305,9 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
 
     Raises:
         CheckpointError: if the user names a value that differs from the checkpoint's and would change the run.
+        ConfigError: if one that may change is unusable.
     """
-    try:
-        config = TrainConfig(**stored)
-        _check(config)
-    except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"checkpoint {source} was written by another version of shike_fast ({error})") from error
+    config = stored_config(stored, source)
     if given.get("pretrained") == NO_WEIGHTS:
         given = given | {"pretrained": None}
     if given.get("amp") == AUTO:
@@ -286,6 +318,4 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
                 f"checkpoint {source} belongs to another run: {name} is {getattr(config, name)!r}, the command line "
                 f"says {value!r}; leave the option out to go on with it, or start a new run in another --output-dir"
             )
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if name in CHANGEABLE})
-    _check(config)
-    return config
+    return replace_settings(config, {name: value for name, value in given.items() if name in CHANGEABLE})

@@ -25,6 +25,7 @@ from shike_fast.errors import ConfigError, RunError, ShikeError
 _T = TypeVar("_T")
 _TIMEOUT = timedelta(minutes=10)  # of a process that waits for another, which may be reading its data set
 _PATIENCE = timedelta(seconds=30)  # of one that waits for the first one to end with a message
+_START = "start them with torchrun, or unset RANK and WORLD_SIZE to train in one process"
 _LEFT = "the first process has ended"
 
 
@@ -151,27 +152,19 @@ def join(device: str | None) -> Iterator[Processes]:
         device: what ``--device`` names.
 
     Raises:
-        ConfigError: if this process does not get a device of its own.
+        ConfigError: if the environment is contradictory, or this process does not get a device of its own.
+        RunError: if the processes do not find each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 or "RANK" not in os.environ:
-        yield Processes()
+    processes = launched()
+    if not processes.several:
+        yield processes
         return
-    processes = Processes(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")))
     try:
         chosen = choose_device_of(processes, device)
     except FailedElsewhere:
         let_first_speak()
         raise
-    # Restarted processes find the store of their predecessors, whose addresses in it lead nowhere (PyTorch 2.13).
-    store, rank, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-    store = dist.PrefixStore(f"restart {_restarts()}", store)
-    options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": _TIMEOUT}
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", device_id=chosen, **options)
-    else:
-        dist.init_process_group("gloo", **options)
+    store = _meet(processes, chosen)
     if threading.current_thread() is threading.main_thread():
         # Nothing has to be saved yet, and a process that waits for another never comes to call a handler.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -189,6 +182,74 @@ def join(device: str | None) -> Iterator[Processes]:
         with contextlib.suppress(RuntimeError):
             store.wait([_LEFT], _PATIENCE)
         raise
+
+
+def launched() -> Processes:
+    """This process as the environment describes it: ``torchrun`` sets RANK, WORLD_SIZE and where to meet.
+
+    Without RANK or without WORLD_SIZE it is alone, whatever else a launcher has left behind.
+
+    Raises:
+        ConfigError: if the variables contradict each other, or no processes could find each other by them.
+    """
+    if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
+        return Processes()
+    world_size = _number("WORLD_SIZE", least=1)
+    if world_size == 1:
+        return Processes()
+    rank = _number("RANK")
+    if rank >= world_size:
+        raise ConfigError(f"RANK: must be less than WORLD_SIZE, which is {world_size}, got {rank}; {_START}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE says that {world_size} processes train together, but {' and '.join(missing)} must say where "
+            f"they meet; {_START}"
+        )
+    _number("MASTER_PORT", least=1, most=65535)
+    return Processes(rank, world_size, _number("LOCAL_RANK"))
+
+
+def local_world_size() -> int:
+    """How many processes share this machine."""
+    return _number("LOCAL_WORLD_SIZE", 1, least=1)
+
+
+def _number(name: str, default: int = 0, *, least: int = 0, most: int | None = None) -> int:
+    """A number in the environment; the default where the variable is not set, or empty."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        limits = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise ConfigError(
+            f"{name}: must be a whole number {limits}, the environment says '{text}'; unset it, or start with torchrun"
+        )
+    return int(text)
+
+
+def _meet(processes: Processes, device: torch.device) -> dist.Store:
+    """Make the process group; returns where its members can leave messages."""
+    try:
+        # Restarted processes find the store of their predecessors, whose addresses in it lead nowhere (PyTorch 2.13).
+        store, _, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        store = dist.PrefixStore(f"restart {_restarts()}", store)
+        options: dict[str, Any] = {
+            "store": store,
+            "rank": processes.rank,
+            "world_size": processes.world_size,
+            "timeout": _TIMEOUT,
+        }
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device, **options)
+        else:
+            dist.init_process_group("gloo", **options)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(
+            f"process {processes.rank} of {processes.world_size} (RANK, WORLD_SIZE) cannot meet the others at {where} "
+            f"(MASTER_ADDR, MASTER_PORT): {' '.join(str(error).split())}; {_START}"
+        ) from error
+    return store
 
 
 def _leave(store: dist.Store) -> None:
@@ -225,7 +286,7 @@ def choose_device_of(processes: Processes, name: str | None) -> torch.device:
 
 
 def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT")
 
 
 def launch() -> str:
@@ -251,4 +312,4 @@ def restarted() -> bool:
 
 def may_restart() -> bool:
     """Whether ``torchrun`` was asked to start the processes anew if one of them dies."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return _number("TORCHELASTIC_MAX_RESTARTS") > 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from shike_fast.data.base import DatasetInfo
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,3 +71,8 @@ RECIPES: dict[str, Recipe] = {
     "places-lt": Recipe("resnet152", 40, 10, 256, 0.02, 0.02 * _STAGE2, 4e-4, warmup_epochs=0, needs_pretrained=True),
     "imagefolder": Recipe("resnet50", 200, 20, 256, 0.1, 0.1, 5e-4),
 }
+
+
+def recipe_of(info: DatasetInfo) -> Recipe:
+    """The recipe of a data set; one of the user's own takes that of imagefolder, or of CIFAR for images of one size."""
+    return RECIPES.get(info.name, RECIPES["imagefolder"] if info.resizable else _CIFAR)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shike_fast.engine.checkpoint import LAST, atomic_write, temporary_of
+from shike_fast._storage import HeldElsewhereError, append, atomic_write, lock, naming, temporary_of, why_not_writable
+from shike_fast.engine.checkpoint import LAST
 from shike_fast.errors import ConfigError
 
 CONFIG = "config.json"
@@ -29,16 +29,22 @@ def default_directory(dataset: str, method: str) -> Path:
 
 
 def check_unused(path: Path) -> None:
-    """Refuse a directory that holds anything, so that no run overwrites another.
+    """Refuse a directory that holds anything, so that no run overwrites another, and one that cannot be written.
 
     Raises:
-        ConfigError: if ``path`` is a file or a non-empty directory.
+        ConfigError: if ``path`` is a file or a non-empty directory, or nothing can be written there.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output-dir: {path} is a file; name a directory")
+    if (reason := why_not_writable(path)) is not None:
+        raise ConfigError(f"--output-dir: cannot write to {path}: {reason}; name another")
     # a run that was killed before its first checkpoint leaves nothing but these
     leftovers = (_LOCK, temporary_of(path / LAST).name)
-    if path.is_dir() and any(entry.name not in leftovers for entry in path.iterdir()):
+    try:
+        used = path.is_dir() and any(entry.name not in leftovers for entry in path.iterdir())
+    except OSError as error:
+        raise ConfigError(f"--output-dir: cannot read {path}: {error.strerror}; name another") from error
+    if used:
         raise ConfigError(
             f"--output-dir: {path} is not empty; add --resume to go on with the run in it, or name another"
         )
@@ -53,17 +59,23 @@ def open_directory(path: Path) -> Iterator[None]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / _LOCK, "a")  # noqa: SIM115  (held over the yield below)
+        file = open(path / _LOCK, "a")  # noqa: SIM115  (held over the yield below)
     except OSError as error:
-        raise ConfigError(f"--output-dir: cannot write to {path}: {error.strerror}") from error
-    with lock:
-        _lock(lock.fileno(), path)
+        raise ConfigError(f"--output-dir: cannot write to {path}: {error.strerror}; name another") from error
+    with file:
+        try:
+            lock(file)
+        except HeldElsewhereError as error:
+            raise ConfigError(
+                f"--output-dir: another process is writing to {path}; wait for it or name another"
+            ) from error
         yield
 
 
 def sign(path: Path, launch: str) -> None:
     """Write into a directory that this process holds which launch it belongs to; :func:`signed_by` reads it."""
-    (path / _LOCK).write_text(launch)
+    with naming(path / _LOCK):
+        (path / _LOCK).write_text(launch)
 
 
 def signed_by(path: Path) -> str:
@@ -72,17 +84,6 @@ def signed_by(path: Path) -> str:
         return (path / _LOCK).read_text()
     except OSError:
         return ""
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock to be had, and no other guard to lose
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(f"--output-dir: another process is writing to {path}; wait for it or name another") from error
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -97,10 +98,7 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Add the line of one epoch to ``metrics.jsonl``."""
-    with open(path / METRICS, "ab") as file:
-        file.write(_line(row))
-        file.flush()
-        os.fsync(file.fileno())
+    append(path / METRICS, _line(row))
 
 
 def _line(row: dict[str, Any]) -> bytes:

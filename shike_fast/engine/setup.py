@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from shike_fast.data.loader import EpochLoader
 from shike_fast.data.photo_loader import PhotoLoader
 from shike_fast.engine.cli import cores, most_workers
 from shike_fast.engine.config import TrainConfig
-from shike_fast.engine.distributed import Processes
+from shike_fast.engine.distributed import Processes, local_world_size
+from shike_fast.engine.state import build_model
 from shike_fast.engine.steps import AMP_DTYPES
 from shike_fast.errors import ConfigError
 
@@ -55,8 +55,6 @@ def make_loader(
     batch_size = config.batch_size if train else test_batch_size or (1 if files else 4) * config.batch_size
     if config.loader == "device" and files:
         raise ConfigError(f"--loader: device holds images that fit in memory, {dataset.name} has files; use cpu or gpu")
-    if config.loader == "gpu" and device.type != "cuda":
-        raise ConfigError(f"--loader: gpu needs a GPU, this run is on {device}; use cpu or auto")
     workers = _workers(config, source, device)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -84,9 +82,8 @@ def _workers(config: TrainConfig, source: data.BatchSource, device: torch.device
         return min(config.workers, most_workers())  # a checkpoint may come from a larger machine
     if not source.one_by_one:
         return 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     decodes_for_gpu = isinstance(source, ImageDataset) and device.type != "cpu"
-    return min(_MOST_DECODERS if decodes_for_gpu else _MOST_WORKERS, max(1, cores() // local))
+    return min(_MOST_DECODERS if decodes_for_gpu else _MOST_WORKERS, max(1, cores() // local_world_size()))
 
 
 def _auto_device(config: TrainConfig) -> bool:
@@ -109,17 +106,80 @@ def check_setting(
     Raises:
         ConfigError: naming the option and the remedy.
     """
-    if config.cuda_graph and device.type != "cuda":
-        raise ConfigError(f"--cuda-graph: needs a GPU, this run is on {device}; leave it out, or try --compile")
+    check_device(config, device)
     passes = processes.world_size * config.accumulate
     if config.batch_size < 2 * passes:  # BatchNorm needs two values a channel
         raise ConfigError(
             f"--batch-size: counts the images of all processes; {processes.world_size} processes with --accumulate "
             f"{config.accumulate} need at least {2 * passes}, got {config.batch_size}"
         )
+    _check_last_batch(config, dataset, processes)
     if len(dataset.test) < processes.world_size:
         raise ConfigError(f"{dataset.name} has {len(dataset.test)} test images for {processes.world_size} processes")
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Find out, before the data set is read, what the device cannot do.
+
+    Raises:
+        ConfigError: naming the option and the remedy.
+    """
+    if config.cuda_graph and device.type != "cuda":
+        raise ConfigError(f"--cuda-graph: needs a GPU, this run is on {device}; leave it out, or try --compile")
+    if config.loader == "gpu" and device.type != "cuda":
+        raise ConfigError(f"--loader: gpu needs a GPU, this run is on {device}; use cpu or auto")
     _check_amp(config.amp, device)
+
+
+def _check_last_batch(config: TrainConfig, dataset: data.LongTailData, processes: Processes) -> None:
+    """Refuse a last batch that brings a single image to a network whose last maps are a single value."""
+    images = len(dataset.train)
+
+    def fits(batch_size: int) -> bool:
+        last = min(batch_size, (images - 1) % batch_size + 1)
+        return last >= processes.world_size and _fewest_at_a_time(last, config, processes) > 1
+
+    last = min(config.batch_size, (images - 1) % config.batch_size + 1)
+    if last < processes.world_size or fits(config.batch_size) or _normalises_one_image(config, dataset):
+        return
+    shared = f" for {processes.world_size} processes" if processes.several else ""
+    parts = f" with --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+    least = 2 * processes.world_size * config.accumulate
+    near = sorted(range(least, 2 * config.batch_size + 1), key=lambda size: abs(size - config.batch_size))
+    size = next(filter(fits, near), None)
+    remedy = "add images" if size is None else f"use --batch-size {size}"
+    if processes.several:
+        remedy += ", or another number of processes"
+    pixels = f"{dataset.image_size}x{dataset.image_size}"
+    raise ConfigError(
+        f"--batch-size: of {images} images in batches of {config.batch_size} the last batch holds {last}"
+        f"{shared}{parts}, so that BatchNorm sees one alone, which in {config.model}'s last maps at {pixels} pixels is "
+        f"a single value a channel; {remedy}"
+    )
+
+
+def _fewest_at_a_time(images: int, config: TrainConfig, processes: Processes) -> int:
+    """The fewest images over which BatchNorm takes its statistics in a step with so many, as the step cuts them."""
+    share = images // processes.world_size  # of the processes that get the fewest
+    parts = max(1, min(config.accumulate, share))
+    if not config.sync_batch_norm:
+        return share // parts
+    larger = images % processes.world_size  # processes that get one image more
+    return larger * ((share + 1) // parts) + (processes.world_size - larger) * (share // parts)
+
+
+def _normalises_one_image(config: TrainConfig, dataset: data.LongTailData) -> bool:
+    """Whether the network can be trained on one image: the norms must have more than one value a channel."""
+    model = build_model(config, dataset, pretrained=False).train()
+    image = torch.zeros(1, dataset.in_channels, dataset.image_size, dataset.image_size)
+    try:
+        with torch.no_grad():
+            model.features(image)
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            return False
+        raise
+    return True
 
 
 def _check_amp(amp: str, device: torch.device) -> None:

@@ -11,12 +11,23 @@ from shike_fast import data, models
 from shike_fast._version import __version__
 from shike_fast.engine.config import TrainConfig
 from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.models.registry import TRAINABLE
 
 _MOST_CHARACTERS = 400  # of torch's list of keys
 
 
 def load_data(config: TrainConfig) -> data.LongTailData:
-    """The data set of a run."""
+    """The data set of a run.
+
+    Raises:
+        DataError: if it cannot be loaded.
+        ConfigError: if it is one of the user's own, which is not registered in this process.
+    """
+    if config.dataset not in data.datasets():
+        raise ConfigError(
+            f"the data set '{config.dataset}' is not registered in this process; import the module that registers it "
+            f"first; there are {', '.join(data.datasets())}"
+        )
     return data.load_dataset(
         config.dataset,
         data_dir=config.data_dir,
@@ -39,6 +50,12 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
         )
     except ValueError as error:
         raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}: {error}") from error
+    lacking = [name for name in TRAINABLE if not hasattr(model, name)]
+    if lacking:
+        raise ConfigError(
+            f"--model: {config.model} cannot be trained, it has no {', '.join(lacking)}; docs/models.md says what a "
+            "network of your own needs"
+        )
     if dataset.image_size < model.min_image_size:
         least, size = model.min_image_size, dataset.image_size
         raise ConfigError(
@@ -60,21 +77,22 @@ def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiEx
         model = models.create_model(**state["model_description"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {source} describes no model of this version of shike_fast ({error})"
+            f"checkpoint {source} describes no model of this version of shike_fast, nor one registered here ({error})"
         ) from error
-    restore_model(state, model)
+    restore_model(state, model, source)
     return model
 
 
-def restore_model(state: dict[str, Any], model: models.MultiExpertResNet) -> None:
-    """Load the weights of a checkpoint into ``model``.
+def restore_model(state: dict[str, Any], model: models.MultiExpertResNet, source: Path) -> None:
+    """Load the weights of the checkpoint read from ``source`` into ``model``.
 
     Raises:
         CheckpointError: if they are those of another model.
     """
     if state["model_description"] != model.description:
+        difference = _difference(state["model_description"], model.description)
         raise CheckpointError(
-            f"the checkpoint holds another model: {_difference(state['model_description'], model.description)}; "
+            f"{source}: the checkpoint holds another model: {difference}; "
             "leave the model options out to use the checkpoint's own"
         )
     try:
@@ -82,7 +100,7 @@ def restore_model(state: dict[str, Any], model: models.MultiExpertResNet) -> Non
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= _MOST_CHARACTERS else reason[:_MOST_CHARACTERS] + " ..."
-        raise CheckpointError(f"the checkpoint's weights do not fit its model: {reason}") from error
+        raise CheckpointError(f"{source}: the checkpoint's weights do not fit its model: {reason}") from error
 
 
 def data_description(dataset: data.LongTailData) -> dict[str, Any]:
@@ -102,15 +120,15 @@ def data_description(dataset: data.LongTailData) -> dict[str, Any]:
     }
 
 
-def restore_data(state: dict[str, Any], dataset: data.LongTailData) -> None:
-    """Check that a resumed run sees the training images that it saw before.
+def restore_data(state: dict[str, Any], dataset: data.LongTailData, source: Path) -> None:
+    """Check that a run resumed from the checkpoint ``source`` sees the training images that it saw before.
 
     Raises:
         CheckpointError: if it does not.
     """
     if state["data"].get("fingerprint") != dataset.fingerprint:
         raise CheckpointError(
-            f"the checkpoint was trained on other images than this {dataset.name} holds; "
+            f"{source}: the checkpoint was trained on other images than this {dataset.name} holds; "
             "point --data-dir at the data of that run (a pack is not the same images as its files), or start a new one"
         )
 

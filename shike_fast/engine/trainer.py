@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shike_fast import data
+from shike_fast._storage import atomic_write, naming
 from shike_fast.data.loader import EpochLoader, LoadingStopped
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
@@ -32,6 +33,7 @@ from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
 from shike_fast.nn import convert_sync_batchnorm
 
+_EVENTS = "events.out.tfevents"  # TensorBoard's files begin so
 _READ_EVERY = 20  # steps between readings of the totals, where reading waits for the device or for other processes
 
 
@@ -67,6 +69,7 @@ class Trainer:
         best_file: best checkpoint of the run that ``state`` comes from, copied if ``output_dir`` has none.
         processes: who trains along; all of them make a Trainer, and the first one writes the files.
         profile: write a trace of some steps and print what took the most time.
+        source: the file that ``state`` comes from, for errors.
 
     Raises:
         ConfigError: if the device or the data set cannot do what the settings ask for.
@@ -88,6 +91,7 @@ class Trainer:
         best_file: Path | None = None,
         processes: Processes = Processes(),  # noqa: B008  (immutable)
         profile: bool = False,
+        source: Path = Path(checkpoint.LAST),
     ) -> None:
         self.processes = processes
         self.config = config
@@ -104,8 +108,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config, dataset, pretrained=not state)
         if state:
-            restore_data(state, dataset)
-            restore_model(state, self.model)
+            restore_data(state, dataset, source)
+            restore_model(state, self.model, source)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(device)
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -127,7 +131,9 @@ class Trainer:
                 self.steps.load_state(state)
                 set_rng_state(state["rng"], device)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise CheckpointError(f"the checkpoint's training state does not fit its model: {error}") from error
+                raise CheckpointError(
+                    f"{source}: the checkpoint's training state does not fit its model: {error}"
+                ) from error
 
     def _checked_loaders(self) -> tuple[EpochLoader, EpochLoader]:
         setting = (self.config, self.dataset, self.device)
@@ -154,7 +160,8 @@ class Trainer:
             self._adopt_best()
             rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
             rundir.write_metrics(self.output_dir, self.history)
-            writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
+            with naming(self.output_dir / _EVENTS):
+                writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
         try:
             with GracefulStop() as stop:
                 for loader in (self.train_loader, self.test_loader):
@@ -173,10 +180,11 @@ class Trainer:
             if self.profile is not None:
                 self.profile.close()
             self.console.close()
-            if writer is not None:
-                writer.close()
             self.train_loader.close()
             self.test_loader.close()
+            if writer is not None:
+                with naming(self.output_dir / _EVENTS):
+                    writer.close()
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
@@ -190,7 +198,7 @@ class Trainer:
         if self.best is None or best.exists():
             return
         if self.best_file is not None and self.best_file.is_file():
-            checkpoint.atomic_write(best, self.best_file.read_bytes())
+            atomic_write(best, self.best_file.read_bytes())
         else:
             self.console.note(f"no {checkpoint.BEST} of epochs 1 to {self.epoch} at hand: the best of the rest is kept")
             self.best = None
@@ -327,7 +335,8 @@ class Trainer:
         for name, value in row.items():
             if name not in ("epoch", "stage") and value is not None:
                 group = "train" if name.startswith("train_") else "test" if name in ("top1", *SHOTS) else "run"
-                writer.add_scalar(f"{group}/{name.removeprefix('train_')}", value, self.epoch)
+                with naming(self.output_dir / _EVENTS):
+                    writer.add_scalar(f"{group}/{name.removeprefix('train_')}", value, self.epoch)
 
     def _leave_stage(self) -> None:
         """Free what only the stage before needed, its recordings above all, before the next one takes memory."""

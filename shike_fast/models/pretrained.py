@@ -70,9 +70,18 @@ def load_pretrained(model: MultiExpertResNet, path: str | PathLike[str]) -> Pret
     return PretrainedReport(tuple(loaded), tuple(key for key in target if key not in loaded), ignored)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def require_weight_file(path: Path) -> None:
+    """Refuse weights that are not there.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
     if not path.is_file():
         raise CheckpointError(f"--pretrained: {path} is not a file; name weights in .pth or .safetensors format")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    require_weight_file(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shike_fast.errors import CheckpointError
 from shike_fast.models._state_dict import check_fit, plain_tensors
 from shike_fast.models.resnet import BasicBlock, MultiExpertResNet
 
 _SOURCE = "convert_reference_state_dict"
 
 
-def convert_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_reference_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename a state_dict of the published CIFAR network (``ResNet_MoE`` with normalised classifiers) for this package.
 
     The result loads into ``create_model("resnet32", num_classes=C)`` (or resnet8, resnet20, as many blocks a stage as
@@ -22,15 +24,19 @@ def convert_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, 
     stacked.
 
     Args:
-        state_dict: names to tensors, also with the ``module.`` of DataParallel before every name.
+        state_dict: names to tensors, also with the ``module.`` of DataParallel before every name, or what the published
+            script saves: a dict with such a ``state_dict``.
 
     Returns:
         A new dict; all tensors but the stacked ones are those given.
 
     Raises:
-        CheckpointError: it is not the state_dict of such a network; lists missing and unknown keys and wrong shapes.
+        CheckpointError: it is not the state_dict of such a network; says which kind it is, or lists missing and unknown
+            keys and wrong shapes.
     """
-    given = plain_tensors(state_dict, _SOURCE)
+    saved = state_dict.get("state_dict") if isinstance(state_dict, Mapping) else None
+    given = plain_tensors(saved if saved and isinstance(saved, Mapping) else state_dict, _SOURCE)
+    _check_kind(given)
     template = _published_network(given)
     published = {key: _published_names(key, template.num_experts) for key in template.state_dict()}
     expected = {}
@@ -42,6 +48,20 @@ def convert_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, 
         key: torch.stack([given[name] for name in names]) if _is_classifier(key) else given[names[0]]
         for key, names in published.items()
     }
+
+
+def _check_kind(given: Mapping[str, Tensor]) -> None:
+    """Refuse the published code's other networks, for which the lists of keys would be no help."""
+    if any(re.match(r"(rt_)?classifiers\.\d+\.bias$", key) for key in given):
+        raise CheckpointError(
+            f"{_SOURCE}: a network with linear classifiers (use_norm=False); only one with normalised classifiers can "
+            "be converted"
+        )
+    if any(key.startswith("layer3s.") for key in given) and not any(key.startswith("shallow_exps.") for key in given):
+        raise CheckpointError(
+            f"{_SOURCE}: a network of several experts without fusion (it has layer3s, but no shallow_exps); only one "
+            "with fusion can be converted"
+        )
 
 
 def _published_network(given: Mapping[str, Tensor]) -> MultiExpertResNet:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from shike_fast.models.resnet import MultiExpertResNet
 
 Builder = Callable[..., MultiExpertResNet]
+
+# What the engine uses of a network besides ``forward(images, stage=…)``; docs/models.md describes it.
+TRAINABLE = ("min_image_size", "features", "classify", "stage2_parameters", "checkpoint_activations")
 
 _BUILDERS: dict[str, Builder] = {}
 
@@ -17,7 +23,8 @@ def register_model(builder: Builder) -> Builder:
     """Decorator: make ``builder`` available to :func:`create_model` under its function name.
 
     ``builder(**options)`` gets the keyword arguments of :func:`create_model` and passes them on to
-    :class:`~shike_fast.models.MultiExpertResNet`.
+    :class:`~shike_fast.models.MultiExpertResNet`, or makes any other module; one that the commands can train has what
+    :data:`TRAINABLE` names.
 
     Raises:
         ValueError: the name is taken.
@@ -62,7 +69,8 @@ def create_model(
         The network, in train mode, float32, on the current default device.
 
     Raises:
-        ValueError: the name is unknown (the message lists the known ones), or an argument is out of range.
+        ValueError: the name is unknown (the message lists the known ones), an argument is out of range, or what is
+            registered under the name does not take the options or builds no module.
     """
     if name not in _BUILDERS:
         close = difflib.get_close_matches(str(name), _BUILDERS, n=1)
@@ -76,6 +84,13 @@ def create_model(
         "classifier": classifier,
         "scale": scale,
     }
-    model = _BUILDERS[name](**options)
+    builder = _BUILDERS[name]
+    try:
+        inspect.signature(builder).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"create_model: {name} must take the options {', '.join(options)}: {error}") from error
+    model = builder(**options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"create_model: {name} must build a torch.nn.Module, got {type(model).__name__}")
     model.description = {"name": name, **options}
     return model

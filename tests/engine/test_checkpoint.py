@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from shike_fast import _storage
 from shike_fast.engine import checkpoint
 from shike_fast.engine.checkpoint import find_resumable, load_checkpoint, previous_of, save_checkpoint
 from shike_fast.errors import CheckpointError, RunError
@@ -96,8 +97,29 @@ def test_a_pickle_is_not_executed(tmp_path):
 
 def test_a_weight_file_is_no_checkpoint(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match="is no checkpoint of shike_fast; for plain weights use --pretrained"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"weights.pt is no checkpoint of shike_fast, .*; weights alone are for .*train --pretrained",
+    ):
         load_checkpoint(tmp_path / "weights.pt")
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    save_checkpoint(state(), tmp_path / "last.pt")
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=r"last.pt cannot be read \(Input/output error\); see to the file"):
+        load_checkpoint(tmp_path / "last.pt")
+
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 def test_another_format(tmp_path):
@@ -163,7 +185,7 @@ def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     """torch turns a failed write into an error of its own archive writer, which says nothing of the disk."""
-    monkeypatch.setattr(checkpoint, "temporary_of", lambda path: tmp_path / "full")
+    monkeypatch.setattr(_storage, "temporary_of", lambda path: tmp_path / "full")
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"cannot write .*last\.pt: No space left on device"):
         save_checkpoint(state(), tmp_path / "last.pt")

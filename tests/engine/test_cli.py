@@ -42,7 +42,7 @@ def raising(error):
             "error: out of memory (no details); lower --batch-size, raise --accumulate or use --amp bf16",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "error: out of memory (DefaultCPUAllocator: can't"),
-        (OSError("no space"), 1, "error: cannot use file: no space\n"),
+        (OSError("no space"), 1, "error: the system refuses a call: no space\n"),
         (torch.OutOfMemoryError("CUDA out\nof memory"), 1, "error: out of memory (CUDA out of memory); lower"),
     ],
 )
@@ -192,9 +192,82 @@ def test_a_full_disk_is_named_with_its_remedy(capsys):
     )
 
 
-def test_a_reader_that_goes_away_ends_a_command_quietly(programs):
+def test_a_reader_that_goes_away_does_not_end_a_command(programs):
     program = "import sys; from shike_fast.engine.cli import run_command; "
     program += "sys.exit(run_command(lambda: [print(i) for i in range(10**6)] and 0))"
     line = '"$0" -c "$1" | head -n 1; echo ${PIPESTATUS[0]}'
     done = programs.run(["bash", "-c", line, sys.executable, program])
-    assert (done.stdout, done.stderr) == ("0\n141\n", "")
+    assert (done.stdout, done.stderr) == ("0\n0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded", "x.csv"),
+            "by the disk quota there is no space left for x.csv; ",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "a.jpg"),
+            "too many open files for a.jpg; use fewer --workers",
+        ),
+        (OSError(errno.EIO, "Input/output error"), "the system refuses a call: Input/output error\n"),
+    ],
+)
+def test_what_the_system_says_is_put_as_it_is(error, line, capsys):
+    assert run_command(raising(error)) == 1
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_the_parser_ends_a_command_by_its_status(capsys):
+    parser = ArgumentParser(prog="tool")
+    assert run_command(lambda: parser.parse_args(["--what"])) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --what; see tool --help\n"
+    assert run_command(lambda: parser.parse_args(["--help"])) == 0
+    assert capsys.readouterr().out.startswith("usage: tool")
+
+
+def process_settings():
+    return {
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "environment": dict(os.environ),
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "streams": (sys.stdout, sys.stderr),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_caller_finds_its_process_as_it_was(monkeypatch, fails):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+    def command():
+        torch.set_num_threads(before["threads"] + 1)
+        make_deterministic(not before["deterministic"])
+        torch.manual_seed(3)
+        if fails:
+            raise DataError("no")
+        return 0
+
+    before = process_settings()
+    assert run_command(command) == (2 if fails else 0)
+    assert process_settings() == before
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "first"),
+    [(None, None, True), ("1", None, True), ("0", "4", True), ("1", "4", False), ("5", "4", True), ("x", "4", True)],
+)
+def test_who_tells_a_bad_option(monkeypatch, capsys, rank, world_size, first):
+    """A rank that a launcher left behind must not silence a command that runs alone."""
+    monkeypatch.setattr("shike_fast.engine.cli._HEAD_START", 0)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        ArgumentParser(prog="tool").parse_args(["--what"])
+    assert bool(capsys.readouterr().err) == first

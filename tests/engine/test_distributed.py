@@ -7,7 +7,9 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from programs import descendants
 from shike_fast import models
 from shike_fast.data.loader import share as share_of
 from shike_fast.engine.config import resolve
-from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch
+from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch, launched
 from shike_fast.engine.optimizer import set_lr
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Totals
@@ -133,6 +135,76 @@ def test_a_process_alone_needs_no_group(monkeypatch):
         assert processes == Processes() and not processes.several and processes.first
         assert processes.from_first(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "left_behind",
+    [
+        {"RANK": "3"},
+        {"WORLD_SIZE": "4"},
+        {"WORLD_SIZE": "four"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "2", "WORLD_SIZE": "1"},
+        {"MASTER_ADDR": "gone.example", "MASTER_PORT": "x", "LOCAL_RANK": "7", "LOCAL_WORLD_SIZE": "0"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+)
+def test_what_a_launcher_left_behind_does_not_disturb_a_process_alone(monkeypatch, left_behind):
+    for name, value in left_behind.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == Processes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RANK": "x"}, "RANK: must be a whole number from 0 on, the environment says 'x'"),
+        ({"RANK": "-1"}, "RANK: must be a whole number from 0 on, the environment says '-1'"),
+        ({"RANK": "4"}, "RANK: must be less than WORLD_SIZE, which is 4, got 4"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: must be a whole number from 1 on, the environment says '0'"),
+        (
+            {"MASTER_ADDR": None, "MASTER_PORT": None},
+            "4 processes train together, but MASTER_ADDR and MASTER_PORT must",
+        ),
+        ({"MASTER_PORT": ""}, "4 processes train together, but MASTER_PORT must say where they meet"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: must be a whole number from 1 to 65535, the environment says '70000'"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK: must be a whole number"),
+    ],
+)
+def test_a_contradictory_environment_is_bad_input(runs, monkeypatch, tmp_path, capsys, changed, message):
+    right = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in right.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == Processes(1, 4)
+    for name, value in changed.items():
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    assert runs.train("--output-dir", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert "start them with torchrun, or unset RANK and WORLD_SIZE" in error or "unset it, or start with" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_others_that_cannot_be_met(runs, monkeypatch, tmp_path, capsys):
+    """The address of an earlier job."""
+    monkeypatch.setattr("shike_fast.engine.distributed._TIMEOUT", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    left_behind = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, value in left_behind.items():
+        monkeypatch.setenv(name, value)
+    assert runs.train("--output-dir", tmp_path / "run", "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert f"error: process 1 of 2 (RANK, WORLD_SIZE) cannot meet the others at localhost:{port} (MASTER_ADDR" in error
+    assert "or unset RANK and WORLD_SIZE to train in one process" in error
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT"])
+def test_numbers_of_restarts_that_are_none(runs, monkeypatch, tmp_path, capsys, name):
+    monkeypatch.setenv(name, "many")
+    assert runs.train("--output-dir", tmp_path / "run") == 2
+    assert f"error: {name}: must be a whole number" in capsys.readouterr().err
 
 
 def test_every_process_takes_a_device(monkeypatch):

@@ -85,9 +85,7 @@ def test_missing_checkpoint(tmp_path, capsys):
 
 
 def test_checkpoint_is_required(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        run()
-    assert exit_.value.code == 2
+    assert run() == 2
     assert "--checkpoint" in capsys.readouterr().err
 
 
@@ -131,3 +129,27 @@ def test_a_model_this_version_does_not_know(checkpoint, capsys):
     torch.save(state, checkpoint)
     assert run("--checkpoint", checkpoint) == 2
     assert "describes no model of this version of shike_fast" in capsys.readouterr().err
+
+
+def test_what_this_machine_cannot_do_is_told(checkpoint, monkeypatch, capsys):
+    """A run in bfloat16, evaluated where there is none."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("not implemented for 'BFloat16'")
+
+    monkeypatch.setattr(torch, "conv2d", refuse)
+    assert run("--checkpoint", checkpoint, "--amp", "bf16") == 2
+    assert "error: --amp: cpu does not convolve in torch.bfloat16 (not implemented" in capsys.readouterr().err
+
+
+def test_lost_weights_are_told_with_their_file(checkpoint, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    state["model"]["classifiers.weight"].fill_(float("nan"))
+    torch.save(state, checkpoint)
+    assert run("--checkpoint", checkpoint, "--stage", 1) == 1
+    assert f"error: checkpoint {checkpoint}: the model's logits on the test images are" in capsys.readouterr().err
+
+
+def test_a_bad_option_is_not_blamed_on_the_checkpoint(checkpoint, capsys):
+    assert run("--checkpoint", checkpoint, "--threads", 0) == 2
+    assert capsys.readouterr().err == "error: --threads: must be at least 1, got 0\n"

@@ -1,7 +1,9 @@
 """What the settings mean on a machine: loaders, recorded steps, and one line for what cannot be done there."""
 
 import dataclasses
+import itertools
 import json
+import re
 import weakref
 
 import numpy as np
@@ -10,10 +12,11 @@ import torch
 from PIL import Image
 
 from shike_fast import data
+from shike_fast.data.loader import share as share_of
 from shike_fast.engine import steps as steps_module
 from shike_fast.engine.config import CHANGEABLE, resolve
 from shike_fast.engine.distributed import Processes
-from shike_fast.engine.setup import _check_amp, check_setting, make_loader, records
+from shike_fast.engine.setup import _check_amp, _fewest_at_a_time, check_setting, make_loader, records
 from shike_fast.engine.state import load_data
 from shike_fast.errors import ConfigError
 
@@ -133,6 +136,63 @@ def test_fewer_test_images_than_processes(digits):
     config = resolve({"batch_size": 3000})
     with pytest.raises(ConfigError, match="digits-lt has 600 test images for 601 processes"):
         check_setting(config, digits, CPU, Processes(0, 601))
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_the_fewest_images_that_a_norm_sees(synced):
+    """As the loaders share a batch, and the step cuts a share."""
+    for images, world_size, accumulate in itertools.product(range(1, 20), (1, 2, 3), (1, 2, 5)):
+        if images < world_size:
+            continue
+        parts = max(1, min(accumulate, images // world_size))
+        shares = [share_of(np.arange(images), rank, world_size) for rank in range(world_size)]
+        sizes = [[len(part) for part in torch.from_numpy(share).tensor_split(parts)] for share in shares]
+        expected = min(map(sum, zip(*sizes, strict=True))) if synced else min(map(min, sizes))
+        config = resolve({"batch_size": 64, "accumulate": accumulate, "sync_batch_norm": synced})
+        assert _fewest_at_a_time(images, config, Processes(0, world_size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "message"),
+    [
+        (
+            {"batch_size": 382},
+            1,
+            "of 383 images in batches of 382 the last .* holds 1, so .*; use --batch-size 381$",
+        ),
+        (
+            {"batch_size": 2},
+            1,
+            "holds 1, so .* resnet8's last maps at 4x4 pixels .*; use --batch-size 3$",
+        ),
+        (
+            {"batch_size": 127},
+            2,
+            "holds 2 for 2 processes, so .*; use --batch-size 126, or another number of p",
+        ),
+        ({"batch_size": 190, "accumulate": 2}, 1, "holds 3 with --accumulate 2, so .*; use --batch-size 189$"),
+    ],
+)
+def test_a_last_batch_of_one_image(digits, given, processes, message):
+    """The norms have nothing to do with a single value a channel: a map of 1x1 pixels of one image."""
+    config = resolve({"model": "resnet8"} | given)
+    check_setting(config, digits, CPU, Processes(0, processes))  # resnet8 keeps 2x2 of 8x8 pixels
+    small = dataclasses.replace(digits, image_size=4)
+    with pytest.raises(ConfigError, match=f"--batch-size: .*{message}"):
+        check_setting(config, small, CPU, Processes(0, processes))
+    if processes > 1:  # together they have more
+        check_setting(dataclasses.replace(config, sync_batch_norm=True), small, CPU, Processes(0, processes))
+
+
+def test_a_last_batch_of_one_image_is_found_before_the_run(runs, folder, tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(folder / "train" / "a" / "more.png")
+    arguments = ["--dataset", "imagefolder", "--data-dir", folder, "--model", "resnet8", "--workers", 0, "--epochs", 1]
+    arguments += ["--batch-size", 4, "--method", "ce", "--output-dir"]
+    assert runs.train(*arguments, tmp_path / "new", "--image-size", 4) == 2
+    assert re.fullmatch("error: --batch-size: of 5 images .*; use --batch-size 3\n", capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+    assert runs.train(*arguments, tmp_path / "fits", "--image-size", 4, "--batch-size", 3) == 0
+    assert runs.train(*arguments, tmp_path / "larger maps", "--image-size", 16) == 0
 
 
 @pytest.mark.parametrize("switches", [("--loader", "cpu"), ("--loader", "device", "--no-cuda-graph")])

@@ -30,6 +30,25 @@ def test_dataparallel_prefix(published):
     assert all(torch.equal(converted[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_what_the_published_script_saves(published, tmp_path, prefix):
+    weights = {f"{prefix}{key}": value for key, value in published.items()}
+    saved = {"epoch": 200, "architecture": "resnet32", "state_dict": weights, "best_acc1": 50.0}
+    torch.save(saved, tmp_path / "published.pth.tar")
+    converted = models.convert_reference_state_dict(torch.load(tmp_path / "published.pth.tar", weights_only=True))
+    expected = models.convert_reference_state_dict(published)
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[key], expected[key]) for key in expected)
+
+
+def test_another_network_of_the_published_code_is_named(published):
+    plain = {key: value for key, value in published.items() if not key.startswith("shallow_exps.")}
+    with pytest.raises(CheckpointError, match=r"several experts without fusion .*; only one with fusion"):
+        models.convert_reference_state_dict(plain)
+    with pytest.raises(CheckpointError, match=r"linear classifiers \(use_norm=False\); only one with normalised"):
+        models.convert_reference_state_dict(published | {"classifiers.0.bias": torch.zeros(10)})
+
+
 def test_the_random_state_is_left_alone(published):
     before = torch.get_rng_state()
     models.convert_reference_state_dict(published)

@@ -47,3 +47,20 @@ def test_register_model(monkeypatch):
     assert model.description["name"] == "tiny"
     with pytest.raises(ValueError, match="a model named 'tiny' exists already"):
         models.register_model(tiny)
+
+
+def test_what_is_registered_must_take_the_options_and_build_a_module(monkeypatch):
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+
+    @models.register_model
+    def narrow(num_classes):
+        return torch.nn.Linear(1, num_classes)
+
+    @models.register_model
+    def nothing(**options):
+        return None
+
+    with pytest.raises(ValueError, match=r"narrow must take the options num_classes, .*: got an unexpected keyword"):
+        models.create_model("narrow", num_classes=5)
+    with pytest.raises(ValueError, match=r"nothing must build a torch\.nn\.Module, got NoneType"):
+        models.create_model("nothing", num_classes=5)

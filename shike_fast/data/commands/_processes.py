@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import multiprocessing
 import os
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from shike_fast._resources import is_out_of_memory, lacking
+from shike_fast._storage import HeldElsewhereError, lock
 from shike_fast.data._workers import STOP_SIGNALS, holding_stop_signals, how_ended
 from shike_fast.errors import DataError, RunError, ShikeError
 
@@ -195,14 +195,14 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "wb")  # noqa: SIM115  (held over the yield below)
-    with lock as file:
+        file = open(folder / LOCK, "wb")  # noqa: SIM115  (held over the yield below)
+    with file:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
                 break
-            except BlockingIOError as error:
+            except HeldElsewhereError as error:
                 if time.monotonic() > deadline:
                     raise RunError(
                         f"{folder}: another process is packing into this folder; wait for it or stop it"

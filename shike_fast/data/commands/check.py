@@ -14,13 +14,13 @@ import argparse
 import contextlib
 import errno
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from shike_fast._storage import naming, why_not_writable
 from shike_fast.data._pack_format import LeftOut
 from shike_fast.data.base import LongTailData, datasets, load_dataset
 from shike_fast.data.commands._processes import Tell, work
@@ -91,38 +91,41 @@ class Fault:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check and print what was found; returns the exit status."""
+    _check_report(arguments.report)
     data = load_dataset(arguments.dataset, data_dir=arguments.data_dir, verify=not arguments.no_verify)
     faults: list[Fault] = []
-    with _report_file(arguments.report) as report:
-        for part, dataset in (("training", data.train), ("test", data.test)):
-            if isinstance(dataset, ImageDataset):
-                faults += _check_part(part, dataset.store, arguments)
-        report(faults)
-    try:
-        _print(data, faults, arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has enough (… | head); nor may the flush at exit fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for part, dataset in (("training", data.train), ("test", data.test)):
+        if isinstance(dataset, ImageDataset):
+            faults += _check_part(part, dataset.store, arguments)
+    if arguments.report is not None:
+        _write_report(arguments.report, faults)
+    _print(data, faults, arguments)
     return 1 if faults else 0
 
 
-@contextlib.contextmanager
-def _report_file(path: Path | None) -> Iterator[Callable[[list[Fault]], None]]:
-    """Opened before the work, which may take an hour, so that a place that cannot be written is told at once."""
+def _check_report(path: Path | None) -> None:
+    """Refuse a report that cannot be written before the work, which may take an hour; nothing is written for that.
+
+    Raises:
+        DataError: naming it and the reason.
+    """
     if path is None:
-        yield lambda faults: None
         return
-    try:
-        file = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--report {path}: cannot be written ({error.strerror or error})") from error
-    with file:
+    reason = None
+    if path.is_dir():
+        reason = os.strerror(errno.EISDIR)
+    elif not path.exists():
+        reason = why_not_writable(path.parent) if path.parent.exists() else os.strerror(errno.ENOENT)
+    elif not os.access(path, os.W_OK):
+        reason = os.strerror(errno.EACCES)
+    if reason is not None:
+        raise DataError(f"--report {path}: cannot be written ({reason})")
 
-        def write(faults: list[Fault]) -> None:
-            for fault in faults:
-                file.write(f"{fault.kind}\t{_shown(fault.name)}\t{_shown(fault.reason)}\n")
 
-        yield write
+def _write_report(path: Path, faults: list[Fault]) -> None:
+    with naming(path), path.open("w", encoding="utf-8") as file:
+        for fault in faults:
+            file.write(f"{fault.kind}\t{_shown(fault.name)}\t{_shown(fault.reason)}\n")
 
 
 def _check_part(part: str, store: ImageStore, arguments: argparse.Namespace) -> list[Fault]:

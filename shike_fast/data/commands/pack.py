@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shike_fast._storage import advice, atomic_write, temporary_of, why_not_writable
 from shike_fast.data import pack
 from shike_fast.data._pack_format import (
     EXTENSIONS,
@@ -50,7 +51,6 @@ from shike_fast.data.images import ImageDataset, ImageStore
 from shike_fast.data.lists import printable
 from shike_fast.data.paths import PathTable
 from shike_fast.data.photo_loader import most_broken
-from shike_fast.engine.checkpoint import atomic_write, temporary_of
 from shike_fast.errors import ConfigError, DataError, RunError
 
 QUALITY = 90  # of JPEG
@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     info = datasets().get(arguments.dataset)
     if info is not None and not info.resizable:
         raise _in_memory(arguments.dataset)
+    out: Path = arguments.out
+    _check_place(out)
     data = load_dataset(arguments.dataset, data_dir=arguments.data_dir, verify=not arguments.no_verify)
     parts = zip(PARTS, (data.train, data.test), strict=True)
     sources = {part: _source(data, dataset, arguments.data_dir) for part, dataset in parts}
@@ -99,7 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
         shard_images=arguments.shard_images,
         source=_identity(data, sources),
     )
-    out: Path = arguments.out
     # Once more behind the lock: another process, for which this one has waited, may have finished it.
     if _complete(out, settings, arguments.strict):
         return 0
@@ -173,16 +174,31 @@ def _identity(data: LongTailData, sources: dict[str, _Source]) -> str:
     return fingerprint(data.fingerprint.encode(), *arrays)
 
 
+def _check_place(out: Path) -> None:
+    """Refuse a place for the pack that cannot be written or that holds something else; nothing is written for that.
+
+    Raises:
+        DataError: naming it and the remedy.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is not a folder; choose another place for the pack")
+    if (out / MANIFEST).is_file():  # finished: nothing is to be written
+        return
+    if (reason := why_not_writable(out)) is not None:
+        raise DataError(f"{out}: cannot be written ({reason}); choose another folder")
+    unfinished = out / UNFINISHED
+    known = (LOCK, temporary_of(unfinished).name)
+    if out.exists() and not unfinished.is_file() and any(entry.name not in known for entry in out.iterdir()):
+        raise DataError(f"{out}: is not empty and holds no pack; choose a new folder")
+
+
 def _complete(out: Path, settings: Settings, strict: bool) -> bool:
     """Whether ``out`` holds the pack already; says so.
 
     Raises:
         DataError: it holds something else than this pack, finished or not, or not all images, where all are wanted.
     """
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise DataError(f"{out}: is not a folder; choose another place for the pack")
+    _check_place(out)
     if (out / MANIFEST).is_file():
         manifest = pack.read_manifest(out)
         _same(out, "a pack", manifest.settings, settings)
@@ -199,8 +215,6 @@ def _complete(out: Path, settings: Settings, strict: bool) -> bool:
         except ValueError as error:
             raise DataError(f"{path}: damaged ({error}); delete {out} and pack again") from error
         _same(out, "an unfinished pack", found, settings)
-    elif any(entry.name not in (LOCK, temporary_of(path).name) for entry in out.iterdir()):
-        raise DataError(f"{out}: is not empty and holds no pack; choose a new folder")
     return False
 
 
@@ -338,7 +352,7 @@ class _Job:
             os.replace(temporary_of(path), path)
         except OSError as error:
             raise RunError(
-                f"cannot write {path}: {error.strerror or error}; make room, then repeat the command to go on"
+                f"cannot write {path}: {error.strerror or error}; {advice(error)}, then repeat the command to go on"
             ) from error
         more = np.frombuffer(encode_json((record, left_out)), np.uint8)
         atomic_write(self._sidecar(task), Index.make(task.number, rows, names).encode(more=more))

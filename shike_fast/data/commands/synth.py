@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from shike_fast._storage import atomic_write, why_not_writable
 from shike_fast.data._random import check_seed
 from shike_fast.data.commands import _synthetic_layouts as layouts
 from shike_fast.data.commands._processes import Tell, work, writable
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         name: layouts.Listed(split.paths, split.labels.tolist(), split.sizes.tolist()) for name, split in splits.items()
     }
     for name, content in layout.describe(listed, arguments.classes, arguments.seed).items():
-        (root / name).write_bytes(content)
+        atomic_write(root / name, content)
     counts = Counts(
         like=arguments.like,
         classes=arguments.classes,
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         generated=True,
     )
     # The last file: without it, what an interrupted run left is no data set.
-    (root / SYNTHETIC_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(counts)) + b"\n")
+    atomic_write(root / SYNTHETIC_FILE, msgspec.json.format(msgspec.json.encode(counts)) + b"\n")
     sizes = ", ".join(f"{number:,} {name}" for name, number in counts.images.items())
     per_class = np.bincount(splits["train"].labels, minlength=arguments.classes)
     print(
@@ -114,6 +115,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--{error}") from error
     if root.exists() and not root.is_dir():
         raise DataError(f"{root}: is not a folder; choose another place for the data set")
+    if (reason := why_not_writable(root)) is not None:
+        raise DataError(f"{root}: cannot be written ({reason}); choose another folder")
     if root.exists() and any(root.iterdir()):
         raise DataError(f"{root}: is not empty; choose another folder, or remove what an interrupted run left")
 
