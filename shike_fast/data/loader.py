@@ -176,8 +176,7 @@ class Loader(EpochLoader):
         self._end_workers: Callable[[], object] = lambda: None
 
     def close(self) -> None:
-        """End the worker processes, and with them epochs that are under way. The loader may be used again: it then
-        starts new ones."""
+        """End the worker processes, and epochs that are under way with them. Another epoch starts new ones."""
         if self._pool is not None:
             self._pool = None
             self._end_workers()
