@@ -6,12 +6,13 @@ import dataclasses
 import pytest
 import torch
 
-from shike_fast import models
+from shike_fast import data, models
 from shike_fast.engine.config import resolve
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.optimizer import set_lr
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Means, Totals
+from shike_fast.engine.trainer import Trainer
 
 PUBLISHED = {"epochs": 2, "weight_decay": 5e-4, "hardest_weight": 10.0, "mutual_weight": 1.0, "batch_size": 8}
 
@@ -110,6 +111,17 @@ def small():
     torch.manual_seed(0)
     model = models.create_model("resnet8", num_classes=5).double().train()
     return model, torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.randint(5, (8,))
+
+
+def test_stage_2_begins_without_the_gradients_of_stage_1(tmp_path):
+    config = resolve({"dataset": "digits-lt", "model": "resnet8", "num_experts": 1, "batch_size": 8, "epochs": 2})
+    digits = data.load_dataset("digits-lt")
+    trainer = Trainer(config, digits, tmp_path, device=torch.device("cpu"))
+    trainer.steps(torch.randn(8, digits.in_channels, 8, 8), torch.randint(10, (8,)))
+    assert trainer.model.conv1.weight.grad is not None
+    trainer._leave_stage()
+    trainer._enter_stage(2)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
