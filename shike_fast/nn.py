@@ -248,7 +248,8 @@ def fuse_experts(
             )
     norms = [fusion.norms[-1] for fusion in fusions]
     groups = {_process_group(norm) for norm in (*norms, *(deep_norms or ()))}
-    same_shapes = len({(x.shape, x.device) for x in (*deep, *(shortcut or ()))}) == 1
+    # compared, not hashed: a size that torch.export or torch.compile keeps open has no hash
+    same_shapes = all((x.shape, x.device) == (deep[0].shape, deep[0].device) for x in (*deep, *(shortcut or ())))
     if all(map(is_batch_norm, (*norms, *(deep_norms or ())))) and len(groups) == 1 and same_shapes:
         return ops.dkf_experts(
             deep,
