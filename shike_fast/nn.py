@@ -51,13 +51,27 @@ class _ExpertClassifier(nn.Module):
         self.num_experts, self.dim, self.num_classes = num_experts, dim, num_classes
         self.weight = nn.Parameter(torch.empty(num_experts, dim, num_classes))
 
-    def _operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The checked features and the weight, both in float32 or float64."""
+    def _operands(self, features: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The checked features [K, B, D] and the weight, both in float32 or float64."""
+        if not isinstance(features, Tensor):
+            features = self._stacked(features)
         if features.dim() != 3 or features.shape[0] != self.num_experts or features.shape[2] != self.dim:
             expected = f"[K={self.num_experts}, B, D={self.dim}]"
             raise ValueError(f"{type(self).__name__}: features must be {expected}, got {list(features.shape)}")
         dtype = torch.promote_types(features.dtype, torch.float32)
         return features.to(dtype), self.weight.to(dtype)
+
+    def _stacked(self, features: Sequence[Tensor]) -> Tensor:
+        name, expected = type(self).__name__, f"[K={self.num_experts}, B, D={self.dim}]"
+        if not isinstance(features, list | tuple) or not all(isinstance(expert, Tensor) for expert in features):
+            raise TypeError(
+                f"{name}: features must be a tensor {expected} or a list or tuple of K tensors [B, D], "
+                f"got {type(features).__name__}"
+            )
+        shapes = [list(expert.shape) for expert in features]
+        if len(shapes) == 0 or any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"{name}: features must be {expected} or K tensors of one shape [B, D], got {shapes}")
+        return torch.stack(list(features))
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, dim={self.dim}, num_classes={self.num_classes}"
@@ -68,9 +82,10 @@ class CosineClassifier(_ExpertClassifier):
 
     .. math:: z_k = s \frac{f_k}{\max(\|f_k\|, \epsilon)} \frac{W_k}{\max(\|W_k\|, \epsilon)}, \quad \epsilon = 10^{-12}
 
-    with the norm of a column (one class) of ``W_k`` over D. ``forward(features)`` takes [K, B, D], floating, any
-    strides, and returns [K, B, C] in float32 (float64 for float64 features), also under autocast: half precision
-    would make the best classes tie. The weight starts uniform in (-1, 1) with columns of length 1.
+    with the norm of a column (one class) of ``W_k`` over D. ``forward(features)`` takes [K, B, D] (or a list or tuple
+    of K tensors [B, D]), floating, any strides, and returns [K, B, C] in float32 (float64 for float64 features), also
+    under autocast: half precision would make the best classes tie. The weight starts uniform in (-1, 1) with columns of
+    length 1.
 
     Args:
         num_experts: K, at least 1.
@@ -97,7 +112,7 @@ class CosineClassifier(_ExpertClassifier):
             self.weight.uniform_(-1, 1)
             self.weight.copy_(F.normalize(self.weight, dim=1, eps=NORMALIZE_EPS))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         features, weight = self._operands(features)
         with _without_autocast(features.device):
             # The scale goes with the features' norms, [K, B, 1]; the weight's norms, [K, 1, C], divide the product: a
@@ -112,9 +127,9 @@ class CosineClassifier(_ExpertClassifier):
 class LinearClassifier(_ExpertClassifier):
     r"""One linear classifier per expert, as one batched product: :math:`z_k = f_k W_k + b_k`.
 
-    ``forward(features)`` takes [K, B, D], floating, any strides, and returns [K, B, C] in float32 (float64 for float64
-    features), also under autocast. The weight [K, D, C] starts Kaiming normal (standard deviation sqrt(2/D)), the bias
-    [K, C] uniform in (-1/sqrt(D), 1/sqrt(D)), as in the published code.
+    ``forward(features)`` takes [K, B, D] (or a list or tuple of K tensors [B, D]), floating, any strides, and returns
+    [K, B, C] in float32 (float64 for float64 features), also under autocast. The weight [K, D, C] starts Kaiming normal
+    (standard deviation sqrt(2/D)), the bias [K, C] uniform in (-1/sqrt(D), 1/sqrt(D)), as in the published code.
 
     Args:
         num_experts: K, at least 1.
@@ -135,7 +150,7 @@ class LinearClassifier(_ExpertClassifier):
         nn.init.normal_(self.weight, std=math.sqrt(2 / self.dim))
         nn.init.uniform_(self.bias, -1 / math.sqrt(self.dim), 1 / math.sqrt(self.dim))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         features, weight = self._operands(features)
         with _without_autocast(features.device):
             return torch.baddbmm(self.bias.to(weight.dtype).unsqueeze(1), features, weight)
@@ -248,7 +263,8 @@ def fuse_experts(
             )
     norms = [fusion.norms[-1] for fusion in fusions]
     groups = {_process_group(norm) for norm in (*norms, *(deep_norms or ()))}
-    same_shapes = len({(x.shape, x.device) for x in (*deep, *(shortcut or ()))}) == 1
+    # compared, not hashed: a size that torch.export or torch.compile keeps open has no hash
+    same_shapes = all((x.shape, x.device) == (deep[0].shape, deep[0].device) for x in (*deep, *(shortcut or ())))
     if all(map(is_batch_norm, (*norms, *(deep_norms or ())))) and len(groups) == 1 and same_shapes:
         return ops.dkf_experts(
             deep,

@@ -13,7 +13,7 @@ from shike_fast.ops import BatchNormArguments, _reference_dkf
 from shike_fast.ops._checks import FLOAT_DTYPES, accumulation_dtype, describe
 from shike_fast.ops._fused import cpu_missing
 from shike_fast.ops._fused_dkf import kernels_of, update_running, vectors_of
-from shike_fast.ops._library import differentiable_once
+from shike_fast.ops._library import differentiable_once, is_plain, materialised
 from shike_fast.ops._synced_statistics import synced_statistics
 
 _TORCH: Any = nn.SyncBatchNorm  # its methods are borrowed: they ask for attributes only, not for the class
@@ -184,7 +184,8 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,  # [C] in the accumulation dtype
         bias: Tensor | None,
     ) -> Tensor:
-        kernels = _reference_dkf if cpu_missing() else kernels_of("cpu")
+        x = materialised(x)
+        kernels = kernels_of("cpu") if cpu_missing() is None and is_plain(x) else _reference_dkf
         normalisers, statistics, total = synced_statistics([_as_map(x)], kernels, [norm.eps], group)
         if total.item() == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -130,6 +130,24 @@ def test_classifiers_work_in_float32_on_half_precision_features(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", [nn.CosineClassifier, nn.LinearClassifier])
+def test_classifiers_take_a_sequence_of_features(kind):
+    classifier = kind(2, 8, 10)
+    features = torch.randn(2, 3, 8)
+    for sequence in (list(features), tuple(features)):
+        assert torch.equal(classifier(sequence), classifier(features))
+    name = kind.__name__
+    for bad, error, message in (
+        (list(features)[:1], ValueError, rf"{name}: features must be \[K=2, B, D=8\], got \[1, 3, 8\]"),
+        ([features[0], features[1, :2]], ValueError, rf"{name}: features must be .* got \[\[3, 8\], \[2, 8\]\]"),
+        ([], ValueError, rf"{name}: features must be .* got \[\]"),
+        ([features[0], None], TypeError, rf"{name}: features must be a tensor .* got list"),
+        (features.numpy(), TypeError, rf"{name}: features must be a tensor .* got ndarray"),
+    ):
+        with pytest.raises(error, match=f"^{message}$"):
+            classifier(bad)
+
+
+@pytest.mark.parametrize("kind", [nn.CosineClassifier, nn.LinearClassifier])
 def test_classifiers_reject_bad_input(kind):
     classifier = kind(2, 8, 10)
     for shape in ((2, 8), (3, 4, 8), (2, 4, 9)):

@@ -16,10 +16,11 @@ from shike_fast.errors import RunError
 @contextlib.contextmanager
 def aside(stream: torch.cuda.Stream) -> Iterator[None]:
     """Work on another stream, after all that was asked for before and before all that is asked for afterwards."""
-    stream.wait_stream(torch.cuda.current_stream())
+    current = torch.cuda.current_stream(stream.device)  # that device need not be the current one
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
 
 
 class RecordedCalls:
@@ -71,8 +72,11 @@ class RecordedCalls:
         # "thread_local": a loader's thread may page-lock memory meanwhile, which a recording otherwise does not survive
         options: dict[str, Any] = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            # a recording that fails leaves its stream the current one
-            with torch.cuda.stream(self._stream), torch.cuda.graph(graph, **options):
+            with (
+                torch.cuda.device(self._stream.device),  # a recording first waits for the current device
+                torch.cuda.stream(self._stream),  # and, where it fails, leaves its stream the current one
+                torch.cuda.graph(graph, **options),
+            ):
                 self._function(*static)
         except RuntimeError as error:
             # the end of a failed recording raises an error of its own, over the one that says why

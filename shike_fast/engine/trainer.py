@@ -341,6 +341,7 @@ class Trainer:
     def _leave_stage(self) -> None:
         """Free what only the stage before needed, its recordings above all, before the next one takes memory."""
         del self.steps, self.evaluator
+        self.model.zero_grad(set_to_none=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

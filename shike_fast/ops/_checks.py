@@ -1,14 +1,18 @@
 """Argument checks shared by the ops. Every message names the op and the argument, what was expected and what came."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shike_fast._native_loader import native, native_error
+from shike_fast.ops._library import PLAIN_TENSORS, holds_its_values
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = "float16, bfloat16, float32 or float64"
 
 
@@ -25,6 +29,7 @@ def describe(tensor: Tensor) -> str:
 def check_logits(op: str, logits: Tensor | Sequence[Tensor]) -> tuple[Tensor, tuple[int, int, int]]:
     """Check the logits; return one tensor that stands for their device and dtype, and (K, B, C)."""
     if isinstance(logits, Tensor):
+        check_dense(op, "logits", logits)
         if logits.dim() != 3:
             raise ValueError(f"{op}: logits must be [K, B, C] or K tensors [B, C], got {describe(logits)}")
         first, shape = logits, (logits.shape[0], logits.shape[1], logits.shape[2])
@@ -53,6 +58,7 @@ def _check_sequence(op: str, logits: Sequence[Tensor]) -> tuple[Tensor, tuple[in
     for k, expert in enumerate(logits):
         if not isinstance(expert, Tensor):
             raise TypeError(f"{op}: logits[{k}] must be a tensor [B, C], got {type(expert).__name__}")
+        check_dense(op, f"logits[{k}]", expert)
         if expert.dim() != 2:
             raise ValueError(f"{op}: logits[{k}] must be [B, C], got {describe(expert)}")
         if expert.shape != first.shape:
@@ -68,13 +74,15 @@ def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, 
     _, batch, classes = shape
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be an int64 tensor [B={batch}], got {type(target).__name__}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"{op}: target must be int64 [B={batch}], got {describe(target)}")
-    if target.dim() != 1 or target.shape[0] != batch:
-        raise ValueError(f"{op}: target must be int64 [B={batch}], got {describe(target)}")
+    check_dense(op, "target", target)
+    if target.dtype != torch.int64 or target.dim() != 1 or target.shape[0] != batch:
+        error = TypeError if target.dtype != torch.int64 else ValueError
+        raise error(
+            f"{op}: target must be int64 [B={batch}], got {describe(target)}{_target_hint(target, first, shape)}"
+        )
     check_device(op, "target", target, first, "logits")
     if values_are_readable(target) and batch > 0:
-        if native_error() is None:
+        if native_error() is None and holds_its_values(target):
             smallest, largest = native().extremes(target.data_ptr(), target.stride(0), batch)
         else:
             smallest, largest = (int(value) for value in torch.aminmax(target))
@@ -84,12 +92,24 @@ def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, 
             )
 
 
+def _target_hint(target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> str:
+    """What is likely to help with a target of another shape or dtype."""
+    experts, batch, classes = shape
+    if tuple(target.shape) == (batch, classes):
+        return "; if it is one-hot, pass target.argmax(1)"
+    if first.dim() == 3 and target.dim() == 1 and target.shape[0] == experts:
+        return f"; logits {list(shape)} are read as [K, B, C], if they are [B, K, C] pass logits.transpose(0, 1)"
+    return ""
+
+
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: no wait for a device, no tracer at work (its tensors are subclasses)."""
-    return not torch.compiler.is_compiling() and type(tensor) in _PLAIN and tensor.device.type == "cpu"
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    """Whether a check may look at the values: no wait for a device, no tracer or functorch transform at work."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and type(tensor) in PLAIN_TENSORS
+        and tensor.device.type == "cpu"
+    )
 
 
 def check_device(op: str, name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
@@ -100,14 +120,49 @@ def check_device(op: str, name: str, tensor: Tensor, other: Tensor, other_name: 
         )
 
 
-def check_finite(op: str, name: str, value: float) -> float:
-    """Check a finite number and return it as a float."""
+def check_dense(op: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor has strides."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {layout} one")
+
+
+def as_tensor(value: object, device: torch.device) -> object:
+    """A list, tuple or array of numbers as a float64 tensor; anything else as it is."""
+    if not isinstance(value, list | tuple | np.ndarray) or _has_tensor(value):  # whose gradient would get lost
+        return value
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iuf":
+            return value
+        value = np.array(value, dtype=np.float64)  # a copy: PyTorch takes no reversed or read-only array
+    try:
+        return torch.as_tensor(value, dtype=torch.float64, device=device)
+    except (TypeError, ValueError):  # not of numbers, or ragged: the check of the argument names its type
+        return value
+
+
+def _has_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_has_tensor, value)))
+
+
+def check_finite(op: str, name: str, value: object) -> float:
+    """Check a finite number (Python's, NumPy's or a tensor's or array's only element) and return it as a float."""
     if not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+        value = _number(op, name, value)
     # A number that changes between calls is symbolic to torch.compile, which cannot trace this test of its value.
     if not torch.compiler.is_compiling() and not math.isfinite(value):
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return float(value)
+
+
+def _number(op: str, name: str, value: object) -> int | float:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{op}: {name} must not require gradients, it is a constant")
+    scalar = value.item() if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 else value
+    if not isinstance(scalar, numbers.Real):
+        kind = describe(value) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be a number, got {kind}")
+    return float(scalar)
 
 
 def check_maps(op: str, deep: Tensor, shallow: Tensor, names: tuple[str, str] = ("deep", "shallow")) -> None:
@@ -115,6 +170,7 @@ def check_maps(op: str, deep: Tensor, shallow: Tensor, names: tuple[str, str] = 
     for name, value in zip(names, (deep, shallow), strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor [B, C, H, W], got {type(value).__name__}")
+        check_dense(op, name, value)
         if value.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be {_FLOATS}, got {describe(value)}")
         if value.dim() != 4:
@@ -133,6 +189,7 @@ def check_channel_vector(op: str, name: str, value: Tensor | None, deep: Tensor)
     channels = deep.shape[1]
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be None or a tensor [C={channels}], got {type(value).__name__}")
+    check_dense(op, name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: {name} must be {_FLOATS}, got {describe(value)}")
     if value.dim() != 1 or value.shape[0] != channels:

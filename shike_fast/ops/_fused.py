@@ -12,9 +12,11 @@ from torch import Tensor
 
 from shike_fast._native_loader import native, native_error
 from shike_fast.ops import _backend
+from shike_fast.ops._library import has_tangent
 
 MAX_EXPERTS = 8
 MAX_CLASSES = 2**24  # the kernels keep class numbers in float32
+_NO_TANGENT = "it has no forward-mode derivative"
 
 
 def _cuda_build_missing(native_missing: str | None) -> str | None:
@@ -46,11 +48,35 @@ def triton_missing() -> str | None:
     return None if _INTERPRETED or torch.cuda.is_available() else "PyTorch finds no GPU"
 
 
-def cuda_missing() -> str | None:
-    """Why the CUDA backend cannot run in this process, or None."""
+def cuda_missing(device: torch.device | None = None) -> str | None:
+    """Why the CUDA backend cannot run on a device, by default the current one, or None."""
     if _CUDA_BUILD_MISSING is not None:
         return _CUDA_BUILD_MISSING
-    return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    index = None if device is None else device.index
+    return _failed_self_test(torch.cuda.current_device() if index is None else index)
+
+
+_self_tests: dict[int, str | None] = {}  # device -> why it failed
+
+
+@torch.compiler.assume_constant_result
+def _failed_self_test(index: int) -> str | None:
+    """Why a kernel of the library does not run on this GPU with this driver, or None.
+
+    The library has code for some GPUs and a CUDA runtime of its own, so PyTorch may run where it does not. Tried once a
+    device, since it waits for it; that and its allocation would spoil a CUDA graph that is being captured.
+    """
+    if index not in _self_tests:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        try:
+            native().cuda_self_test(index)
+            _self_tests[index] = None
+        except RuntimeError as error:
+            _self_tests[index] = f"the compiled library does not run on cuda:{index}: {error}"
+    return _self_tests[index]
 
 
 def kernels(stem: str, backend: str, native_kernels: ModuleType) -> ModuleType:
@@ -89,20 +115,30 @@ def register_fused(op: str, function: Callable[..., Any], refuses: Callable[...,
 
 
 def register_fused_loss(
-    op: str, function: Callable[..., Any], refuses_more: Callable[..., str | None] = _nothing
+    op: str,
+    function: Callable[..., Any],
+    refuses_more: Callable[..., str | None] = _nothing,
+    *,
+    any_number_of_experts: bool = False,
 ) -> None:
     """``register_fused`` for a loss whose first argument are the logits.
 
-    ``refuses_more(*args)`` says what no fused kernel of this op takes, beside what follows from the logits.
+    ``refuses_more(*args)`` says what no fused kernel of this op takes, beside what follows from the logits. An op that
+    takes ``any_number_of_experts`` gives the kernels eight at a time.
     """
-    register_fused(op, function, lambda backend, *args: _refuses_logits(backend, args[0]) or refuses_more(*args))
+
+    def refuses(backend: str, *args: Any) -> str | None:
+        reason = _refuses_logits(backend, args[0], any_number_of_experts)
+        return reason or refuses_transforms(*args) or refuses_more(*args)
+
+    register_fused(op, function, refuses)
 
 
-def _refuses_logits(backend: str, logits: Tensor | Sequence[Tensor]) -> str | None:
+def _refuses_logits(backend: str, logits: Tensor | Sequence[Tensor], any_number_of_experts: bool) -> str | None:
     first, count = (logits, logits.shape[0]) if isinstance(logits, Tensor) else (logits[0], len(logits))
     if (reason := refuses_tensor(backend, first, "the logits are")) is not None:
         return reason
-    if count > MAX_EXPERTS:
+    if count > MAX_EXPERTS and not any_number_of_experts:
         return f"it takes at most {MAX_EXPERTS} experts, got {count}"
     if first.shape[-1] > MAX_CLASSES:
         return f"it takes at most {MAX_CLASSES} classes, got {first.shape[-1]}"
@@ -110,7 +146,7 @@ def _refuses_logits(backend: str, logits: Tensor | Sequence[Tensor]) -> str | No
 
 
 def refuses_tensor(backend: str, tensor: Tensor, what: str) -> str | None:
-    """Why the backend cannot run on a tensor of this device, dtype and kind, or None."""
+    """Why the backend cannot run on a tensor of this device and dtype, or None."""
     device = tensor.device.type
     if backend == "cpu":
         if device != "cpu":
@@ -119,13 +155,26 @@ def refuses_tensor(backend: str, tensor: Tensor, what: str) -> str | None:
             return _NATIVE_MISSING
     elif device != "cuda" and not (backend == "triton" and _INTERPRETED):
         return f"{what} on {tensor.device}, not on a GPU"
-    elif (missing := triton_missing() if backend == "triton" else cuda_missing()) is not None:
+    elif (missing := triton_missing() if backend == "triton" else cuda_missing(tensor.device)) is not None:
         return missing
     elif tensor.dtype == torch.float64:
         return "it has no float64 kernels"
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor):
-        return "it has no rule for torch.func.vmap"
     return None
+
+
+def refuses_transforms(*args: Any) -> str | None:
+    """Why no fused kernel can run under what transforms these arguments, tensors and sequences of them, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack()}
+        if torch._C._functorch.TransformType.Vmap in transforms:
+            return "it has no rule for torch.func.vmap"
+        if torch._C._functorch.TransformType.Jvp in transforms:
+            return _NO_TANGENT
+        if torch._C._functorch.TransformType.Functionalize in transforms:
+            return "it has no rule for torch.func.functionalize"
+    return _NO_TANGENT if has_tangent(*args) else None
 
 
 _backend.register_missing("cpu", cpu_missing)

@@ -18,7 +18,14 @@ from torch import Tensor
 from shike_fast.ops import _fused, _native_dkf
 from shike_fast.ops._checks import accumulation_dtype
 from shike_fast.ops._dkf_arguments import BatchNormArguments, DkfArguments
-from shike_fast.ops._library import define_opaque, differentiable_once, is_plain
+from shike_fast.ops._library import (
+    define_opaque,
+    differentiable_once,
+    forbid_tangents,
+    is_plain,
+    materialised,
+    no_derivative,
+)
 
 _NAME = "dkf_fused"
 
@@ -131,7 +138,7 @@ class _Fusion(torch.autograd.Function):
             return (None,) * (3 + len(tensors))
         args = options.arguments(tensors)
         present = [tensor for tensor in tensors if tensor is not None]
-        run = _backward if is_plain(incoming, *present) else _backward_op
+        run = _backward if is_plain(incoming, *present, sums, normalisers) else _backward_op
         maps, vectors = run(incoming, *args[:-1], sums, normalisers, ctx.training, options.relu, options.backend)
         of_vectors = [*vectors.unbind(0)] if options.norms > 0 else []
         gradients = [
@@ -153,8 +160,7 @@ class _TransformedFusion(_Fusion):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         options, _, normalisers, *tensors = args
-        plain = is_plain(*(tensor for tensor in tensors if tensor is not None))
-        return _run(options, plain, normalisers, tensors)
+        return _run(options, is_plain(normalisers, *tensors), normalisers, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -202,6 +208,7 @@ def _with_autograd(
     backend: str,
 ) -> tuple[Tensor, ...]:
     tensors = [*deep, *shallow, *shortcut, *weight, *bias]
+    forbid_tangents(_NAME, normalisers, *tensors)
     options = _Options(len(deep), len(weight), len(shortcut) > 0, relu, eps, backend, [], [0.0] * len(weight))
     if not _needs_gradient(tensors):
         return _run(options, False, normalisers, tensors)
@@ -220,7 +227,7 @@ _backward_op = define_opaque(
     "str backend) -> (Tensor[], Tensor)",
     _backward,
     _fake_backward,
-    torch.library.fallthrough_kernel,
+    no_derivative(_NAME, lambda *args: getattr(torch.ops.shike_fast, f"{_NAME}_backward").default(*args)),
 )
 
 
@@ -244,16 +251,16 @@ def fuse(
     training = len(norms) > 0 and norms[0].training
     tensors = [*deep, *shallow, *shortcut, *vectors_of(norms, dtype)]
     kept = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None] if training else []
-    plain = is_plain(*(tensor for tensor in tensors if tensor is not None), *kept)
-    # The kernels update running statistics that look as they need them and that no two normalisations share.
-    in_kernel = plain and len(kept) == 2 * len(norms) and all(_fits(t, dtype) for t in kept)
-    in_kernel = in_kernel and len({t.data_ptr() for t in kept}) == len(kept)
     if training:
         normalisers = None
     elif norms:
         normalisers = running_normalisers(norms, dtype)
     else:
         normalisers = deep[0].new_empty((0, 3, deep[0].shape[1]), dtype=dtype)
+    plain = is_plain(normalisers, *tensors, *kept)
+    # The kernels update running statistics that look as they need them and that no two normalisations share.
+    in_kernel = plain and len(kept) == 2 * len(norms) and all(_fits(t, dtype) for t in kept)
+    in_kernel = in_kernel and len({t.data_ptr() for t in kept}) == len(kept)
     options = _Options(
         len(deep),
         len(norms),
@@ -291,7 +298,7 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
 def vectors_of(norms: Sequence[BatchNormArguments], dtype: torch.dtype) -> list[Tensor | None]:
     """Weights, then biases, as the kernels take them; differentiable."""
     return [
-        None if vector is None else vector.to(dtype).contiguous()
+        None if vector is None else materialised(vector.to(dtype)).contiguous()
         for vector in (*(norm.weight for norm in norms), *(norm.bias for norm in norms))
     ]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("shike_fast", "FRAGMENT")
 
@@ -30,7 +31,7 @@ def define_opaque(
     """Register ``function``, into which PyTorch cannot see, as ``shike_fast::<name>`` and return the op.
 
     ``fake`` is the same on tensors without data: shapes, dtypes and strides; ``autograd`` what the op does where
-    gradients may be wanted, or ``torch.library.fallthrough_kernel``.
+    gradients may be wanted, such as ``no_derivative``.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -112,7 +113,7 @@ def define_fused_loss(
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, ...]:
             count = args[0]
-            return run_forward(is_plain(*args[1 : count + 1]), args[1 : count + 1], *args[count + 1 :])
+            return run_forward(is_plain(*args[1 : count + 1 + tensors]), args[1 : count + 1], *args[count + 1 :])
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -140,7 +141,7 @@ def define_fused_loss(
         else:
             saved = ctx.saved_tensors
             logits = saved[:count]
-            run = backward if is_plain(incoming, *logits) else backward_op
+            run = backward if is_plain(incoming, *saved) else backward_op
             gradient = run(incoming, logits, *saved[count:], *ctx.options)
             if in_graph:
                 gradient = differentiable_once(name, gradient, incoming, *logits)
@@ -150,13 +151,14 @@ def define_fused_loss(
         return torch.is_grad_enabled() and any(expert.requires_grad for expert in logits)
 
     def with_autograd(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
+        forbid_tangents(name, *logits, *others[:tensors])
         out: tuple[Tensor, ...] = (
             Loss.apply(None, others, *logits) if needs_gradient(logits) else run_forward(False, logits, *others)
         )
         return out
 
     def call(logits: Sequence[Tensor], *others: Any) -> tuple[Tensor, ...]:
-        if is_plain(*logits):
+        if is_plain(*logits, *others[:tensors]):
             if not needs_gradient(logits):
                 return forward(logits, *others)
             beside: list[Tensor] = []
@@ -178,7 +180,7 @@ def define_fused_loss(
         " -> Tensor",
         backward,
         _fake_gradient,
-        torch.library.fallthrough_kernel,
+        no_derivative(name, lambda *args: backward_op(*args)),
     )
     return call
 
@@ -205,15 +207,72 @@ def differentiable_once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
     return result
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether no tracer, functorch transform, dispatch mode or tensor subclass has to see an operation on them."""
+def no_derivative(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """What an op without a derivative of its own does at the Autograd key: refuse tangents, then run."""
+
+    def below_autograd(*args: Any) -> Any:
+        forbid_tangents(name, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return below_autograd
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel on these tensors.
+
+    No tracer, functorch transform, mode or tensor subclass has to see the operation, and each tensor's memory holds its
+    values.
+    """
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
-        and all(type(tensor) in PLAIN_TENSORS for tensor in tensors)
+        and all(tensor is None or holds_its_values(tensor) for tensor in tensors)
+        and not has_tangent(*tensors)
     )
+
+
+def holds_its_values(tensor: Tensor) -> bool:
+    """False for subclasses, wrappers, sparse layouts, lazily negated views and ZeroTensors."""
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
+    )
+
+
+def materialised(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a lazily negated view or a ZeroTensor, whose memory does not hold the values.
+
+    The dispatcher does so with the arguments of an operator, but not within a ``Tensor?[]``, and a ZeroTensor becomes
+    an expanded one, whatever layout the operator expects.
+    """
+    if torch.compiler.is_compiling() or not (tensor.is_neg() or tensor._is_zerotensor()):
+        return tensor
+    return tensor.clone()
+
+
+def has_tangent(*tensors: Any) -> bool:
+    """Whether forward-mode differentiation is at work and one of the tensors, lists of tensors included, takes part."""
+    if forward_ad._current_level < 0:
+        return False
+    for tensor in tensors:
+        if isinstance(tensor, list | tuple):
+            if has_tangent(*tensor):
+                return True
+        elif isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+    return False
+
+
+def forbid_tangents(name: str, *tensors: Any) -> None:
+    """Raise where a tangent would get lost."""
+    if has_tangent(*tensors):
+        raise RuntimeError(f"{name}: it has no forward-mode derivative; backend='reference' has one")
 
 
 def gradient_like(logits: Sequence[Tensor]) -> Tensor:

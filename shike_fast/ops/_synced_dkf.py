@@ -12,7 +12,7 @@ from shike_fast.ops import _reference_dkf
 from shike_fast.ops._checks import accumulation_dtype
 from shike_fast.ops._dkf_arguments import BatchNormArguments, DkfArguments
 from shike_fast.ops._fused_dkf import kernels_of, update_running, vectors_of
-from shike_fast.ops._library import differentiable_once
+from shike_fast.ops._library import differentiable_once, is_plain, materialised
 from shike_fast.ops._synced_statistics import synced_statistics
 
 
@@ -33,9 +33,10 @@ def fuse_synced(
     of [n, 2, C] backward.
     """
     dtype = functools.reduce(torch.promote_types, (map_.dtype for map_ in (*deep, *shallow, *shortcut)))
-    deep, shallow, shortcut = ([map_.to(dtype) for map_ in maps] for maps in (deep, shallow, shortcut))
-    kernels = _reference_dkf if backend == "reference" else kernels_of(backend)
+    deep, shallow, shortcut = ([materialised(map_.to(dtype)) for map_ in maps] for maps in (deep, shallow, shortcut))
     vectors = vectors_of(norms, accumulation_dtype(deep[0].dtype))
+    fused = backend != "reference" and is_plain(*deep, *shallow, *shortcut, *vectors)
+    kernels = kernels_of(backend) if fused else _reference_dkf
     count = (len(deep), len(norms))
     f: Tensor = _Synced.apply(op, kernels, group, count, norms, relu, *deep, *shallow, *shortcut, *vectors)
     return f
@@ -80,7 +81,7 @@ class _Synced(torch.autograd.Function):
         op, kernels, group, count, relu, total = ctx.call
         *tensors, sums, normalisers = ctx.saved_tensors
         args = _arguments(count, relu, tensors)
-        incoming = incoming.to(args.deep[0].dtype).contiguous()
+        incoming = materialised(incoming.to(args.deep[0].dtype)).contiguous()
         empty = args.deep[0].shape[0] == 0
         vectors = (
             args.new(args.norms, 2, sums.shape[3]).zero_()

@@ -1,6 +1,7 @@
 """Balanced softmax: the stage-2 objective over K experts."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,7 +9,9 @@ from torch import Tensor
 from shike_fast.ops import _backend, _fused
 from shike_fast.ops._checks import (
     FLOAT_DTYPES,
-    accumulation_dtype,
+    INTEGER_DTYPES,
+    as_tensor,
+    check_dense,
     check_device,
     check_logits,
     check_target,
@@ -16,15 +19,21 @@ from shike_fast.ops._checks import (
     stacked,
     values_are_readable,
 )
-from shike_fast.ops._library import define_composite
+from shike_fast.ops._library import define_composite, has_tangent
 from shike_fast.ops.cross_entropy import composite_cross_entropy, fused_cross_entropy
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _NAME = "balanced_softmax_loss"
-_INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def balanced_softmax_loss(
-    logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor, *, backend: str | None = None
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    class_counts: "Tensor | Sequence[float] | np.ndarray",
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Compute the balanced softmax loss of K experts, summed over the experts and averaged over the batch.
 
@@ -43,7 +52,8 @@ def balanced_softmax_loss(
             undefined as for ``torch.nn.functional.cross_entropy``.
         class_counts: integer or floating point [C], the number of training images of each class, ≥ 0 and not all 0
             (values are checked on the CPU in eager mode). Treated as a constant. The logarithm is taken in float32, as
-            in the published code, unless the counts are float64.
+            in the published code, unless logits or counts are float64. A list, tuple or array, which counts as float64,
+            is copied to the device of the logits in every call.
         backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
@@ -61,21 +71,23 @@ def balanced_softmax_loss(
     """
     first, shape = check_logits(_NAME, logits)
     check_target(_NAME, target, first, shape)
-    _check_counts(class_counts, first, shape[2])
-    loss: Tensor = _backend.run(_NAME, backend, logits, target, class_counts)
+    counts = _checked_counts(as_tensor(class_counts, first.device), first, shape[2])
+    loss: Tensor = _backend.run(_NAME, backend, logits, target, counts)
     return loss
 
 
-def _check_counts(counts: Tensor, first: Tensor, classes: int) -> None:
+def _checked_counts(counts: object, first: Tensor, classes: int) -> Tensor:
     if not isinstance(counts, Tensor):
-        raise TypeError(f"{_NAME}: class_counts must be a tensor [C={classes}], got {type(counts).__name__}")
-    if counts.dtype not in _INTEGER_DTYPES and counts.dtype not in FLOAT_DTYPES:
+        kind = type(counts).__name__
+        raise TypeError(f"{_NAME}: class_counts must be a tensor, list or array of numbers [C={classes}], got {kind}")
+    check_dense(_NAME, "class_counts", counts)
+    if counts.dtype not in INTEGER_DTYPES and counts.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{_NAME}: class_counts must be integer or floating point [C={classes}], got {describe(counts)}"
         )
     if counts.dim() != 1 or counts.shape[0] != classes:
         raise ValueError(f"{_NAME}: class_counts must be [C={classes}], got {describe(counts)}")
-    if counts.requires_grad:
+    if counts.requires_grad or has_tangent(counts):
         raise ValueError(f"{_NAME}: class_counts must not require gradients, they are constants of the loss")
     check_device(_NAME, "class_counts", counts, first, "logits")
     if values_are_readable(counts):
@@ -84,15 +96,17 @@ def _check_counts(counts: Tensor, first: Tensor, classes: int) -> None:
             raise ValueError(
                 f"{_NAME}: class_counts must be finite, >= 0 and not all 0, got values from {smallest} to {largest}"
             )
+    return counts
 
 
-def log_counts(class_counts: Tensor) -> Tensor:
-    """The bias log n [C]: float64 for float64 counts, else float32, as the published code takes it."""
-    return class_counts.to(accumulation_dtype(class_counts.dtype)).log()
+def log_counts(class_counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias log n [C] of logits of a dtype: float64 where they or the counts are, else float32, as published."""
+    wide = torch.float64 in (dtype, class_counts.dtype)
+    return class_counts.to(torch.float64 if wide else torch.float32).log()
 
 
 def _composite(logits: Tensor, target: Tensor, class_counts: Tensor) -> Tensor:
-    return composite_cross_entropy(logits, target, log_counts(class_counts), 0.0)
+    return composite_cross_entropy(logits, target, log_counts(class_counts, logits.dtype), 0.0)
 
 
 _op = define_composite(f"{_NAME}(Tensor logits, Tensor target, Tensor class_counts) -> Tensor", _composite)
@@ -104,8 +118,9 @@ def _reference(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: 
 
 
 def _fused_loss(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor, backend: str) -> Tensor:
-    return fused_cross_entropy(logits, target, log_counts(class_counts), 0.0, backend)
+    experts = _fused.as_list(logits)
+    return fused_cross_entropy(logits, target, log_counts(class_counts, experts[0].dtype), 0.0, backend)
 
 
 _backend.register(_NAME, "reference", _reference)
-_fused.register_fused_loss(_NAME, _fused_loss)
+_fused.register_fused_loss(_NAME, _fused_loss, any_number_of_experts=True)

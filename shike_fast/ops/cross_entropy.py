@@ -1,6 +1,7 @@
 """Cross-entropy summed over experts, with a bias on the logits and label smoothing."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,7 +9,10 @@ from torch import Tensor
 from shike_fast.ops import _backend, _fused, _native_loss
 from shike_fast.ops._checks import (
     FLOAT_DTYPES,
+    INTEGER_DTYPES,
     accumulation_dtype,
+    as_tensor,
+    check_dense,
     check_device,
     check_finite,
     check_logits,
@@ -16,7 +20,10 @@ from shike_fast.ops._checks import (
     describe,
     stacked,
 )
-from shike_fast.ops._library import define_composite, define_fused_loss
+from shike_fast.ops._library import define_composite, define_fused_loss, materialised
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _NAME = "expert_cross_entropy"
 
@@ -25,7 +32,7 @@ def expert_cross_entropy(
     logits: Tensor | Sequence[Tensor],
     target: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: "Tensor | Sequence[float] | np.ndarray | None" = None,
     label_smoothing: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
@@ -38,11 +45,12 @@ def expert_cross_entropy(
 
     Args:
         logits: float16, bfloat16, float32 or float64 [K, B, C], or a list or tuple of K tensors [B, C]; any strides.
-            K ≥ 1, C ≥ 2; B = 0 gives a loss of 0.
+            K ≥ 1, C ≥ 2; B = 0 gives a loss of 0. The fused kernels take eight experts at a time.
         target: int64 [B], classes in 0..C-1. A value out of range raises on the CPU in eager mode; elsewhere it is as
             undefined as for ``torch.nn.functional.cross_entropy``.
-        bias: floating point [C] (the same for every expert) or [K, C], added to the logits in the accumulation dtype.
-            A value of −inf takes the class out of the softmax; then ``label_smoothing`` must be 0 for a finite loss.
+        bias: floating point or integer [C] (the same for every expert) or [K, C], added to the logits in the
+            accumulation dtype. A value of −inf takes the class out of the softmax; then ``label_smoothing`` must be 0
+            for a finite loss. A list, tuple or array is copied to the device of the logits in every call.
         label_smoothing: ε in 0..1.
         backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
@@ -61,25 +69,27 @@ def expert_cross_entropy(
     """
     first, shape = check_logits(_NAME, logits)
     check_target(_NAME, target, first, shape)
-    if bias is not None:
-        _check_bias(bias, first, shape)
+    checked_bias = None if bias is None else _checked_bias(as_tensor(bias, first.device), first, shape)
     smoothing = check_finite(_NAME, "label_smoothing", label_smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
-    loss: Tensor = _backend.run(_NAME, backend, logits, target, bias, smoothing)
+    loss: Tensor = _backend.run(_NAME, backend, logits, target, checked_bias, smoothing)
     return loss
 
 
-def _check_bias(bias: Tensor, first: Tensor, shape: tuple[int, int, int]) -> None:
+def _checked_bias(bias: object, first: Tensor, shape: tuple[int, int, int]) -> Tensor:
     experts, _, classes = shape
     expected = f"[C={classes}] or [K={experts}, C={classes}]"
     if not isinstance(bias, Tensor):
-        raise TypeError(f"{_NAME}: bias must be None or a tensor {expected}, got {type(bias).__name__}")
-    if bias.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{_NAME}: bias must be floating point {expected}, got {describe(bias)}")
+        kind = type(bias).__name__
+        raise TypeError(f"{_NAME}: bias must be None or a tensor, list or array of numbers {expected}, got {kind}")
+    check_dense(_NAME, "bias", bias)
+    if bias.dtype not in FLOAT_DTYPES and bias.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{_NAME}: bias must be floating point or integer {expected}, got {describe(bias)}")
     if tuple(bias.shape) not in ((classes,), (experts, classes)):
         raise ValueError(f"{_NAME}: bias must be {expected}, got {describe(bias)}")
     check_device(_NAME, "bias", bias, first, "logits")
+    return bias
 
 
 def composite_cross_entropy(
@@ -125,11 +135,26 @@ def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> Tensor:
 def fused_cross_entropy(
     logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float, backend: str
 ) -> Tensor:
-    """The fused computation, also behind ``balanced_softmax_loss``; the bias counts as a constant."""
+    """The fused computation, also behind ``balanced_softmax_loss``; the bias counts as a constant.
+
+    The kernels take eight experts at most, so more go in groups: the loss is a sum over the experts.
+    """
     experts = _fused.as_list(logits)
     if bias is not None:
-        bias = bias.to(accumulation_dtype(experts[0].dtype)).contiguous()
-    return _fused_op(experts, target, bias, label_smoothing, backend)[0]
+        bias = materialised(bias.to(accumulation_dtype(experts[0].dtype))).contiguous()
+    most = _fused.MAX_EXPERTS
+    if len(logits) <= most:
+        return _fused_op(experts, target, bias, label_smoothing, backend)[0]
+    if isinstance(logits, Tensor):
+        groups = [[group] for group in logits.split(most)]  # whose derivative joins the gradients in one copy
+    else:
+        groups = [experts[i : i + most] for i in range(0, len(experts), most)]
+    biases = bias.split(most) if bias is not None and bias.dim() == 2 else [bias] * len(groups)
+    losses = [
+        _fused_op(group, target, of_group, label_smoothing, backend)[0]
+        for group, of_group in zip(groups, biases, strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 def _refuses(
@@ -141,4 +166,4 @@ def _refuses(
 
 
 _backend.register(_NAME, "reference", _reference)
-_fused.register_fused_loss(_NAME, fused_cross_entropy, _refuses)
+_fused.register_fused_loss(_NAME, fused_cross_entropy, _refuses, any_number_of_experts=True)

@@ -1,7 +1,7 @@
 """Depth-wise knowledge fusion: the product of a deep and a normalised shallow feature map, pooled."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from shike_fast.ops import _backend, _fused
 from shike_fast.ops._checks import accumulation_dtype, check_channel_vector, check_finite, check_maps, describe
 from shike_fast.ops._dkf_arguments import BatchNormArguments
 from shike_fast.ops._fused_dkf import fuse
-from shike_fast.ops._library import define_composite
+from shike_fast.ops._library import define_composite, has_tangent, materialised
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -212,6 +212,9 @@ def _checked_norm(
             f"{op}: {prefix}running_mean and {prefix}running_var must both be given or both be None, "
             f"got no {prefix}{missing}"
         )
+    for name, statistic in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
+        if statistic is not None and ((statistic.requires_grad and torch.is_grad_enabled()) or has_tangent(statistic)):
+            raise ValueError(f"{op}: {prefix}{name} must not require gradients, it is a constant of the normalisation")
     if norm.running_mean is None and not norm.training:
         raise ValueError(
             f"{op}: {prefix}running_mean and {prefix}running_var must be given when training=False, got None"
@@ -245,10 +248,10 @@ def _batch_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    # batch_norm wants all its tensors in one dtype. ``to`` returns the tensor itself where that dtype is its own; else
-    # the update is copied back.
-    mean = None if running_mean is None else running_mean.to(dtype)
-    var = None if running_var is None else running_var.to(dtype)
+    # batch_norm wants all its tensors in one dtype, and leaves a lazily negated view as it was. Where the tensor itself
+    # will not do, the update is copied back.
+    mean = None if running_mean is None else materialised(running_mean.to(dtype))
+    var = None if running_var is None else materialised(running_var.to(dtype))
     normalised = F.batch_norm(
         x.to(dtype),
         mean,
@@ -261,7 +264,7 @@ def _batch_norm(
     )
     if training:
         for running, updated in ((running_mean, mean), (running_var, var)):
-            if running is not None and updated is not None and running.dtype != dtype:
+            if running is not None and updated is not None and (running.dtype != dtype or running.is_neg()):
                 running.copy_(updated)
     return normalised
 
@@ -293,6 +296,13 @@ _bn_pool_op = define_composite(
 )
 
 
+def _reference_bn_pool(*args: Any) -> Tensor:
+    # an operator that changes some of its arguments in place is closed to torch.func.vmap and torch.func.functionalize
+    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    pooled: Tensor = (_composite_bn_pool if transformed else _bn_pool_op)(*args)
+    return pooled
+
+
 def _reference_experts(
     deep: list[Tensor],
     shallow: list[Tensor],
@@ -307,7 +317,7 @@ def _reference_experts(
     for k, (map_, norm) in enumerate(zip(deep, norms, strict=False)):
         if shortcut:
             map_ = (_batch_norm(map_, *norms[len(deep) + k], dtype) + shortcut[k].to(dtype)).relu()
-        pooled.append(_bn_pool_op(map_, shallow[k], *norm, relu[k]).to(result))
+        pooled.append(_reference_bn_pool(map_, shallow[k], *norm, relu[k]).to(result))
     return torch.stack(pooled)
 
 
@@ -347,6 +357,8 @@ def _refuses(
             return f"it takes maps of one dtype, got {describe(deep[0])} and {describe(map_)}"
     if len(deep) > _fused.MAX_EXPERTS:
         return f"it takes at most {_fused.MAX_EXPERTS} experts, got {len(deep)}"
+    if (reason := _fused.refuses_transforms(deep, shallow, shortcut, *norms)) is not None:
+        return reason
     if any(norm.training != norms[0].training for norm in norms):
         return "some normalisations train and some do not"
     if deep[0].shape[0] == 0:
@@ -359,7 +371,7 @@ def _norms(arguments: Sequence[object]) -> list[BatchNormArguments]:
 
 
 _backend.register(_POOL, "reference", _pool_op)
-_backend.register(_BN_POOL, "reference", _bn_pool_op)
+_backend.register(_BN_POOL, "reference", _reference_bn_pool)
 _backend.register(_EXPERTS, "reference", _reference_experts)
 _fused.register_fused(
     _POOL,

@@ -69,7 +69,7 @@ def dkt_loss(
 
     Args:
         logits: float16, bfloat16, float32 or float64 [K, B, C], or a list or tuple of K tensors [B, C]; any strides.
-            K ≥ 1, C ≥ 2; B = 0 gives a loss of 0.
+            K ≥ 1, C ≥ 2; B = 0 gives a loss of 0. More than eight experts run on the reference, several times slower.
         target: int64 [B], classes in 0..C-1. A value out of range raises on the CPU in eager mode; elsewhere it is as
             undefined as for ``torch.nn.functional.cross_entropy``.
         hardest_weight: α, the weight of the hardest-negative term.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shike_fast.engine.graph import RecordedCalls
+from shike_fast.engine.graph import RecordedCalls, aside
 from shike_fast.errors import RunError
 
 
@@ -25,10 +25,11 @@ class StandIn:
 def graphs(monkeypatch):
     """``graphs(function)``: a RecordedCalls of it that works without a device."""
     StandIn.recordings = StandIn.replays = 0
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, device=torch.device("cuda", 0))
     for name, value in {
         "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "current_stream": lambda device: stream,
+        "device": lambda _: contextlib.nullcontext(),
         "stream": lambda _: contextlib.nullcontext(),
         "graph_pool_handle": lambda: None,
         "CUDAGraph": StandIn,
@@ -55,6 +56,26 @@ def graphs(monkeypatch):
         return RecordedCalls(call, warm_up=2, stream=stream)
 
     return make
+
+
+def test_streams_and_waits_are_those_of_the_stream_s_device(graphs, monkeypatch):
+    """The current device is another one than that of the tensors."""
+    waits, devices = [], []
+
+    def stand_in(name, device):
+        return SimpleNamespace(name=name, device=device, wait_stream=lambda other: waits.append((name, other.name)))
+
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=first: stand_in(f"current of {device}", device))
+    with aside(stand_in("side", second)):
+        pass
+    assert waits == [("side", "current of cuda:1"), ("current of cuda:1", "side")]
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(devices.append(device)))
+    calls = RecordedCalls(lambda: None, warm_up=0, stream=stand_in("side", second))
+    monkeypatch.setattr(StandIn, "replay", lambda self: None)
+    calls()
+    assert devices == [second]
 
 
 def test_every_call_happens_once(graphs):

@@ -25,7 +25,23 @@ BAD = {
         LOGITS, TARGET.int(), TypeError, "target must be int64 [B=4], got int32 [4]",
     ),
     "one-hot target": (
-        LOGITS, torch.eye(C)[:B], TypeError, "target must be int64 [B=4], got float32 [4, 5]",
+        LOGITS, torch.eye(C)[:B], TypeError,
+        "target must be int64 [B=4], got float32 [4, 5]; if it is one-hot, pass target.argmax(1)",
+    ),
+    "one-hot int64 target": (
+        LOGITS, torch.eye(C, dtype=torch.int64)[:B], ValueError,
+        "target must be int64 [B=4], got int64 [4, 5]; if it is one-hot, pass target.argmax(1)",
+    ),
+    "logits [B, K, C]": (
+        LOGITS.transpose(0, 1), TARGET, ValueError,
+        "target must be int64 [B=3], got int64 [4]; logits [4, 3, 5] are read as [K, B, C], "
+        "if they are [B, K, C] pass logits.transpose(0, 1)",
+    ),
+    "a list of too many experts": (
+        list(LOGITS.transpose(0, 1)), TARGET, ValueError, "target must be int64 [B=3], got int64 [4]",
+    ),
+    "sparse logits": (
+        LOGITS.to_sparse(), TARGET, TypeError, "logits must be a dense tensor, got a sparse_coo one",
     ),
     "target too long": (
         LOGITS, torch.zeros(6, dtype=torch.int64), ValueError, "target must be int64 [B=4], got int64 [6]",

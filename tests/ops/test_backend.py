@@ -1,12 +1,13 @@
 """Choice among backends, with implementations registered for the test only."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shike_fast import ops
-from shike_fast.ops import _backend
+from shike_fast.ops import _backend, _fused
 
 LOGITS, TARGET = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64)
 
@@ -109,7 +110,6 @@ LOSSES = {
 @pytest.mark.parametrize(
     ("backend", "logits", "reason"),
     [
-        ("cpu", torch.zeros(9, 3, 4), "it takes at most 8 experts, got 9"),
         ("cpu", torch.zeros(1, 1, 1).expand(1, 3, 2**24 + 1), "it takes at most 16777216 classes, got 16777217"),
         ("cpu", torch.zeros(2, 3, 4, device="meta"), "the logits are on meta, not on the CPU"),
         ("cuda", LOGITS, "the logits are on cpu, not on a GPU"),
@@ -125,8 +125,60 @@ def test_what_the_fused_kernels_refuse(name, backend, logits, reason):
 
 def test_what_the_kernels_refuse_goes_to_the_reference():
     logits = torch.randn(9, 3, 4)
-    for name, loss in LOSSES.items():
-        assert torch.equal(loss(logits, TARGET), loss(logits, TARGET, backend="reference")), name
+    assert torch.equal(ops.dkt_loss(logits, TARGET), ops.dkt_loss(logits, TARGET, backend="reference"))
+    with pytest.raises(RuntimeError) as caught:
+        ops.dkt_loss(logits, TARGET, backend="cpu")
+    assert str(caught.value) == "dkt_loss: backend 'cpu' cannot run: it takes at most 8 experts, got 9"
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A library with CUDA that does not run on the second of two GPUs; counts its tests of a GPU."""
+    tests = []
+
+    def self_test(index):
+        tests.append(index)
+        if index == 1:
+            raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(_fused, "_CUDA_BUILD_MISSING", None)
+    monkeypatch.setattr(_fused, "_self_tests", {})
+    monkeypatch.setattr(_fused, "native", lambda: SimpleNamespace(cuda_self_test=self_test))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return tests
+
+
+REFUSED = "the compiled library does not run on cuda:1: no kernel image is available for execution on the device"
+
+
+def test_a_gpu_on_which_the_library_does_not_run_is_refused_with_the_reason(gpus, monkeypatch):
+    for _ in range(2):  # tried once
+        assert _fused.cuda_missing(torch.device("cuda", 0)) is None
+        assert _fused.cuda_missing(torch.device("cuda", 1)) == REFUSED
+        assert _fused.cuda_missing() == REFUSED
+    assert gpus == [0, 1]
+    logits = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    assert _fused.refuses_tensor("cuda", logits, "the logits are") == REFUSED
+
+
+def test_a_gpu_is_not_tried_within_a_recording(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _fused.cuda_missing(torch.device("cuda", 1)) is None and gpus == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert _fused.cuda_missing(torch.device("cuda", 1)) == REFUSED
+
+
+def test_a_compiled_function_knows_the_reason_as_a_constant(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler asks as well
+
+    def function(x):
+        return x + 1 if _fused._failed_self_test(1) is None else x - 1
+
+    torch._dynamo.reset()
+    assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(())).item() == -1
+    assert gpus == [1]
 
 
 def test_a_differentiable_bias_goes_to_the_reference():

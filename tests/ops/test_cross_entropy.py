@@ -1,12 +1,15 @@
 """expert_cross_entropy against torch.nn.functional.cross_entropy, expert by expert, and its closed-form gradient."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from shike_fast.ops import expert_cross_entropy
+from shike_fast.ops import balanced_softmax_loss, dkt_loss, expert_cross_entropy
 
 OP = "expert_cross_entropy"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,9 +24,9 @@ def expected(logits, target, bias, label_smoothing):
     return loss, (z.softmax(2) - soft) / batch
 
 
-@settings(max_examples=60)
+@settings(max_examples=90)
 @given(
-    shape=st.tuples(st.integers(1, 8), st.integers(1, 9), st.integers(2, 50)),
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 9), st.integers(2, 50)),
     dtype=st.sampled_from(DTYPES),
     bias_kind=st.sampled_from(["none", "shared", "per expert"]),
     label_smoothing=st.sampled_from([0.0, 0.1, 1]),
@@ -49,6 +52,62 @@ def test_against_pytorch(shape, dtype, bias_kind, label_smoothing, scale, sequen
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
     error = (leaf.grad.double() - expected_gradient).abs().max()
     assert error <= tolerance * expected_gradient.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("bias_shape", [None, (5,), (19, 5)])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_more_than_eight_experts_run_on_the_kernels(kernels, sequence, bias_shape):
+    backend, device = kernels
+    logits = torch.randn(19, 6, 5, device=device)
+    target = torch.randint(5, (6,), device=device)
+    bias = None if bias_shape is None else torch.randn(bias_shape, device=device)
+    results = []
+    for name in (backend, "reference"):
+        leaf = logits.clone().requires_grad_()
+        given = [expert.clone() for expert in leaf] if sequence else leaf
+        loss = expert_cross_entropy(given, target, bias=bias, label_smoothing=0.1, backend=name)
+        balanced = balanced_softmax_loss(given, target, [5, 4, 3, 2, 0], backend=name)
+        results.append((loss.detach(), *torch.autograd.grad(loss + 2 * balanced.nan_to_num(posinf=0.0), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_more_than_eight_experts_choose_the_kernels():
+    logits, target = torch.randn(9, 3, 4), torch.tensor([0, 1, 3])
+    for loss in (expert_cross_entropy, lambda *a, **o: balanced_softmax_loss(*a, torch.ones(4), **o)):
+        assert torch.equal(loss(logits, target), loss(logits, target, backend="cpu"))
+
+
+def test_bias_of_other_types():
+    logits, target = torch.randn(2, 3, 4), torch.tensor([0, 1, 3])
+    for bias in (
+        [5, 0, -1, 2],
+        (5.0, 0.0, -1.0, 2.0),
+        np.array([5, 0, -1, 2], np.float32),
+        torch.tensor([5, 0, -1, 2]),
+    ):
+        expected = expert_cross_entropy(logits, target, bias=torch.tensor([5.0, 0, -1, 2]))
+        assert torch.equal(expert_cross_entropy(logits, target, bias=bias), expected)
+    both = [[5, 0, -1, 2], [1, 1, 0, 0]]
+    expected = expert_cross_entropy(logits, target, bias=torch.tensor(both, dtype=torch.float32))
+    assert torch.equal(expert_cross_entropy(logits, target, bias=both), expected)
+
+
+def test_numbers_of_other_types():
+    logits, target = torch.randn(2, 3, 4), torch.tensor([0, 1, 3])
+    for number in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.array(0.5), Fraction(1, 2)):
+        expected = expert_cross_entropy(logits, target, label_smoothing=0.5)
+        assert torch.equal(expert_cross_entropy(logits, target, label_smoothing=number), expected)
+        weights = {"hardest_weight": number, "mutual_weight": number, "student_target_logit": number}
+        expected = dkt_loss(logits, target, hardest_weight=0.5, mutual_weight=0.5, student_target_logit=0.5)
+        assert torch.equal(dkt_loss(logits, target, **weights), expected)
+    assert torch.equal(
+        dkt_loss(logits, target, hardest_weight=np.int64(3)), dkt_loss(logits, target, hardest_weight=3.0)
+    )
+    for bad, kind in ((torch.ones(2), r"float32 \[2\]"), (np.ones(1), "ndarray"), (1j, "complex"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"^dkt_loss: hardest_weight must be a number, got {kind}$"):
+            dkt_loss(logits, target, hardest_weight=bad)
+    with pytest.raises(ValueError, match=r"^dkt_loss: hardest_weight must not require gradients, it is a constant$"):
+        dkt_loss(logits, target, hardest_weight=torch.ones((), requires_grad=True))
 
 
 def test_bias_is_differentiable():
@@ -111,11 +170,16 @@ def test_extreme_logits_and_empty_batch(dtype, device, backend):
         ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got NoneType"),
         ({"bias": torch.zeros(4)}, ValueError, "bias must be [C=5] or [K=3, C=5], got float32 [4]"),
         ({"bias": torch.zeros(5, 3)}, ValueError, "bias must be [C=5] or [K=3, C=5], got float32 [5, 3]"),
-        ({"bias": [0.0] * 5}, TypeError, "bias must be None or a tensor [C=5] or [K=3, C=5], got list"),
+        ({"bias": [0.0] * 4}, ValueError, "bias must be [C=5] or [K=3, C=5], got float64 [4]"),
         (
-            {"bias": torch.zeros(5, dtype=torch.int64)},
+            {"bias": [None] * 5},
             TypeError,
-            "bias must be floating point [C=5] or [K=3, C=5], got int64 [5]",
+            "bias must be None or a tensor, list or array of numbers [C=5] or [K=3, C=5], got list",
+        ),
+        (
+            {"bias": torch.zeros(5, dtype=torch.bool)},
+            TypeError,
+            "bias must be floating point or integer [C=5] or [K=3, C=5], got bool [5]",
         ),
         (
             {"bias": torch.zeros(5, device="meta")},
