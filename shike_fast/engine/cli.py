@@ -57,6 +57,8 @@ def _is_first() -> bool:
 
 def let_first_speak() -> None:
     """Wait in a process that is about to end silently, because ``torchrun`` then stops the one that says why."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends this one once the first has spoken
     time.sleep(_HEAD_START)
 
 
