@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from shike_fast.ops import BatchNormArguments, dkf_bn_pool, dkf_experts
+from shike_fast.sync_batch_norm import SyncBatchNorm
 
 EXPERTS, BATCH, CHANNELS = 2, 6, 5
 SHAPE = (BATCH, CHANNELS, 4, 3)
@@ -351,3 +352,25 @@ def test_large_means_that_differ_between_the_processes(edges):
     exact = dkf_bn_pool(deep, shallow, None, None, None, None, training=True)
     for per_backend in zip(*(process["far apart"] for process in edges), strict=True):
         assert_close(torch.cat(per_backend), exact, 2e-4, "f")
+
+
+def negated_views_here():
+    """What each process computes from maps and gradients as they are, and from lazily negated views of them."""
+    torch.manual_seed(dist.get_rank())
+    maps, incoming = torch.randn(2, *SHAPE), torch.randn(BATCH, CHANNELS)
+    norm = SyncBatchNorm(CHANNELS)
+    results = []
+    for view in (lambda x: x, lambda x: torch._neg_view(-x)):
+        deep, shallow = (map_.clone().requires_grad_() for map_ in maps)
+        f = dkf_bn_pool(
+            view(deep), view(shallow), None, None, None, None, training=True, process_group=dist.group.WORLD
+        )
+        gradients = torch.autograd.grad(f, (deep, shallow), view(incoming))
+        y = norm(view(shallow))
+        results.append([f.detach(), *gradients, y.detach(), *torch.autograd.grad(y, shallow, view(maps[0]))])
+    return results
+
+
+def test_negated_views_count_with_their_values(two_processes):
+    for plain, negated in two_processes(negated_views_here):
+        torch.testing.assert_close(negated, plain)
