@@ -14,7 +14,7 @@ from shike_fast._native_loader import native, native_error
 from shike_fast.ops import _backend
 
 MAX_EXPERTS = 8
-MAX_CLASSES = 2**24  # the kernels keep class numbers in float32
+MAX_CLASSES = 2**24 - 1  # the kernels keep class numbers, and 2²⁴ for none, in float32
 
 
 def _cuda_build_missing(native_missing: str | None) -> str | None:
