@@ -356,7 +356,7 @@ def test_no_value_spoils_the_features(disturbed):
         f, *_ = case.forward()
         product = deep.double() * functional.batch_norm(shallow.double(), None, None, training=True)
         error = (f[0].double() - product.mean((2, 3))).abs()
-        assert bool((error <= 3e-6 * product.abs().mean((2, 3))).all()), (error / product.abs().mean((2, 3))).max()
+        assert bool((error <= 1e-5 * product.abs().mean((2, 3))).all()), (error / product.abs().mean((2, 3))).max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
