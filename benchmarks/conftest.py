@@ -30,6 +30,7 @@ from shike_fast.ops import _backend
 
 ROTATION_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # inputs in rotation: more than the last-level caches
 MAX_SETS = 64
+MOST_CYCLES = 2**32  # that a device is kept busy while a call is issued: some seconds
 COMPILED = "compiled reference"
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks import what is beside them
@@ -158,17 +159,29 @@ def launches(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def device_milliseconds(function: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Median over many calls of the time between events around one, and of the time that issuing it took the CPU."""
+    """Median over many calls of the time between events around one, and of the time that issuing it took the CPU.
+
+    The device is kept busy until a call is issued, so that it finds all of it and no gap between launches is timed. A
+    call that took longer to issue than that is made again, after twice the time.
+    """
     device_times, cpu_times = [], []
-    for _ in range(100):
+    cycles = 1_000_000
+    while len(device_times) < 100:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(200_000)  # keeps the device busy while the call is issued, so that gaps are not timed
+        torch.cuda._sleep(cycles)
         start.record()
         begin = time.perf_counter()
         function()
-        cpu_times.append(1e3 * (time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
         end.record()
+        issued_in_time = not start.query()  # the device still sleeps
         torch.cuda.synchronize(device)
+        if not issued_in_time:
+            cycles *= 2
+            if cycles > MOST_CYCLES:
+                raise RuntimeError("a call waits for the device, or takes seconds to issue: it cannot be timed alone")
+            continue
+        cpu_times.append(1e3 * seconds)
         device_times.append(start.elapsed_time(end))
     return statistics.median(device_times), statistics.median(cpu_times)
 

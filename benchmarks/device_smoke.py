@@ -1,6 +1,6 @@
 """Run every CUDA kernel on small inputs of every kind: what the memory checkers watch.
 
-    python benchmarks/device_smoke.py [BACKEND [DEVICE]]        by default cuda cuda
+    python benchmarks/device_smoke.py [BACKEND [DEVICE [DTYPE]]]        by default cuda cuda, and every dtype
 
 The shapes make every path run. Losses: few and many classes, rows that begin at any alignment, several experts in one
 tensor or in several, strided classes, rows shared by several blocks. Fusion: few and many channels and positions,
@@ -83,11 +83,17 @@ def run_fusion(backend: str, device: str, dtype: torch.dtype) -> None:
                 finite_or_exit((f, *gradients), f"{backend}, {dtype}, [B, C, H, W] = {list(shape)}")
 
 
-def main(backend: str = "cuda", device: str = "cuda") -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(backend: str = "cuda", device: str = "cuda", name: str | None = None) -> None:
+    if name is not None and name not in DTYPES:
+        sys.stderr.write(f"error: DTYPE must be one of {', '.join(DTYPES)}, got {name}\n")
+        sys.exit(2)
+    for dtype in DTYPES.values() if name is None else [DTYPES[name]]:
         run_losses(backend, device, dtype)
         run_fusion(backend, device, dtype)
-    print("every kernel ran")
+    print("every kernel ran" if name is None else f"every kernel ran in {name}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 #
 # FOLDER (default: device-results) receives all results. The parts, all by default, one after the other:
 #
-#     tests       the device tests without Triton's, and the memory checkers
+#     tests       the device tests without Triton's
+#     sanitizer   the memory checkers, on this library's kernels alone
 #     triton      Triton's device tests, which mostly compile
 #     benchmarks  the benchmarks of the operators; Triton compiles there too
 #     training    the benchmarks of whole training steps, of the experts' last stages and of image loading; torch.compile
@@ -21,7 +22,7 @@ results=$(mkdir -p "${1:-device-results}" && cd "${1:-device-results}" && pwd) |
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-python3}
 shift
-parts=${*:-tests triton benchmarks training}
+parts=${*:-tests sanitizer triton benchmarks training}
 budget=470  # seconds of a part
 failed=0
 : >"$results/summary.txt"
@@ -38,11 +39,13 @@ step() {
     [[ $status -eq 0 ]] || failed=1
 }
 
+# Only kernels whose names contain "shike" are watched: the others would take most of the time, and are not ours.
 sanitize() {
-    local tool=$1
-    shift
-    step "compute-sanitizer $tool" 60 sanitizer.txt \
-        compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" "$python" benchmarks/device_smoke.py
+    local tool=$1 dtype=$2
+    shift 2
+    step "compute-sanitizer $tool, $dtype" 150 sanitizer.txt \
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=shike "$@" \
+        "$python" benchmarks/device_smoke.py cuda cuda "$dtype"
 }
 
 build() {
@@ -71,12 +74,14 @@ for part in $parts; do
     build
     case $part in
     tests)
-        device_tests "device tests" 200 -k "not triton"
+        device_tests "device tests" 420 -k "not triton"
+        ;;
+    sanitizer)
         if command -v compute-sanitizer >/dev/null; then
-            sanitize memcheck --leak-check no
-            sanitize racecheck
-            sanitize synccheck
-            sanitize initcheck
+            sanitize memcheck float32 --leak-check no
+            sanitize racecheck bfloat16
+            sanitize synccheck bfloat16
+            sanitize initcheck float16
         else
             printf '%-40s not run: compute-sanitizer is not on PATH\n' "memory checkers" | tee -a "$results/summary.txt"
             failed=1

@@ -9,11 +9,32 @@
 
 namespace shike {
 
+// Whether a kernel failed while it ran. Every later call reports that, whatever it does itself.
+inline bool is_of_an_earlier_kernel(cudaError_t status) {
+    switch (status) {
+        case cudaErrorAssert:
+        case cudaErrorECCUncorrectable:
+        case cudaErrorHardwareStackError:
+        case cudaErrorIllegalAddress:
+        case cudaErrorIllegalInstruction:
+        case cudaErrorInvalidAddressSpace:
+        case cudaErrorInvalidPc:
+        case cudaErrorLaunchFailure:
+        case cudaErrorLaunchTimeout:
+        case cudaErrorMisalignedAddress:
+            return true;
+        default:
+            return false;
+    }
+}
+
 // Throws if a CUDA call failed, and clears the runtime's copy so that the next call does not report this error again.
 inline void check(cudaError_t status, const std::string& what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();
-    throw std::runtime_error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+    const std::string reason = std::string(cudaGetErrorString(status)) + " (" + cudaGetErrorName(status) + ")";
+    if (!is_of_an_earlier_kernel(status)) throw std::runtime_error(what + ": " + reason);
+    throw std::runtime_error("an earlier kernel on this device failed: " + reason + "; noticed at: " + what);
 }
 
 // Makes `device` current, and the former one again at the end: the caller's PyTorch shares the thread's current device.

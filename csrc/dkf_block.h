@@ -84,13 +84,19 @@ SHIKE_HD void publish(float* memory, int threads, int value, int thread, const f
     for (int i = 0; i < V; ++i) memory[(value * V + i) * slot_stride(threads) + thread] = numbers[i];
 }
 
-// The sum over the threads of one sample, in their order; `channel` counts from the block's first.
+// What the thread of one member and row published of a channel, which counts from the block's first.
+template <int V>
+SHIKE_HD float published(const float* memory, const FusionPlan& plan, int value, int channel, int member, int row) {
+    return memory[(value * V + channel % V) * slot_stride(plan.threads()) + plan.thread_of(channel / V, member, row)];
+}
+
+// The sum over the threads of one sample, in their order.
 template <int V>
 SHIKE_HD float gathered(const float* memory, const FusionPlan& plan, int value, int channel, int row) {
-    const int lane = channel / V, step = plan.by_channel ? plan.lanes : 1;
-    const float* from = memory + (value * V + channel % V) * slot_stride(plan.threads()) + plan.thread_of(lane, 0, row);
-    float sum = from[0];
-    for (int member = 1; member < plan.group; ++member) sum += from[member * step];
+    float sum = published<V>(memory, plan, value, channel, 0, row);
+    for (int member = 1; member < plan.group; ++member) {
+        sum += published<V>(memory, plan, value, channel, member, row);
+    }
     return sum;
 }
 

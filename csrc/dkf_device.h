@@ -11,13 +11,13 @@ namespace {
 template <DType kType, int V>
 __global__ void __launch_bounds__(kFusionBlock, 4)
     dkf_statistics_kernel(const __grid_constant__ StatisticsArguments call) {
-    __shared__ __align__(16) float memory[block_memory(V, 3, 0)];
+    __shared__ __align__(16) float memory[block_memory(V, kStatisticsValues, 0)];
     BlockTeam<StatisticsState<kType, V>> team{memory, {}};
     statistics_block<kType, V>(team, call, blockIdx.x, int(blockIdx.y));
 }
 
 __global__ void __launch_bounds__(kWarp* kMergeRows) dkf_merge_kernel(const __grid_constant__ MergeArguments call) {
-    __shared__ float memory[2 * kWarp * kMergeRows];
+    __shared__ float memory[kMergeValues * kWarp * kMergeRows];
     BlockTeam<MergeState> team{memory, {}};
     merge_block(team, call, blockIdx.x, int(blockIdx.y));
 }

@@ -53,7 +53,7 @@ public:
     void statistics(const StatisticsArguments& call) const {
         with_elements(call.maps.shape.dtype, call.plan.vector, [&](auto type, auto vector) {
             launch<StatisticsState<type(), vector()>>(
-                call.plan, call.maps.count, block_memory(vector, 3, 0),
+                call.plan, call.maps.count, block_memory(vector, kStatisticsValues, 0),
                 [&](auto& team, unsigned block, int map) {
                     statistics_block<type(), vector()>(team, call, block, map);
                 });
@@ -61,7 +61,8 @@ public:
     }
 
     void merge(const MergeArguments& call, int count) const {
-        launch<MergeState>(quotient_up(call.shape.channels, kWarp), count, kWarp * kMergeRows, 2 * kWarp * kMergeRows,
+        launch<MergeState>(quotient_up(call.shape.channels, kWarp), count, kWarp * kMergeRows,
+                           kMergeValues * kWarp * kMergeRows,
                            [&](auto& team, unsigned block, int map) { merge_block(team, call, block, map); });
     }
 

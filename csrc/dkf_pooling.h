@@ -14,11 +14,9 @@ struct PoolingArguments {
     void* f;  // [K, B, C]
     FusionPlan plan;
     // Where bit k of `products` is set, expert k's sums are those of the statistics' reading (StatisticsArguments),
-    // about the shifts in the partials of its splits of the batch.
+    // about its references.
     unsigned products;
-    const float* partials;  // [n, splits, 3, C]
-    std::int64_t samples;   // of a split
-    int splits;
+    const float* references;  // [K, B, C]
 };
 
 // gamma x_hat + beta of the channels of a thread, as scale (x - high) + offset.
@@ -146,10 +144,9 @@ SHIKE_HD void finish_products(const PoolingArguments& call, const BlockRange& ra
         const ChannelNorm norm = channel_norm(call.call, call.state.normalisers, k, false, c);
         const float* sums = static_cast<const float*>(call.state.sums);
         for (std::int64_t b = range.sample + thread / plan.width(); b < range.end; b += row_step > 0 ? row_step : 1) {
-            const std::int64_t split = k * std::int64_t(call.splits) + b / call.samples;
-            const float shift = call.partials[split * 3 * shape.channels + c];
+            const float reference = call.references[entry(shape, k, b, c)];
             const float product = sums[entry(shape, 2 * k, b, c)], deep = sums[entry(shape, 2 * k + 1, b, c)];
-            const float about_high[4] = {product - (norm.high - shift) * deep, deep};
+            const float about_high[4] = {product - (norm.high - reference) * deep, deep};
             finish_sample<kType, false>(call, k, b, c, about_high);
         }
     }
@@ -179,7 +176,9 @@ SHIKE_HD void pooling_block(Team& team, const PoolingArguments& call, unsigned b
         }
     });
     team.each([&](State& own, int thread) {
-        const float* numbers = team.memory + plan.digits(thread).lane * V;
+        const int lane = plan.digits(thread).lane;
+        if (range.channel + lane * V >= shape.channels) return;
+        const float* numbers = team.memory + lane * V;
         own.shallow.load(numbers, width);
         if constexpr (kFolded) own.deep.load(numbers + 3 * width, width);
     });

@@ -64,6 +64,12 @@ inline std::size_t partials_size(const StatisticsArguments& call) {
     return std::size_t(call.maps.count) * std::size_t(call.plan.splits) * 3 * std::size_t(call.maps.shape.channels);
 }
 
+// Of experts whose sums come with the statistics, if there are any: a [K, B, C].
+inline std::size_t references_size(const StatisticsArguments& call) {
+    if (call.products == 0) return 0;
+    return std::size_t(call.maps.count) * std::size_t(call.maps.shape.batch) * std::size_t(call.maps.shape.channels);
+}
+
 inline StatisticsArguments statistics_arguments(const MapList& maps, float* workspace, int processors) {
     StatisticsArguments result{};
     result.maps = maps;
@@ -95,6 +101,7 @@ inline StatisticsArguments statistics_arguments(const Fusion& call, float* sums,
         if (call.folded || !expert.relu) layout.add(expert.deep);
     }
     result.plan = plan_fusion(call.shape, layout, result.maps.count, processors, kStatisticsSplits);
+    if (workspace != nullptr) result.references = workspace + partials_size(result);
     return result;
 }
 
@@ -117,7 +124,8 @@ inline bool needs_statistics(const Fusion& call, bool training) { return trainin
 
 inline std::size_t forward_workspace(const Fusion& call, bool training, int processors) {
     if (!needs_statistics(call, training)) return 0;
-    return partials_size(statistics_arguments(call, nullptr, nullptr, processors));
+    const StatisticsArguments parts = statistics_arguments(call, nullptr, nullptr, processors);
+    return partials_size(parts) + references_size(parts);
 }
 
 inline std::size_t statistics_workspace(const MapList& maps, int processors) {
@@ -141,9 +149,7 @@ void run_forward(Run& run, const Fusion& call, const FusionState& state, bool tr
         }
         run.merge(merge, parts.maps.count);
         pooling.products = parts.products;
-        pooling.partials = workspace;
-        pooling.samples = parts.plan.samples;
-        pooling.splits = parts.plan.splits;
+        pooling.references = parts.references;
     }
     FusionLayout layout(call.shape);
     for (int k = 0; k < call.count; ++k) {

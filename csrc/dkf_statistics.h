@@ -1,5 +1,5 @@
-// The mean and the variance of each channel: blocks sum over their share of the batch, shifted by its first value, and
-// the shares are merged as Chan's formula does, all in a fixed order.
+// The mean and the variance of each channel: threads sum over their shares of the batch, about a centre that follows the
+// mean, and the shares are merged as Chan's formula does, all in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -13,43 +13,110 @@ struct StatisticsArguments {
     MapList maps;
     FeatureMap partner[kMaxExperts];  // deep: of map k where bit k of `products` is set
     unsigned products;
-    float* sums;      // [K, 2, B, C]: sum deep (x - shift) and sum deep, of those maps
-    float* partials;  // [count, splits, 3, C]: the shift, sum x - shift, sum (x - mean of the split)^2
+    float* sums;        // [K, 2, B, C]: sum deep (x - reference) and sum deep, of those maps
+    float* references;  // [K, B, C]: near the mean, of those maps
+    float* partials;    // [count, splits, 3, C]: the mean's leading part, its rest, sum (x - mean)^2
     FusionPlan plan;
 };
 
-template <DType kType, int V>
-struct StatisticsState {
-    float shift[V], sum[V], square[V];
-    float product[V], deep[V];  // of the present sample
+// A sum whose roundings are kept beside it.
+struct CompensatedSum {
+    float leading = 0, rest = 0;
+
+    SHIKE_HD void add(float number) {
+        const float total = leading + number, added = total - leading;
+        rest += (leading - (total - added)) + (number - added);
+        leading = total;
+    }
+    SHIKE_HD float value() const { return leading + rest; }
 };
 
-// Adds a thread's share of a sample.
+// Of each channel of each thread in shared memory: three to hand over, and a CompensatedSum.
+constexpr int kStatisticsValues = 5;
+constexpr int kRun = 16;  // values of a thread that are added up in plain float32
+
+// What a thread knows of its channels. The squares about the centre, in CompensatedSums, lie in shared memory: they are
+// needed once a run.
+template <DType kType, int V>
+struct StatisticsState {
+    int count;                  // of the values seen
+    float centre[V], sum[V];    // sum x - centre
+    float square[V];            // sum (x - centre)^2, of the present run
+    float product[V], deep[V];  // of the present sample: sum deep (x - centre), sum deep
+
+    // Moves the centre to the mean, and ends the run. `squares`: of the thread; the numbers lie `stride` apart.
+    template <bool kProducts>
+    SHIKE_HD void recentre(float* squares, int stride) {
+        const float inverse = 1 / float(count);
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            const float moved_to = centre[i] + sum[i] * inverse, moved = moved_to - centre[i];
+            const float left = sum[i] - float(count) * moved;  // by the centre's rounding
+            float &leading = squares[i * stride], &rest = squares[(V + i) * stride];
+            CompensatedSum total{leading, rest};
+            total.add(square[i] - moved * (sum[i] + left));
+            leading = total.leading;
+            rest = total.rest;
+            if (kProducts) product[i] -= moved * deep[i];
+            centre[i] = moved_to;
+            sum[i] = left;
+            square[i] = 0;
+        }
+    }
+};
+
+// The mean of the first values of a thread; one of them where they are but two, which is as good.
+template <DType kType, int V, int kUnroll>
+SHIKE_HD void first_centre(const Packet<kType, V> (&x)[kUnroll], int count, float (&mean)[V]) {
+    if constexpr (kUnroll <= 2) return x[0].get(mean);
+    const float inverse = 1 / float(count);
+    float first[V], value[V];
+    x[0].get(first);
+    SHIKE_UNROLL
+    for (float& sum : mean) sum = 0;
+    SHIKE_UNROLL
+    for (int u = 1; u < kUnroll; ++u) {
+        if (u >= count) continue;
+        x[u].get(value);
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) mean[i] += value[i] - first[i];
+    }
+    SHIKE_UNROLL
+    for (int i = 0; i < V; ++i) mean[i] = first[i] + mean[i] * inverse;
+}
+
+// Adds a thread's share of a sample. The centre, at first the mean of the first few values, moves when the number of
+// values has doubled, and after every run: the squares about it then add up to little more than those about the mean,
+// whatever the values.
 template <bool kProducts, DType kType, int V>
-SHIKE_HD void add_sample(StatisticsState<kType, V>& own, const MapView<kType, V>& view, const char* first,
-                         const MapView<kType, V>& partner, std::int64_t b, int member, int group, int positions) {
-    constexpr int kUnroll = unroll_of(V);
+SHIKE_HD void add_sample(StatisticsState<kType, V>& own, const MapView<kType, V>& view,
+                         const MapView<kType, V>& partner, std::int64_t b, int member, int group, int positions,
+                         float* squares, int stride) {
+    constexpr int kUnroll = kProducts && V > 1 ? unroll_of(V) / 2 : unroll_of(V);
+    static_assert(kUnroll <= kRun, "a run has to end at a multiple of kRun");
     const char* sample = view.sample(b);
     const char* deep_sample = partner.sample(b);
     for (int p = member; p < positions; p += kUnroll * group) {
         Packet<kType, V> x[kUnroll], deep[kUnroll];
+        const int before = own.count;
         SHIKE_UNROLL
         for (int u = 0; u < kUnroll; ++u) {
             const int position = p + u * group;
-            const bool present = position < positions;
-            x[u].load(present ? sample + view.offset(position) : first);  // the first value adds nothing
-            if (!kProducts) continue;
-            deep[u].clear();
-            if (present) deep[u].load(deep_sample + partner.offset(position));
+            if (position >= positions) continue;
+            ++own.count;
+            x[u].load(sample + view.offset(position));
+            if (kProducts) deep[u].load(deep_sample + partner.offset(position));
         }
+        if (before == 0) first_centre(x, own.count, own.centre);
         SHIKE_UNROLL
         for (int u = 0; u < kUnroll; ++u) {
+            if (p + u * group >= positions) continue;
             float value[V], factor[V];
             x[u].get(value);
             if (kProducts) deep[u].get(factor);
             SHIKE_UNROLL
             for (int i = 0; i < V; ++i) {
-                const float distance = value[i] - own.shift[i];
+                const float distance = value[i] - own.centre[i];
                 own.sum[i] += distance;
                 own.square[i] += distance * distance;
                 if (!kProducts) continue;
@@ -57,7 +124,16 @@ SHIKE_HD void add_sample(StatisticsState<kType, V>& own, const MapView<kType, V>
                 own.deep[i] += factor[i];
             }
         }
+        const int changed = before ^ own.count;  // more than before: a power of two is reached
+        if (changed > before || changed >= kRun) {
+            own.template recentre<kProducts>(squares, opaque(stride));  // else addresses would stay in registers
+        }
     }
+}
+
+// How many of `total` things fall to one of `sharers`, a power of two, that take turns.
+SHIKE_HD int share_of(std::int64_t total, int sharers, int index) {
+    return int((total - index + sharers - 1) >> FusionPlan::digit_bits(sharers));
 }
 
 // One block; `index`: the map.
@@ -69,20 +145,23 @@ SHIKE_HD void statistics_block(Team& team, const StatisticsArguments& call, unsi
     const BlockRange range(plan, shape, block);
     const int threads = plan.threads(), width = plan.width(), positions = int(positions_of(shape));
     const bool products = (call.products >> index & 1u) != 0;
+    const int stride = slot_stride(threads);
+    const auto squares_of = [&](int thread) { return team.memory + 3 * V * stride + thread; };
 
     team.each([&](State& own, int thread) {
-        const std::int64_t c = range.channel + plan.digits(thread).lane * V;
-        SHIKE_UNROLL
-        for (int i = 0; i < V; ++i) own.shift[i] = own.sum[i] = own.square[i] = 0;
-        if (c >= shape.channels) return;
-        Packet<kType, V> first;
-        first.load(MapView<kType, V>(call.maps.map[index], shape, c).sample(range.sample));
-        first.get(own.shift);
-        if (products) return;
         const FusionThread place = plan.digits(thread);
+        const std::int64_t c = range.channel + place.lane * V;
+        float* squares = squares_of(thread);
+        own.count = 0;
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            own.centre[i] = own.sum[i] = own.square[i] = own.product[i] = own.deep[i] = 0;
+            squares[i * stride] = squares[(V + i) * stride] = 0;
+        }
+        if (c >= shape.channels || products) return;
         const MapView<kType, V> view(call.maps.map[index], shape, c);
         for (std::int64_t b = range.sample + place.row; b < range.end; b += plan.rows) {
-            add_sample<false>(own, view, view.sample(range.sample), view, b, place.member, plan.group, positions);
+            add_sample<false>(own, view, view, b, place.member, plan.group, positions, squares, stride);
         }
     });
 
@@ -93,47 +172,81 @@ SHIKE_HD void statistics_block(Team& team, const StatisticsArguments& call, unsi
             SHIKE_UNROLL
             for (int i = 0; i < V; ++i) own.product[i] = own.deep[i] = 0;
             if (c < shape.channels && b + place.row < range.end) {
-                const MapView<kType, V> view(call.maps.map[index], shape, c);
-                add_sample<true>(own, view, view.sample(range.sample),
+                add_sample<true>(own, MapView<kType, V>(call.maps.map[index], shape, c),
                                  MapView<kType, V>(call.partner[index], shape, c), b + place.row, place.member,
-                                 plan.group, positions);
+                                 plan.group, positions, squares_of(thread), stride);
             }
             publish(team.memory, threads, 0, thread, own.product);
             publish(team.memory, threads, 1, thread, own.deep);
+            publish(team.memory, threads, 2, thread, own.centre);
         });
         team.each([&](State&, int thread) {
             for (int output = thread; output < width * plan.rows; output += threads) {
                 const int row = output >> FusionPlan::digit_bits(width), channel = output & (width - 1);
                 const std::int64_t c = range.channel + channel;
                 if (c >= shape.channels || b + row >= range.end) continue;
-                SHIKE_UNROLL
-                for (int value = 0; value < 2; ++value) {
-                    call.sums[entry(shape, 2 * index + value, b + row, c)] =
-                        gathered<V>(team.memory, plan, value, channel, row);
+                const auto at = [&](int value, int member) {
+                    return published<V>(team.memory, plan, value, channel, member, row);
+                };
+                const float reference = at(2, 0);
+                float product = 0, deep = 0;
+                for (int member = 0; member < plan.group; ++member) {
+                    product += at(0, member) + (at(2, member) - reference) * at(1, member);
+                    deep += at(1, member);
                 }
+                call.sums[entry(shape, 2 * index, b + row, c)] = product;
+                call.sums[entry(shape, 2 * index + 1, b + row, c)] = deep;
+                call.references[entry(shape, index, b + row, c)] = reference;
             }
         });
     }
 
     team.each([&](State& own, int thread) {
-        publish(team.memory, threads, 0, thread, own.shift);
+        float* squares = squares_of(thread);
+        if (own.count > 0) own.template recentre<false>(squares, stride);
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) own.square[i] = squares[i * stride] + squares[(V + i) * stride];
+        publish(team.memory, threads, 0, thread, own.centre);
         publish(team.memory, threads, 1, thread, own.sum);
         publish(team.memory, threads, 2, thread, own.square);
     });
     team.each([&](State&, int thread) {
-        const std::int64_t channels = shape.channels;
+        const std::int64_t channels = shape.channels, samples = range.end - range.sample;
         float* partial = call.partials + (std::int64_t(index) * plan.splits + range.split) * 3 * channels;
         for (int channel = thread; channel < width && range.channel + channel < channels; channel += threads) {
+            const float values = float(samples * positions);
+            const auto each_share = [&](auto add) {  // add(values, centre, sum, square)
+                for (int row = 0; row < plan.rows; ++row) {
+                    for (int member = 0; member < plan.group; ++member) {
+                        const int count =
+                            share_of(samples, plan.rows, row) * share_of(positions, plan.group, member);
+                        if (count == 0) continue;
+                        const auto at = [&](int value) {
+                            return published<V>(team.memory, plan, value, channel, member, row);
+                        };
+                        add(float(count), at(0), at(1), at(2));
+                    }
+                }
+            };
+            // The mean, relative to the first thread's, then relative to the result, which leaves roundings.
+            CompensatedSum mean{published<V>(team.memory, plan, 0, channel, 0, 0), 0}, moved, left, squares;
+            each_share([&](float count, float centre, float sum, float) {
+                moved.add(count * (centre - mean.leading));
+                moved.add(sum);
+            });
+            mean.add(moved.value() / values);
+            each_share([&](float count, float centre, float sum, float square) {
+                const float distance = centre - mean.leading - mean.rest;
+                left.add(count * distance);
+                left.add(sum);
+                squares.add(square);
+                squares.add(distance * (2 * sum + count * distance));
+            });
             const std::int64_t c = range.channel + channel;
-            float sum = 0, square = 0;
-            for (int row = 0; row < plan.rows; ++row) {
-                sum += gathered<V>(team.memory, plan, 1, channel, row);
-                square += gathered<V>(team.memory, plan, 2, channel, row);
-            }
-            const float rest = square - sum * (sum / float((range.end - range.sample) * positions));
-            partial[c] = team.memory[channel % V * slot_stride(threads) + plan.thread_of(channel / V, 0, 0)];
-            partial[channels + c] = sum;
-            partial[2 * channels + c] = rest < 0 ? 0 : rest;
+            const float square = squares.value();
+            partial[c] = mean.leading;
+            partial[channels + c] = mean.rest + left.value() / values;
+            partial[2 * channels + c] = square < 0 ? 0 : square;
         }
     });
 }
@@ -156,69 +269,77 @@ struct MergeArguments {
     MergedNorm norm[2 * kMaxExperts];
 };
 
-constexpr int kMergeRows = 8;  // threads of a channel
+constexpr int kMergeRows = 8;    // threads of a channel
+constexpr int kMergeValues = 3;  // of each thread in shared memory
 
 struct MergeState {
-    float total;  // of the distances from the first split's shift
+    CompensatedSum mean;
 };
 
-// Merges a channel with Chan's formula for many parts: their means, then their squares about the common mean. The means
-// are distances from the first shift, which is itself a leading part of the mean.
+// Merges a channel with Chan's formula for many parts: their means, relative to the first, then their squares about the
+// common mean, and what its roundings left.
 template <class Team>
 SHIKE_HD void merge_block(Team& team, const MergeArguments& call, unsigned block, int index) {
+    constexpr int kThreads = kWarp * kMergeRows;
     const std::int64_t channels = call.shape.channels;
     const float* partials = call.partials + std::int64_t(index) * call.splits * 3 * channels;
     const std::int64_t values_of_channel = call.shape.batch * positions_of(call.shape);
     const float values = float(values_of_channel);
     const auto channel_of = [&](int thread) { return std::int64_t(block) * kWarp + thread % kWarp; };
-    const auto count_of = [&](int split) {
-        const std::int64_t left = call.shape.batch - split * call.samples;
-        return float((left < call.samples ? left : call.samples) * positions_of(call.shape));
+    const auto each_split = [&](int thread, std::int64_t c, auto add) {  // add(values, the three numbers)
+        for (int split = thread / kWarp; split < call.splits; split += kMergeRows) {
+            const std::int64_t left = call.shape.batch - split * call.samples;
+            const float* partial = partials + split * 3 * channels + c;
+            add(float((left < call.samples ? left : call.samples) * positions_of(call.shape)), partial[0],
+                partial[channels], partial[2 * channels]);
+        }
     };
-    const auto sum_of = [&](const float* memory, int thread) {
-        float sum = 0;
+    const auto sum_of = [&](int value, int thread) {
+        CompensatedSum sum;
         SHIKE_UNROLL
-        for (int row = 0; row < kMergeRows; ++row) sum += memory[row * kWarp + thread % kWarp];
-        return sum;
+        for (int row = 0; row < kMergeRows; ++row) {
+            sum.add(team.memory[value * kThreads + row * kWarp + thread % kWarp]);
+        }
+        return sum.value();
     };
 
     team.each([&](MergeState&, int thread) {
         const std::int64_t c = channel_of(thread);
-        float total = 0;
+        CompensatedSum moved;
         if (c < channels) {
-            const float origin = partials[c];
-            for (int split = thread / kWarp; split < call.splits; split += kMergeRows) {
-                const float* partial = partials + split * 3 * channels + c;
-                total += partial[channels] + count_of(split) * (partial[0] - origin);
-            }
+            each_split(thread, c, [&](float count, float leading, float rest, float) {
+                moved.add(count * (leading - partials[c]));
+                moved.add(count * rest);
+            });
         }
-        team.memory[thread] = total;
+        team.memory[thread] = moved.value();
     });
     team.each([&](MergeState& own, int thread) {
         const std::int64_t c = channel_of(thread);
-        own.total = sum_of(team.memory, thread);
-        float squares = 0;
+        CompensatedSum left, squares;
         if (c < channels) {
-            const float origin = partials[c], mean = own.total / values;
-            for (int split = thread / kWarp; split < call.splits; split += kMergeRows) {
-                const float* partial = partials + split * 3 * channels + c;
-                const float count = count_of(split);
-                const float distance = (partial[0] - origin) + partial[channels] / count - mean;
-                squares += partial[2 * channels] + count * (distance * distance);
-            }
+            own.mean = {partials[c], 0};
+            own.mean.add(sum_of(0, thread) / values);
+            each_split(thread, c, [&](float count, float leading, float rest, float square) {
+                const float distance = leading - own.mean.leading - own.mean.rest + rest;
+                left.add(count * distance);
+                squares.add(square);
+                squares.add(count * (distance * distance));
+            });
         }
-        team.memory[kWarp * kMergeRows + thread] = squares;
+        team.memory[kThreads + thread] = left.value();
+        team.memory[2 * kThreads + thread] = squares.value();
     });
     team.each([&](MergeState& own, int thread) {
         const std::int64_t c = channel_of(thread);
         if (thread >= kWarp || c >= channels) return;
-        const float squares = sum_of(team.memory + kWarp * kMergeRows, thread);
-        const float origin = partials[c], distance = own.total / values;
-        const float mean = origin + distance, moved = mean - origin;  // and what the sum rounds off:
-        const float rest = (origin - (mean - moved)) + (distance - moved);
+        const float squares = sum_of(2, thread);
+        CompensatedSum exact{own.mean.leading, 0};
+        exact.add(own.mean.rest + sum_of(1, thread) / values);
+        const float mean = exact.leading;
         float* moments = call.moments + index * 3 * channels + c;
         moments[0] = mean;
-        moments[channels] = rest;
+        moments[channels] = exact.rest;
         if (call.statistics == nullptr) {
             moments[2 * channels] = squares;
             return;

@@ -117,6 +117,7 @@ __device__ __forceinline__ bool merge_row(State& state, const BlockPlan& plan, c
                     ticket = atomicAdd(tickets + place.row, 1u);
                 }
                 if (__shfl_sync(0xffffffffu, ticket, 0) != unsigned(plan.splits - 1)) return false;
+                __syncwarp();  // a shuffle does not order memory: what lane 0 knows of is now known to all
                 __threadfence();
                 from = of_row + (lane < participants ? lane : 0) * kWords;
             }

@@ -1,8 +1,9 @@
 """Triton kernels for the statistics of a BatchNorm over maps.
 
-Programs each reduce a few samples of a block of channels, relative to the first value they meet; then one program a
-block of channels merges their results, always in the same order. Where an expert has no ReLU, the first pass also
-reads its deep map, and the merging program, which knows the mean, finishes the sums and f: one reading of the maps.
+Programs each reduce a few samples of a block of channels, relative to the mean of the first positions they meet; then
+one program a block of channels merges their results, always in the same order. Where an expert has no ReLU, the first
+pass also reads its deep map, relative to the mean of each sample's first positions, and the merging program, which
+knows the mean, finishes the sums and f: one reading of the maps.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,17 @@ from shike_fast.kernels._dkf_maps import (
 from shike_fast.kernels._rows import multiple
 
 
+@triton.jit
+def _first_mean(maps, strides, i, b, p, rows, c, channels, width, ALIGN: tl.constexpr):
+    """The mean [C] of a sample's first tile. It is exact where all values are the same."""
+    at = sample(maps, strides, i, b, ALIGN) + channel_offsets(strides, c, ALIGN)
+    first = tl.load(at, mask=c < tl.where(rows > 0, channels, 0), other=0.0).to(tl.float32)
+    inside = (p < rows)[:, None] & (c < channels)[None, :]
+    x = load_tile(maps, strides, i, b, p, c, width, inside, ALIGN)
+    count = tl.maximum(tl.minimum(rows, p.shape[0]), 1)
+    return first + tl.sum(tl.where(inside, x - first[None, :], 0.0), 0) / count
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _partial_kernel(
     maps,  # of one launch: pointers to [B, C, H, W]
@@ -45,8 +57,9 @@ def _partial_kernel(
     channels: tl.int32,
     positions: tl.int32,  # H · W
     width: tl.int32,
-    partials,  # float32 [n, 3, chunks, C]: a value s of the map; of the chunk's values − s, mean and squared distances
-    sums,  # float32 [K, 2, B, C]: S1 = Σ deep · (x − s), S2 = Σ deep
+    partials,  # float32 [n, 3, chunks, C]: s near the mean; of the chunk's values − s, mean and squared distances
+    sums,  # float32 [K, 2, B, C]: S1 = Σ deep · (x − r), S2 = Σ deep
+    references,  # float32 [K, B, C]: r, near the mean
     ALIGN: tl.constexpr,
     ALIGN_C: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -66,8 +79,7 @@ def _partial_kernel(
     i = tl.program_id(1)
     slot = slot_of(slots, i)
     first = chunk.to(tl.int64) * SAMPLES
-    x_at = sample(maps, map_strides, i, first, ALIGN) + channel_offsets(map_strides, c, ALIGN)
-    shift = tl.load(x_at, mask=in_c, other=0.0).to(tl.float32)
+    shift = _first_mean(maps, map_strides, i, first, p, positions, c, channels, width, ALIGN)
 
     # Welford's recurrence in every lane of the tile: it cancels nothing, and its cost hides behind the loads.
     count = tl.zeros([BLOCK_P], tl.float32)
@@ -80,28 +92,31 @@ def _partial_kernel(
             in_sums = c < tl.where((b < batch) & (((flags >> i) & 1) != 0), channels, 0)
             s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
             s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            reference = _first_mean(maps, map_strides, i, b, p, rows, c, channels, width, ALIGN)
         for block in range(0, BLOCKS):
             q = block * BLOCK_P + p
             in_p = q < rows
             inside = in_p[:, None] & in_c[None, :]
-            x = load_tile(maps, map_strides, i, b, q, c, width, inside, ALIGN) - shift[None, :]
+            x = load_tile(maps, map_strides, i, b, q, c, width, inside, ALIGN)
             if deep is not None:
                 d = load_tile(deep, deep_strides, i, b, q, c, width, in_p[:, None] & in_sums[None, :], ALIGN)
-                s1 += d * x
+                s1 += d * (x - reference[None, :])
                 s2 += d
             count += tl.where(in_p, 1.0, 0.0)
-            distance = tl.where(inside, x - mean, 0.0)
+            distance = tl.where(inside, (x - shift[None, :]) - mean, 0.0)
             step = distance * (1.0 / tl.maximum(count, 1.0))[:, None]
             mean += step
             squares += distance * (distance - step)
         if deep is not None:
+            tl.store(references + (slot * batch + b) * channels + c, reference, mask=in_sums)
             at = sums + (slot * 2 * batch + b) * channels + c
             tl.store(at, tl.sum(s1, 0), mask=in_sums)
             tl.store(at + batch.to(tl.int64) * channels, tl.sum(s2, 0), mask=in_sums)
 
     total = tl.minimum(SAMPLES, batch - first).to(tl.float32) * positions
     weight = count / total
-    mean_of_all = tl.sum(mean * weight[:, None], 0)
+    # The condition keeps the product and the first addition apart: fused, they would leave the lanes a bit apart.
+    mean_of_all = tl.sum(tl.where(count[:, None] > 0, mean * weight[:, None], 0.0), 0)
     apart = mean - mean_of_all[None, :]
     squares += count[:, None] * apart * apart
     at = partials + (slot * 3 * chunks + chunk) * channels + c
@@ -130,7 +145,7 @@ def _chunk_mean(partials, chunk, c, inside, chunks, channels, mean, rest, batch,
 
 @triton.jit
 def _finish(
-    partials,  # of the map i
+    references,
     batch,
     channels,
     positions,
@@ -143,7 +158,6 @@ def _finish(
     i,
     c,
     in_c,
-    SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -154,12 +168,12 @@ def _finish(
         for block in range(0, BLOCKS):
             b = block * ROWS + tl.arange(0, ROWS)
             inside = (b < batch)[:, None] & in_c[None, :]
-            shift = tl.load(partials + (b // SAMPLES)[:, None] * channels + c[None, :], mask=inside, other=0.0)
             plane = i.to(tl.int64) * batch
+            reference = tl.load(references + (plane + b)[:, None] * channels + c[None, :], mask=inside, other=0.0)
             at = sums + (2 * plane + b)[:, None] * channels + c[None, :]
             m2 = tl.load(at + batch * channels, mask=inside, other=0.0)  # S2
             m1 = tl.load(at, mask=inside, other=0.0)  # S1
-            m1 = norm[2] * (m1 - ((norm[0] - shift) + norm[1]) * m2)
+            m1 = norm[2] * (m1 - ((norm[0] - reference) + norm[1]) * m2)
             tl.store(at, m1, mask=inside)
             at = f + (plane + b)[:, None] * channels + c[None, :]
             tl.store(at, ((gamma * m1 + beta * m2) / positions).to(f.dtype.element_ty), mask=inside)
@@ -182,6 +196,7 @@ def _merge_kernel(
     weight,  # float32 [K] x [C], or None
     bias,
     sums,  # float32 [K, 2, B, C]: S1, S2; then M1, M2
+    references,  # float32 [K, B, C]: of S1
     f,  # [K, B, C]
     SAMPLES: tl.constexpr,
     ALIGN_C: tl.constexpr,
@@ -240,15 +255,19 @@ def _merge_kernel(
             tl.store(at, new * variance + (1.0 - new) * tl.load(at, mask=in_c), mask=in_c)
         if BATCH_BLOCKS > 0:
             norm = (mean[None, :], rest[None, :], rstd[None, :])
-            of_all = (partials, batch, channels, positions, norm, flags, weight, bias, sums, f)
-            _finish(*of_all, i, c, in_c, SAMPLES, ROWS, BATCH_BLOCKS)
+            of_all = (references, batch, channels, positions, norm, flags, weight, bias, sums, f)
+            _finish(*of_all, i, c, in_c, ROWS, BATCH_BLOCKS)
 
 
 class Partials(NamedTuple):
-    """What the first pass found in n maps: ``values`` [n, 3, chunks, C], a chunk being ``samples`` samples."""
+    """What the first pass found in n maps: ``values`` [n, 3, chunks, C], a chunk being ``samples`` samples.
+
+    ``references`` [n, B, C]: what S1 is relative to, where it is wanted of any map.
+    """
 
     values: Tensor
     samples: int
+    references: Tensor | None
 
 
 class Training(NamedTuple):
@@ -283,6 +302,7 @@ def reduce_maps(
         samples *= 2
     chunks = triton.cdiv(batch, samples)
     partials = maps[0].new_empty((len(maps), 3, chunks, channels), dtype=torch.float32)
+    references = partials.new_empty((len(maps), batch, channels)) if any(one_pass) else None
     for group in groups(range(len(maps)), maps, deep if any(one_pass) else ()):
         reads_deep = len(group.strides) > 1
         _partial_kernel[(blocks * chunks, len(group.slots))](
@@ -295,11 +315,12 @@ def reduce_maps(
             *extent,
             partials,
             sums if reads_deep else None,
+            references,
             **group.constants(extent, tile),
             BLOCKS=triton.cdiv(positions, tile.positions),
             SAMPLES=samples,
         )
-    return Partials(partials, samples)
+    return Partials(partials, samples, references)
 
 
 def merge(
@@ -310,14 +331,14 @@ def merge(
     finish = training is not None and any(training.one_pass)
     tile = row_tile(batch if finish else chunks)
     given: tuple[Any, ...] = (None,) * 5
-    finished: tuple[Any, ...] = (0, None, None, None, None)
+    finished: tuple[Any, ...] = (0, *(None,) * 5)
     if training is not None:
         running = tuple(training.running)
         kept = (tuple(map(float, training.momentum)), running[::2], running[1::2]) if running else (None,) * 3
         given = (tuple(map(float, training.eps)), *kept, training.statistics)
         if finish:
             vectors = (vectors_or_none(training.weight, 1.0), vectors_or_none(training.bias, 0.0))
-            finished = (bits(training.one_pass), *vectors, training.sums, training.f)
+            finished = (bits(training.one_pass), *vectors, training.sums, partials.references, training.f)
     _merge_kernel[(triton.cdiv(channels, tile.channels), norms)](
         partials.values,
         chunks,

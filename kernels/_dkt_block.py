@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from shike_fast.kernels._rows import class_offset, exp, multiple, reduced
+from shike_fast.kernels._rows import class_offset, exp, expert_offset, multiple, reduced
 
 # Classes that take no part in a row (the target; the padding of a block) carry a finite logit far below the floor of
 # every pivot: their exponential is exactly 0, and no ∞ − ∞ or 0 · ∞ arises. Real logits lie above both.
@@ -55,7 +55,7 @@ def logits_at(rows, offset, valid, other):  # K pointers to z_k[0] -> K logits o
 def expert_rows(logits, offsets, offset, ALIGN: tl.constexpr):  # K pointers to z_k[0] of one sample
     rows = ()
     for k in tl.static_range(len(offsets)):
-        rows += (logits + multiple(offsets[k] + offset, ALIGN),)
+        rows += (logits + multiple(expert_offset(offsets, k) + offset, ALIGN),)
     return rows
 
 

@@ -30,6 +30,16 @@ def multiple(x, ALIGN: tl.constexpr):
     return x // ALIGN * ALIGN
 
 
+# Added to each offset that a kernel is given, so that it is an int64 whatever its value: Triton compiles a kernel anew
+# where the type of an argument changes, and tensors of one loss lie more or less than 2³¹ elements apart by chance.
+FAR = tl.constexpr(2**62)
+
+
+@triton.jit
+def expert_offset(offsets, k: tl.constexpr):
+    return offsets[k] - FAR
+
+
 @triton.jit
 def class_offset(c, class_stride):
     """The offset of class c. A stride of None is 1 at compile time: neighbouring classes then make one wide load."""
@@ -173,7 +183,7 @@ class Layout(NamedTuple):
     def arguments(self, target: Tensor) -> tuple[Any, ...]:
         """What every kernel's parameters begin with: logits and target, and how to address them."""
         strides = (self.row_stride, none_if_unit(self.class_stride), target.stride(0))
-        return self.first, target, self.offsets, *strides, self.classes
+        return self.first, target, tuple(offset + FAR.value for offset in self.offsets), *strides, self.classes
 
     def alignment(self, *strides: int) -> int:
         """The largest power of two up to 16 that divides every offset, stride and the number of classes."""

@@ -14,6 +14,7 @@ from shike_fast.kernels._rows import (
     batch_sum,
     class_offset,
     exp,
+    expert_offset,
     gradient_arguments,
     layout_of,
     multiple,
@@ -27,9 +28,9 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _expert_row(logits, offsets, expert, offset, ALIGN: tl.constexpr):  # pointer to z_k[0] of one sample, k at run time
-    start = offsets[0]
+    start = expert_offset(offsets, 0)
     for k in tl.static_range(1, len(offsets)):
-        start = tl.where(expert == k, offsets[k], start)
+        start = tl.where(expert == k, expert_offset(offsets, k), start)
     return logits + multiple(start + offset, ALIGN)
 
 
@@ -43,7 +44,7 @@ def _biased(z_row, bias, c, valid, class_stride, bias_class_stride, other):  # z
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    logits,  # [K, B, C]: expert k at offsets[k], strides row_stride and class_stride
+    logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
     offsets,
     row_stride: tl.int64,
@@ -100,7 +101,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_kernel(
-    logits,  # [K, B, C]: expert k at offsets[k], strides row_stride and class_stride
+    logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
     offsets,
     row_stride: tl.int64,

@@ -25,7 +25,7 @@ from shike_fast.kernels._rows import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    logits,  # [K, B, C]: expert k at offsets[k], strides row_stride and class_stride
+    logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
     offsets,
     row_stride: tl.int64,
@@ -143,7 +143,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_kernel(
-    logits,  # [K, B, C]: expert k at offsets[k], strides row_stride and class_stride
+    logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
     offsets,
     row_stride: tl.int64,

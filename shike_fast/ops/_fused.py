@@ -15,7 +15,7 @@ from shike_fast.ops import _backend
 from shike_fast.ops._library import has_tangent
 
 MAX_EXPERTS = 8
-MAX_CLASSES = 2**24  # the kernels keep class numbers in float32
+MAX_CLASSES = 2**24 - 1  # the kernels keep class numbers, and 2²⁴ for none, in float32
 _NO_TANGENT = "it has no forward-mode derivative"
 
 

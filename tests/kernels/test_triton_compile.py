@@ -79,3 +79,21 @@ def test_unused_terms_cost_nothing(launches, compiled):
         compiled(*launch, "sm_90").asm["ptx"].count("\n") for launch in launches if launch[0] is dkt._forward_kernel
     ]
     assert sizes[3] < min(sizes[1:3]) and max(sizes[1:3]) < sizes[0]
+
+
+def test_distances_between_experts_do_not_choose_a_kernel(launches):
+    """They depend on the allocator: near and far tensors have arguments of the same types."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    logits, labels = [torch.zeros(2, 8) for _ in range(2)], torch.zeros(2, dtype=torch.int64)
+    dkt.dkt_forward(logits, labels, None, 10.0, 1.0, "mean", 0.0, -30.0, False)
+    kernel, args, kwargs = launches[0]
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    types = []
+    for distance in (0, 1, 2**33, -(2**45)):
+        offsets = _rows.layout_of(logits)._replace(offsets=(0, distance)).arguments(labels)[2]
+        _, specialization, _ = bind(*args[:2], offsets, *args[3:], debug=False, **kwargs)
+        types.append(specialization[2][0])  # their alignment is another matter, which ALIGN tells
+    assert all(each == types[0] for each in types), types

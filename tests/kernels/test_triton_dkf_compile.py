@@ -132,3 +132,17 @@ def test_programs_fill_the_device(monkeypatch):
         run(arguments(shape, torch.bfloat16, (True,)))
     counts = [grid[0] * grid[1] for name, grid in grids if name not in ("_merge_kernel", "_vector_kernel")]
     assert len(counts) == 6 and min(counts) >= 132, grids
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_lanes_agree_about_a_sum(memory_format, launches, compiled):
+    """No product is fused into the first step of a butterfly: lane and partner would round it differently."""
+    for shape in [(2, 8, 3, 3), (1, 40, 4, 4), (3, 3, 7, 7)]:
+        run(arguments(shape, torch.float32, (False,), memory_format=memory_format))
+    for launch in launches:
+        if launch[0] is not _dkf_statistics._partial_kernel:
+            continue
+        ptx = compiled(*launch, "sm_90").asm["ptx"]
+        shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+        added = set(re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx))
+        assert shuffled and not shuffled & added

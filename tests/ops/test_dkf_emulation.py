@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shike_fast._native_loader import native
+from shike_fast.ops import _native_dkf
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 LAYOUTS = ("channels last", "NCHW", "sliced", "reversed", "unaligned")
@@ -310,6 +311,52 @@ def test_statistics(layout, processors, mean):
         torch.testing.assert_close(high[j] + rest[j], expected.mean(1), rtol=0, atol=1e-6)
         torch.testing.assert_close(squares[j], expected.var(1, correction=0) * expected.shape[1], rtol=3e-6, atol=0)
         assert bool((rest[j].abs() <= 2.0**-23 * high[j].abs() + 1e-30).all())
+
+
+# What the values seen first are, or those of some part, must not matter.
+DISTURBANCES = {
+    "none": lambda x: x,
+    "the first value of all": lambda x: x[0, :, 0, 0].add_(300.0),
+    "the first value of each sample": lambda x: x[:, :, 0, 0].add_(30.0),
+    "the first row": lambda x: x[:, :, 0].sub_(5.0),
+    "the first sample": lambda x: x[0].sub_(40.0),
+    "one half": lambda x: x[len(x) // 2 :].add_(1000.0),
+    "the mean": lambda x: x.add_(1000.0),
+}
+
+
+# PyTorch's float32 variance, added up in double on the CPU, is within half of an eps.
+@pytest.mark.parametrize(("backend", "eps_of_variance"), [("emulated", 2.0), ("cpu", 4.0)])
+@pytest.mark.parametrize("layout", ["channels last", "NCHW"])
+@pytest.mark.parametrize("disturbed", DISTURBANCES)
+def test_no_value_spoils_the_statistics(disturbed, layout, backend, eps_of_variance):
+    eps = torch.finfo(torch.float32).eps
+    for shape in [(1, 16, 26, 27), (1, 8, 56, 56), (8, 16, 28, 28), (64, 64, 7, 7), (33, 40, 7, 7), (3, 24, 2, 2)]:
+        for dtype in DTYPES:
+            values = torch.randn(shape) * 1.16
+            DISTURBANCES[disturbed](values)
+            map_ = laid_out(values.to(dtype), layout)
+            expected = map_.double().transpose(0, 1).flatten(1)
+            deviation, squares = expected.std(1, correction=0), expected.var(1, correction=0) * expected.shape[1]
+            for processors in (1, 132) if backend == "emulated" else (0,):
+                results = statistics_of([map_], processors) if processors else _native_dkf.dkf_statistics([map_])
+                high, rest, actual = results[0].double()
+                case = shape, dtype, processors
+                assert bool(((actual - squares).abs() <= eps_of_variance * eps * squares).all()), case
+                assert bool(((high + rest - expected.mean(1)).abs() <= eps * deviation).all()), case
+
+
+@pytest.mark.parametrize("disturbed", DISTURBANCES)
+def test_no_value_spoils_the_features(disturbed):
+    """Of the one-reading form, whose sums are relative to values of the map."""
+    for layout in ("channels last", "NCHW"):
+        deep, shallow = torch.rand(8, 16, 14, 14), torch.randn(8, 16, 14, 14)
+        DISTURBANCES[disturbed](shallow)
+        case = Case([laid_out(deep, layout), laid_out(shallow, layout)], [False], [None], [None], [1e-5])
+        f, *_ = case.forward()
+        product = deep.double() * functional.batch_norm(shallow.double(), None, None, training=True)
+        error = (f[0].double() - product.mean((2, 3))).abs()
+        assert bool((error <= 1e-5 * product.abs().mean((2, 3))).all()), (error / product.abs().mean((2, 3))).max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,6 +11,7 @@ from shike_fast.ops import BatchNormArguments, dkf_experts, dkt_loss, expert_cro
 def assert_capturable(step, leaves):
     """A captured step gives what the step itself gives, for new values of its inputs too."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
