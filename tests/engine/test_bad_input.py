@@ -209,6 +209,8 @@ def test_flags_reach_the_data_set(runs, monkeypatch):
         "--no-verify",
         "--imbalance-factor",
         50,
+        "--subset",
+        "ldam",
     ]
     assert runs.train(*arguments, "--augmentation", "none", "--seed", 7, "--image-size", 48, "--strict") == 2
     assert seen == {
@@ -221,4 +223,5 @@ def test_flags_reach_the_data_set(runs, monkeypatch):
         "seed": 7,
         "image_size": 48,
         "strict": True,
+        "subset": "ldam",
     }
