@@ -98,12 +98,12 @@ CIFAR100_INDICES = {  # of the first n_c images of a class, and of those that th
 }
 
 
+@pytest.mark.skipif("CIFAR100_DIR" not in os.environ, reason="CIFAR100_DIR names no folder with the official CIFAR-100")
 @pytest.mark.parametrize(("factor", "subset"), CIFAR100_INDICES)
 def test_subsets_of_the_real_label_file(factor, subset):
-    folder = os.environ.get("CIFAR100_DIR")
-    if folder is None:
-        pytest.skip("CIFAR100_DIR names no folder with the official CIFAR-100")
-    labels = np.fromfile(Path(folder) / "cifar-100-binary" / "train.bin", np.uint8).reshape(-1, 3074)[:, 1]
+    labels = np.fromfile(Path(os.environ["CIFAR100_DIR"]) / "cifar-100-binary" / "train.bin", np.uint8).reshape(
+        -1, 3074
+    )[:, 1]
     assert checksum(labels) == CIFAR100_LABELS
     kept = long_tail_indices(labels.astype(np.int64), 100, factor, subset)
     assert checksum(kept)[:16] == CIFAR100_INDICES[factor, subset]
