@@ -46,7 +46,7 @@ def bf16_time_ratio() -> float:
     float32, AVX-512 BF16 alone is slower for such convolutions, and without either PyTorch emulates it. The times are
     the shortest of a few, taken in turn.
     """
-    images = torch.ones(16, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    images = torch.ones(4, 32, 16, 16).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(32, 32, 3, 3, requires_grad=True)
     seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     threads = torch.get_num_threads()
