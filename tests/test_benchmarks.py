@@ -162,8 +162,8 @@ def test_accuracies_of_two_paths(tmp_path, report, monkeypatch):
         "cpu_seconds": {"fast": [9.0, 10.2, 11.0], "plain": [20.0, 30.0, 40.0]},
         "paths": {"fast": {"top1": summary(1, 2, 3)}, "plain": {"top1": summary(1, 2)}},
     }
-    (tmp_path / "accuracy").mkdir()
-    (tmp_path / "accuracy" / "some-day.json").write_text(json.dumps(record))
+    (tmp_path / "fast_against_plain").mkdir()
+    (tmp_path / "fast_against_plain" / "some-day.json").write_text(json.dumps(record))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     text = report.document().split("## Accuracy, some-day\n")[1]
     assert "`digits-lt`, resnet8, 8+2 epochs, 3 seeds, cpu, 1 thread, PyTorch 2; test accuracy (%)" in text
