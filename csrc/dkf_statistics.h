@@ -48,8 +48,8 @@ SHIKE_HD float median(float a, float b, float c) {
 
 constexpr int kRun = 16;  // values of a thread that are added up in plain float32
 
-// What a thread knows of its channels in the present stretch: of a sample where there are products, which then depend on
-// no other sample, else of all samples. What lies in shared memory is needed once a run: CompensatedSums of the squares
+// What a thread knows of its channels in the present stretch: of a sample where there are products, which then depend
+// on no other sample, else of all samples. What lies in shared memory is needed once a run: CompensatedSums of the squares
 // and of the products, later three numbers to hand over, and the four of earlier stretches.
 template <DType kType, int V>
 struct StatisticsState {
@@ -103,8 +103,8 @@ struct StatisticsState {
         }
     }
 
-    // Ends the stretch: the products are complete, and the statistics join those of the thread's earlier ones. `totals`:
-    // their centre, sum x - centre and the squares about it in a CompensatedSum. `joined`: of how many values.
+    // Ends the stretch: the products are complete, and the statistics join those of the thread's earlier ones.
+    // `totals`: their centre, sum x - centre and the squares about it in a CompensatedSum. `joined`: of how many values.
     template <bool kProducts>
     SHIKE_HD void finish(float* sums, float* totals, int stride, int joined) {
         if (count == 0) return;
