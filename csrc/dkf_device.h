@@ -11,7 +11,7 @@ namespace {
 template <DType kType, int V>
 __global__ void __launch_bounds__(kFusionBlock, 4)
     dkf_statistics_kernel(const __grid_constant__ StatisticsArguments call) {
-    __shared__ __align__(16) float memory[block_memory(V, kStatisticsValues, 0)];
+    __shared__ __align__(16) float memory[block_memory(V, StatisticsState<kType, V>::kValues, 0)];
     BlockTeam<StatisticsState<kType, V>> team{memory, {}};
     statistics_block<kType, V>(team, call, blockIdx.x, int(blockIdx.y));
 }

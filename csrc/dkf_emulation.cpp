@@ -52,11 +52,11 @@ public:
 
     void statistics(const StatisticsArguments& call) const {
         with_elements(call.maps.shape.dtype, call.plan.vector, [&](auto type, auto vector) {
-            launch<StatisticsState<type(), vector()>>(
-                call.plan, call.maps.count, block_memory(vector, kStatisticsValues, 0),
-                [&](auto& team, unsigned block, int map) {
-                    statistics_block<type(), vector()>(team, call, block, map);
-                });
+            using State = StatisticsState<type(), vector()>;
+            launch<State>(call.plan, call.maps.count, block_memory(vector, State::kValues, 0),
+                          [&](auto& team, unsigned block, int map) {
+                              statistics_block<type(), vector()>(team, call, block, map);
+                          });
         });
     }
 

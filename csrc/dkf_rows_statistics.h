@@ -6,6 +6,24 @@
 namespace shike {
 namespace {
 
+// Sums of channels whose roundings are kept beside them: one value may outweigh the others, which would then each leave
+// a rounding of it.
+template <class T>
+struct SumWithRest {
+    Line<T> sum{}, rest{};
+
+    SHIKE_SIMD void add(const Vector<T>& number, int c) {
+        const Vector<T> before = at(sum.value + c), after = before + number, added = after - before;
+        put<T>(at(rest.value + c) + ((before - (after - added)) + (number - added)), rest.value + c);
+        put<T>(after, sum.value + c);
+    }
+    double taken(int c) {
+        const double total = double(sum.value[c]) + double(rest.value[c]);
+        sum.value[c] = rest.value[c] = 0;
+        return total;
+    }
+};
+
 // Statistics of the positions seen so far.
 struct Statistics {
     double count;
@@ -19,17 +37,15 @@ struct Statistics {
 
     // Merges `rows` positions with the sums of (x - shift) and of its square: Chan's formula. Clears the sums.
     template <class T>
-    void merge(int rows, const T* shift, T* sum, T* sum_of_squares, int channels) {
+    void merge(int rows, const T* shift, SumWithRest<T>& sum, SumWithRest<T>& sum_of_squares, int channels) {
         const double n = rows, inverse = 1 / n, share = n / (count + n), between = count * share;
         for (int c = 0; c < channels; ++c) {
-            const double s = sum[c], tile_mean = double(shift[c]) + s * inverse;
-            const double tile_squares = double(sum_of_squares[c]) - s * s * inverse;
+            const double s = sum.taken(c), tile_mean = double(shift[c]) + s * inverse;
+            const double tile_squares = sum_of_squares.taken(c) - s * s * inverse;
             const double delta = tile_mean - mean.value[c];
             mean.value[c] += delta * share;
             // Rounding may make it negative. NaN becomes 0 here, but delta is NaN then too.
             squares.value[c] += (tile_squares > 0 ? tile_squares : 0) + delta * delta * between;
-            sum[c] = 0;
-            sum_of_squares[c] = 0;
         }
         count += n;
     }
@@ -37,7 +53,8 @@ struct Statistics {
 
 template <class T>
 struct StatisticsSums {
-    Line<T> shift, sum{}, squares{}, product{}, deep{};
+    Line<T> shift, product{}, deep{};
+    SumWithRest<T> sum, squares;
 };
 
 template <class T, bool kWithDeep>
@@ -47,8 +64,7 @@ void add_statistics(const Tile<const T>& x, const Tile<const T>& deep, int rows,
         for (int v = 0; v < vectors; ++v) {
             const int c = v * kLanes<T>;
             const Vector<T> shift = at(sums.shift.value + c);
-            Vector<T> sum = at(sums.sum.value + c), squares = at(sums.squares.value + c);
-            Vector<T> product{}, total{};
+            Vector<T> sum{}, squares{}, product{}, total{};
             if constexpr (kWithDeep) product = at(sums.product.value + c), total = at(sums.deep.value + c);
             for (int i = 0; i < group.kCount; ++i) {
                 fetch(x.row[r + i] + c + ahead);
@@ -62,8 +78,8 @@ void add_statistics(const Tile<const T>& x, const Tile<const T>& deep, int rows,
                     total += weight;
                 }
             }
-            put<T>(sum, sums.sum.value + c);
-            put<T>(squares, sums.squares.value + c);
+            sums.sum.add(sum, c);
+            sums.squares.add(squares, c);
             if constexpr (kWithDeep) put<T>(product, sums.product.value + c), put<T>(total, sums.deep.value + c);
         }
     });
@@ -83,6 +99,19 @@ void choose_shift(const Tile<const T>& x, int rows, int vectors, int channels, c
         Vector<T> sum{};
         for (int r = 1; r < rows; ++r) sum += at(x.row[r] + v * kLanes<T>) - first;
         put<T>(first + sum / T(rows), shift.value + v * kLanes<T>);
+    }
+}
+
+// With products: the median of three rows. Products far from a mean that one value has moved would lose digits, also
+// where that value's own product is small.
+template <class T>
+void choose_shift_of_products(const Tile<const T>& x, int rows, int vectors, Line<T>& shift) {
+    for (int v = 0; v < vectors; ++v) {
+        const int c = v * kLanes<T>;
+        const Vector<T> first = at(x.row[0] + c), second = at(x.row[rows / 2] + c), third = at(x.row[rows - 1] + c);
+        const Vector<T> low = first < second ? first : second, high = first < second ? second : first;
+        const Vector<T> middle = high < third ? high : third;
+        put<T>(low < middle ? middle : low, shift.value + c);
     }
 }
 
@@ -123,7 +152,8 @@ void statistics_of(const FeatureMap& map, const FeatureMap* deep, const MapShape
                     load<T>(map, shape, extent, scratch, x);
                     if constexpr (kWithDeep) load<T>(*deep, shape, extent, deep_scratch, weights);
                     const int vectors = extent.vectors<T>();
-                    if (row == 0) choose_shift(x, rows, vectors, channels, statistics, sums.shift);
+                    if (row == 0 && kWithDeep) choose_shift_of_products(x, rows, vectors, sums.shift);
+                    if (row == 0 && !kWithDeep) choose_shift(x, rows, vectors, channels, statistics, sums.shift);
                     add_statistics<T, kWithDeep>(x, weights, rows, vectors, ahead, sums);
                     row += rows;
                 }
@@ -135,7 +165,7 @@ void statistics_of(const FeatureMap& map, const FeatureMap* deep, const MapShape
                     }
                     add_and_clear(sums.deep.value, channels, total.value);
                 }
-                statistics.merge(segment, sums.shift.value, sums.sum.value, sums.squares.value, channels);
+                statistics.merge(segment, sums.shift.value, sums.sum, sums.squares, channels);
                 done += segment;
             }
             if constexpr (kWithDeep) {

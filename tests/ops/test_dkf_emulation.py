@@ -325,8 +325,8 @@ DISTURBANCES = {
 }
 
 
-# PyTorch's float32 variance, added up in double on the CPU, is within half of an eps.
-@pytest.mark.parametrize(("backend", "eps_of_variance"), [("emulated", 2.0), ("cpu", 4.0)])
+# PyTorch's float32 variance of these maps is within 1.5 eps on the CPU, where it is added up in double.
+@pytest.mark.parametrize(("backend", "eps_of_variance"), [("emulated", 2.0), ("cpu", 1.5)])
 @pytest.mark.parametrize("layout", ["channels last", "NCHW"])
 @pytest.mark.parametrize("disturbed", DISTURBANCES)
 def test_no_value_spoils_the_statistics(disturbed, layout, backend, eps_of_variance):
@@ -347,16 +347,21 @@ def test_no_value_spoils_the_statistics(disturbed, layout, backend, eps_of_varia
 
 
 @pytest.mark.parametrize("disturbed", DISTURBANCES)
-def test_no_value_spoils_the_features(disturbed):
-    """Of the one-reading form, whose sums are relative to values of the map."""
-    for layout in ("channels last", "NCHW"):
-        deep, shallow = torch.rand(8, 16, 14, 14), torch.randn(8, 16, 14, 14)
-        DISTURBANCES[disturbed](shallow)
-        case = Case([laid_out(deep, layout), laid_out(shallow, layout)], [False], [None], [None], [1e-5])
-        f, *_ = case.forward()
-        product = deep.double() * functional.batch_norm(shallow.double(), None, None, training=True)
-        error = (f[0].double() - product.mean((2, 3))).abs()
-        assert bool((error <= 1e-5 * product.abs().mean((2, 3))).all()), (error / product.abs().mean((2, 3))).max()
+@pytest.mark.parametrize("layout", ["channels last", "NCHW"])
+@pytest.mark.parametrize(("shape", "processors"), [((8, 16, 14, 14), 4), ((64, 64, 7, 7), 1)])
+def test_no_value_spoils_the_features(shape, processors, layout, disturbed):
+    """Of the one-reading form, whose sums are relative to values of the map: no worse than eager PyTorch's."""
+    deep, shallow = torch.rand(shape), torch.randn(shape)
+    DISTURBANCES[disturbed](shallow)
+    product = deep.double() * functional.batch_norm(shallow.double(), None, None, training=True)
+    eager = (deep * functional.batch_norm(shallow, None, None, training=True)).mean((2, 3))  # NCHW, the more exact
+    maps = [laid_out(deep, layout), laid_out(shallow, layout)]
+    f, *_ = Case(maps, [False], [None], [None], [1e-5], processors).forward()
+    size = product.abs().mean((2, 3))
+    error, error_of_eager = (((x.double() - product.mean((2, 3))) / size).square() for x in (f[0], eager))
+    assert float(error.mean() / error_of_eager.mean()) <= 2.5**2
+    assert float(error.max() / error_of_eager.max()) <= 3**2
+    assert float((error.mean(1) / error_of_eager.mean(1)).max()) <= 4**2  # in a sample, of few values
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
