@@ -102,19 +102,6 @@ void choose_shift(const Tile<const T>& x, int rows, int vectors, int channels, c
     }
 }
 
-// With products: the median of three rows. Products far from a mean that one value has moved would lose digits, also
-// where that value's own product is small.
-template <class T>
-void choose_shift_of_products(const Tile<const T>& x, int rows, int vectors, Line<T>& shift) {
-    for (int v = 0; v < vectors; ++v) {
-        const int c = v * kLanes<T>;
-        const Vector<T> first = at(x.row[0] + c), second = at(x.row[rows / 2] + c), third = at(x.row[rows - 1] + c);
-        const Vector<T> low = first < second ? first : second, high = first < second ? second : first;
-        const Vector<T> middle = high < third ? high : third;
-        put<T>(low < middle ? middle : low, shift.value + c);
-    }
-}
-
 // The values of the first position of the first sample: what the products are relative to.
 template <class T>
 void load_origin(const FeatureMap& map, const MapShape& shape, std::int64_t channel, int channels, T* scratch,
@@ -152,8 +139,7 @@ void statistics_of(const FeatureMap& map, const FeatureMap* deep, const MapShape
                     load<T>(map, shape, extent, scratch, x);
                     if constexpr (kWithDeep) load<T>(*deep, shape, extent, deep_scratch, weights);
                     const int vectors = extent.vectors<T>();
-                    if (row == 0 && kWithDeep) choose_shift_of_products(x, rows, vectors, sums.shift);
-                    if (row == 0 && !kWithDeep) choose_shift(x, rows, vectors, channels, statistics, sums.shift);
+                    if (row == 0) choose_shift(x, rows, vectors, channels, statistics, sums.shift);
                     add_statistics<T, kWithDeep>(x, weights, rows, vectors, ahead, sums);
                     row += rows;
                 }
