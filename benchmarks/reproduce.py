@@ -32,6 +32,7 @@ import torch
 from results_page import Row
 
 import shike_fast
+from shike_fast.engine.cli import run_command
 from shike_fast.engine.metrics import SHOTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,4 +293,4 @@ def load_results() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))
