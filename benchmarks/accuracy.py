@@ -14,12 +14,12 @@ The result, ``benchmarks/results/fast_against_plain/NAME.json``, is what docs/be
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import published
 import torch
 
@@ -122,14 +122,13 @@ def main() -> None:
             rows[path].append({measure: row[measure] for measure in MEASURES})
             print(path, seed, rows[path][-1], flush=True)
     measured = [measure for measure in MEASURES if rows["fast"][0][measure] is not None]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     record = {
         "settings": {key: value for key, value in settings.items() if key != "data_dir"},
         "seeds": list(seeds),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": head.stdout.strip() or None,
+        "commit": machine.commit(),
         "cpu_seconds": seconds,
         "paths": {
             path: {measure: summary([row[measure] for row in rows[path]]) for measure in measured} for path in rows

@@ -15,8 +15,6 @@ import argparse
 import csv
 import datetime
 import json
-import os
-import platform
 import shlex
 import signal
 import statistics
@@ -27,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import machine
 import results_page
 import torch
 from results_page import Row
@@ -69,6 +68,8 @@ class Run:
     row: Row
     seed: int
     runs: Path
+    options: tuple[str, ...] = ()
+    """Of shike_fast.train, beside the row's."""
 
     @property
     def name(self) -> str:
@@ -87,7 +88,8 @@ class Run:
         """The training command as a user would type it."""
         seed = ("--seed", str(self.seed)) if self.seed else ()
         place = ("--data-dir", data_dir) if data_dir else ()
-        return ["python", "-m", "shike_fast.train", "--dataset", self.row.dataset, *place, *self.row.options, *seed]
+        options = (*place, *self.row.options, *seed, *self.options)
+        return ["python", "-m", "shike_fast.train", "--dataset", self.row.dataset, *options]
 
     def history(self) -> list[dict[str, Any]]:
         """What the run has said of its epochs so far."""
@@ -113,6 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, required=True, metavar="RUNS", help="where the runs are, or will be")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 of every row (default 3)")
     parser.add_argument("--rows", metavar="NAME[,NAME…]", help=f"some of {', '.join(row.name for row in ROWS)}")
+    parser.add_argument(
+        "--options",
+        type=shlex.split,
+        default=[],
+        metavar='"OPTIONS"',
+        help="more options of shike_fast.train for all rows, such as those for speed; recorded with the result",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing; tables of what is there")
     arguments = parser.parse_args(argv)
     rows = [row for row in ROWS if row.dataset == arguments.dataset]
@@ -126,11 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"shike_fast is imported from {shike_fast.__file__}; install this tree: pip install -e {ROOT}")
     if arguments.seeds < 1:
         parser.error(f"--seeds: must be at least 1, got {arguments.seeds}")
-    queue = [Run(row, seed, arguments.runs.absolute()) for seed in range(arguments.seeds) for row in rows]
+    runs, options = arguments.runs.absolute(), tuple(arguments.options)
+    queue = [Run(row, seed, runs, options) for seed in range(arguments.seeds) for row in rows]
     status = 0 if arguments.report else train(queue, arguments.data_dir)
     for run in queue:
         if run.finished():
-            record(run, arguments.data_dir)
+            record(run)
     print("\n".join(_progress(queue)))
     write_report()
     return status
@@ -144,7 +154,7 @@ def train(queue: Sequence[Run], data_dir: str) -> int:
         run.directory.parent.mkdir(parents=True, exist_ok=True)
         print(f"{run.name}: {len(run.history())} of {run.epochs() or '?'} epochs done", flush=True)
         with open(run.sittings, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_sitting(run)) + "\n")
+            file.write(json.dumps(_sitting(run, "DATA" if data_dir else "")) + "\n")
         places = ("--output-dir", str(run.directory), "--resume", "auto", "--save-every", str(SAVE_EVERY))
         status = _call([sys.executable, *run.command(data_dir)[1:], *places])
         if status != 0:
@@ -171,38 +181,18 @@ def _call(command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _sitting(run: Run) -> dict[str, Any]:
+def _sitting(run: Run, data_dir: str) -> dict[str, Any]:
     return {
+        "command": shlex.join(run.command(data_dir)),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "epochs_before": len(run.history()),
-        "commit": _commit(),
-        "hardware": hardware(),
+        "commit": machine.commit(),
+        "hardware": machine.hardware(),
         "torch": torch.__version__,
     }
 
 
-def _commit() -> str:
-    """Short hash of the sources; with a plus sign where they have changes."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-
-
-def hardware() -> str:
-    """The processor that trains, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def record(run: Run, data_dir: str) -> Path:
+def record(run: Run) -> Path:
     """Write the small JSON file of a finished run."""
     config = json.loads((run.directory / "config.json").read_text(encoding="utf-8"))
     history, sittings = run.history(), _json_lines(run.sittings)
@@ -225,7 +215,7 @@ def record(run: Run, data_dir: str) -> Path:
         "commit": _joined(sittings, "commit"),
         "torch": _joined(sittings, "torch"),
         "finished": datetime.date.today().isoformat(),
-        "command": shlex.join(run.command("DATA" if data_dir else "")),
+        "command": _joined(sittings, "command"),
         "curve": {
             "top1": [round(row["top1"], 2) for row in history],
             "train_loss": [round(row["train_loss"], 4) for row in history],
@@ -247,7 +237,7 @@ def _accuracies(row: dict[str, Any]) -> dict[str, float | None]:
 
 def _joined(sittings: Sequence[dict[str, Any]], name: str) -> str:
     """The values of all sittings, each once, in order."""
-    return ", then ".join(dict.fromkeys(sitting[name] for sitting in sittings))
+    return ", then ".join(dict.fromkeys(sitting[name] or "unknown" for sitting in sittings))
 
 
 def _compact(result: dict[str, Any]) -> str:

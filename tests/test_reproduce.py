@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_document_is_generated(reproduce):
 
 def test_a_queue_trains_records_and_skips(reproduce, tmp_path, capfd):
     runs = tmp_path / "runs"
-    assert call(reproduce, runs, "--seeds", "2", "--rows", "short") == 0
+    assert call(reproduce, runs, "--seeds", "2", "--rows", "short", "--options", "--amp off") == 0
     printed = capfd.readouterr().out
     assert "digits-lt-short-seed1: finished, top-1 " in printed
     paths = sorted((tmp_path / "results").iterdir())
@@ -118,8 +119,11 @@ def test_a_queue_trains_records_and_skips(reproduce, tmp_path, capfd):
     assert result["stage1"]["top1"] == round(rows[1]["top1"], 2)
     assert result["hours"] == pytest.approx(sum(row["seconds"] for row in rows) / 3600, abs=0.005)
     assert (result["seed"], result["epochs"], result["method"], result["model"]) == (1, 3, "shike", "resnet8")
-    assert result["command"].endswith("--dataset digits-lt --model resnet8 --batch-size 64 --epochs 3 --seed 1")
-    assert result["commit"].rstrip("+").isalnum() and result["hardware"].endswith("cores")
+    assert result["command"].endswith(
+        "--dataset digits-lt --model resnet8 --batch-size 64 --epochs 3 --seed 1 --amp off"
+    )
+    assert result["commit"] == (reproduce.machine.commit() or "unknown")
+    assert result["hardware"].endswith("cores")
     assert len(result["class_accuracy"]) == len(result["class_counts"]) == 10
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| `short` | 90.5 | **" in text and " ± " in text
@@ -219,8 +223,20 @@ def test_the_table_gives_mean_and_deviation_over_seeds(reproduce):
 
 
 def test_sittings_on_other_machines_and_commits_are_all_named(reproduce):
-    sittings = [{"commit": commit} for commit in ("a", "a", "b", "a")]
-    assert reproduce._joined(sittings, "commit") == "a, then b"
+    sittings = [{"commit": commit} for commit in ("a", "a", "b", None, "a")]
+    assert reproduce._joined(sittings, "commit") == "a, then b, then unknown"
+
+
+def test_sources_that_are_no_checkout_have_no_commit(reproduce, tmp_path, monkeypatch):
+    """As in an unpacked sdist; the checkout around such a folder says nothing about it."""
+    git = ("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-C", str(tmp_path))
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(reproduce.machine, "ROOT", tmp_path / "inside")
+    assert reproduce.machine.commit() is None
+    monkeypatch.setattr(reproduce.machine, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{10}", reproduce.machine.commit())
 
 
 def test_the_picture(reproduce, tmp_path):
