@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shike_fast.data import DeviceLoader, Loader
-from shike_fast.data.arrays import ArrayDataset
+from shike_fast.data.images.arrays import ArrayDataset
 
 BATCH, EPOCH = 128, 10_847
 CASES = dict.fromkeys(("cpu", "cuda"), (f"{BATCH} images", f"{EPOCH} images"))

@@ -26,7 +26,7 @@ from sklearn.datasets import load_sample_images
 
 from shike_fast.data import load_dataset
 from shike_fast.data.__main__ import main as data_command
-from shike_fast.data.images import ImageDataset
+from shike_fast.data.images.files import ImageDataset
 
 IMAGES = 4096
 SIZE = (341, 256)

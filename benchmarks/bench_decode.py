@@ -13,7 +13,7 @@ import pytest
 from photographs import photographs
 from PIL import Image
 
-from shike_fast.data.decode import open_image
+from shike_fast.data.images.decode import open_image
 
 IMAGES = 64
 CASES: dict[str, tuple[str, ...]] = {"cpu": ("whole", "1/2", "1/4", "1/8"), "cuda": ()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shike_fast import models, ops
-from shike_fast.engine.cli import use_device
+from shike_fast._util.cli import use_device
 from shike_fast.ops import _backend
 
 CASES = {"cpu": [(128, 3, 32, 32)], "cuda": [(128, 3, 32, 32)]}

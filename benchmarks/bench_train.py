@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from shike_fast import data, models, ops
-from shike_fast.data.arrays import ArrayDataset
-from shike_fast.engine.cli import use_device
+from shike_fast._util.cli import use_device
+from shike_fast.data.images.arrays import ArrayDataset
 from shike_fast.engine.config import resolve
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.optimizer import set_lr

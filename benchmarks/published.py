@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from shike_fast.data.autoaugment import CIFAR10_POLICY, apply_step
+from shike_fast.data.augment.autoaugment import CIFAR10_POLICY, apply_step
 
 SCALE = 30.0
 HARDEST_WEIGHT, MUTUAL_WEIGHT, TARGET_LOGIT = 10.0, 1.0, -30.0

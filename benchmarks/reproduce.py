@@ -31,7 +31,7 @@ import torch
 from results_page import Row
 
 import shike_fast
-from shike_fast.engine.cli import run_command
+from shike_fast._util.cli import run_command
 from shike_fast.engine.metrics import SHOTS
 
 ROOT = Path(__file__).resolve().parents[1]

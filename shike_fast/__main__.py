@@ -2,7 +2,7 @@
 
 import sys
 
-from shike_fast.engine.cli import USAGE_ERROR, run_command
+from shike_fast._util.cli import USAGE_ERROR, run_command
 
 COMMANDS = {
     "train": "train a network on a long-tailed data set",

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from shike_fast._storage import check_output_file
-from shike_fast.data.photo_loader import PhotoLoader
+from shike_fast._util.cli import ArgumentParser, check_workers, choose_device, run_command, use_device
+from shike_fast._util.files import check_output_file
+from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine import checkpoint, report
-from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, run_command, use_device
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.metrics import Evaluation, NonFiniteLogitsError, evaluate

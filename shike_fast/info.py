@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from shike_fast import ops
-from shike_fast._native_loader import native, native_error
+from shike_fast._util.cli import ArgumentParser, run_command
 from shike_fast._version import __version__
-from shike_fast.data.gpu_decode import NoHardwareDecoderError, hardware_decoder
-from shike_fast.engine.cli import ArgumentParser, run_command
+from shike_fast.data.images.gpu_decode import NoHardwareDecoderError, hardware_decoder
 from shike_fast.ops import _backend
+from shike_fast.ops._native import native, native_error
 
 
 def collect() -> dict[str, Any]:

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shike_fast._storage import check_output_file, naming, replacing
-from shike_fast.data.imagefolder import EXTENSIONS, image_files
-from shike_fast.data.images import FileStore, ImageDataset
-from shike_fast.data.paths import PathTable
-from shike_fast.data.photo_loader import PhotoLoader
+from shike_fast._util.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
+from shike_fast._util.files import check_output_file, naming, replacing
+from shike_fast.data.datasets.imagefolder import EXTENSIONS, image_files
+from shike_fast.data.images.files import FileStore, ImageDataset
+from shike_fast.data.images.paths import PathTable
+from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine import checkpoint
-from shike_fast.engine.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.precision import settle_amp
 from shike_fast.engine.setup import check_device

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 
 from shike_fast import data, models
-from shike_fast.data.longtail import SUBSETS
-from shike_fast.engine import checkpoint, distributed, rundir
-from shike_fast.engine.cli import (
+from shike_fast._util.cli import (
     ArgumentParser,
     check_workers,
     choose_device,
@@ -26,6 +24,8 @@ from shike_fast.engine.cli import (
     run_command,
     use_device,
 )
+from shike_fast.data.longtail import SUBSETS
+from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.recipes import RECIPES

@@ -48,7 +48,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 RESOURCES = re.compile(
@@ -116,7 +116,7 @@ def _no_program_outlives_its_test() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
-    """``golden(name)``: the arrays of tests/data/golden/NAME.npz by key. Treat them as read-only."""
+    """``golden(name)``: the arrays of tests/golden/NAME.npz by key. Treat them as read-only."""
     cache: dict[str, dict[str, np.ndarray]] = {}
 
     def load(name: str) -> dict[str, np.ndarray]:

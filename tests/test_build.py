@@ -103,7 +103,7 @@ def tree(tmp_path_factory):
     for file in ROOT.iterdir():
         if file.is_file() and not file.name.startswith("."):
             shutil.copy(file, tree)
-    for litter in ("tests/data/golden/large.npz", "runs/digits/last.pt", "shike_fast/_native.so", "kernels/dkt.pyc"):
+    for litter in ("tests/golden/large.npz", "runs/digits/last.pt", "shike_fast/_native.so", "kernels/dkt.pyc"):
         (tree / litter).parent.mkdir(parents=True, exist_ok=True)
         (tree / litter).write_bytes(b"litter")
     return tree

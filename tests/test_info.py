@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import shike_fast
-from shike_fast import _native_loader, info, ops
-from shike_fast._native_loader import native, native_error
-from shike_fast.ops import _backend
+from shike_fast import info, ops
+from shike_fast.ops import _backend, _native
+from shike_fast.ops._native import native, native_error
 
 
 @pytest.fixture
 def fresh_loader():
     """Forgets what was loaded, before and after the test."""
-    _native_loader._load.cache_clear()
+    _native._load.cache_clear()
     yield
-    _native_loader._load.cache_clear()
+    _native._load.cache_clear()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import shike_fast
-from shike_fast._native_loader import native
+from shike_fast.ops._native import native
 
 
 def test_build_info():

@@ -5,11 +5,11 @@
 Importing a module below registers the data set that it holds.
 """
 
-from shike_fast.data import cifar, digits, fashion_mnist, imagefolder, imagenet_lt, inat18, places_lt
-from shike_fast.data.base import BatchSource, DatasetInfo, LongTailData, datasets, load_dataset
-from shike_fast.data.device import DeviceLoader
-from shike_fast.data.loader import Loader
+from shike_fast.data.datasets import cifar, digits, fashion_mnist, imagefolder, imagenet_lt, inat18, places_lt
+from shike_fast.data.loaders.device import DeviceLoader
+from shike_fast.data.loaders.loader import Loader
 from shike_fast.data.longtail import long_tail_counts
+from shike_fast.data.types import BatchSource, DatasetInfo, LongTailData, datasets, load_dataset
 
 __all__ = [
     "BatchSource",

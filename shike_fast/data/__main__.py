@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from shike_fast._util.cli import ArgumentParser, run_command
 from shike_fast.data.commands import check, pack, synth
-from shike_fast.engine.cli import ArgumentParser, run_command
 
 _COMMANDS = {"check": check, "pack": pack, "synth": synth}
 

@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment.
 
-They are written as :mod:`shike_fast._storage` writes files. The last checkpoint but one stays as ``last.previous.pt``.
-Reading checks the CRC of every record first and never executes a pickle (``weights_only=True``).
+They are written as :mod:`shike_fast._util.files` writes files. The last checkpoint but one stays as
+``last.previous.pt``. Reading checks the CRC of every record first and never executes a pickle (``weights_only=True``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shike_fast._storage import naming, replacing
+from shike_fast._util.files import naming, replacing
 from shike_fast.errors import CheckpointError
 
 FORMAT = 1

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from shike_fast import data, models
-from shike_fast.data.base import MOST_PIXELS_A_SIDE
+from shike_fast._util.cli import choose_device
 from shike_fast.data.longtail import SUBSETS
-from shike_fast.engine.cli import choose_device
+from shike_fast.data.types import MOST_PIXELS_A_SIDE
 from shike_fast.engine.optimizer import OPTIMIZERS
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.recipes import recipe_of

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shike_fast.engine.cli import choose_device, let_first_speak
+from shike_fast._util.cli import choose_device, let_first_speak
 from shike_fast.errors import ConfigError, RunError, ShikeError
 
 _T = TypeVar("_T")

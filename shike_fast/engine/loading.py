@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from shike_fast.data.gpu_loader import GpuPhotoLoader
-from shike_fast.data.loader import EpochLoader
-from shike_fast.data.photo_loader import PhotoLoader
+from shike_fast.data.loaders.gpu import GpuPhotoLoader
+from shike_fast.data.loaders.loader import EpochLoader
+from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine.distributed import Processes
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from shike_fast.data.base import DatasetInfo
+from shike_fast.data.types import DatasetInfo
 
 
 @dataclass(frozen=True)

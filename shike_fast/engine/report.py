@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shike_fast._storage import atomic_write
+from shike_fast._util.files import atomic_write
 from shike_fast.data import LongTailData
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shike_fast._storage import HeldElsewhereError, append, atomic_write, lock, naming, temporary_of, why_not_writable
+from shike_fast._util.files import (
+    HeldElsewhereError,
+    append,
+    atomic_write,
+    lock,
+    naming,
+    temporary_of,
+    why_not_writable,
+)
 from shike_fast.engine.checkpoint import LAST
 from shike_fast.errors import ConfigError
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from shike_fast import data
-from shike_fast.data.arrays import ArrayDataset
-from shike_fast.data.gpu_decode import NoHardwareDecoderError
-from shike_fast.data.gpu_loader import GpuPhotoLoader
-from shike_fast.data.images import ImageDataset
-from shike_fast.data.loader import EpochLoader
-from shike_fast.data.photo_loader import PhotoLoader
-from shike_fast.engine.cli import cores, most_workers
+from shike_fast._util.cli import cores, most_workers
+from shike_fast.data.images.arrays import ArrayDataset
+from shike_fast.data.images.files import ImageDataset
+from shike_fast.data.images.gpu_decode import NoHardwareDecoderError
+from shike_fast.data.loaders.gpu import GpuPhotoLoader
+from shike_fast.data.loaders.loader import EpochLoader
+from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes, local_world_size
 from shike_fast.engine.state import build_model

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shike_fast import data
-from shike_fast._storage import atomic_write, naming
-from shike_fast.data.loader import EpochLoader, LoadingStopped
+from shike_fast._util.files import atomic_write, naming
+from shike_fast.data.loaders.loader import EpochLoader, LoadingStopped
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shike_fast._native_loader import native, native_error
 from shike_fast.ops._library import PLAIN_TENSORS, holds_its_values
+from shike_fast.ops._native import native, native_error
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

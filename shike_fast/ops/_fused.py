@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shike_fast._native_loader import native, native_error
 from shike_fast.ops import _backend
 from shike_fast.ops._library import has_tangent
+from shike_fast.ops._native import native, native_error
 
 MAX_EXPERTS = 8
 MAX_CLASSES = 2**24 - 1  # the kernels keep class numbers, and 2²⁴ for none, in float32

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shike_fast._native_loader import native
 from shike_fast.ops._dkf_arguments import DkfArguments
+from shike_fast.ops._native import native
 from shike_fast.ops._native_loss import DTYPES, address, stream
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from shike_fast.data._random import (
+from shike_fast.data.random import (
     STREAM_AUGMENTATION,
     STREAM_ORDER,
     check_seed,

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from shike_fast import _storage
+from shike_fast._util import files
 from shike_fast.engine import checkpoint
 from shike_fast.engine.checkpoint import find_resumable, load_checkpoint, previous_of, save_checkpoint
 from shike_fast.errors import CheckpointError, RunError
@@ -185,7 +185,7 @@ def test_a_write_cut_short_leaves_the_old_file_whole(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     """torch turns a failed write into an error of its own archive writer, which says nothing of the disk."""
-    monkeypatch.setattr(_storage, "temporary_of", lambda path: tmp_path / "full")
+    monkeypatch.setattr(files, "temporary_of", lambda path: tmp_path / "full")
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"cannot write .*last\.pt: No space left on device"):
         save_checkpoint(state(), tmp_path / "last.pt")

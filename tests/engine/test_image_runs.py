@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from shike_fast import data, evaluate
-from shike_fast.data import _workers, gpu_loader
-from shike_fast.data.gpu_decode import NoHardwareDecoderError
-from shike_fast.data.images import ImageDataset
-from shike_fast.data.photo_loader import PhotoLoader
-from shike_fast.engine.cli import most_workers
+from shike_fast._util.cli import most_workers
+from shike_fast.data.images.files import ImageDataset
+from shike_fast.data.images.gpu_decode import NoHardwareDecoderError
+from shike_fast.data.loaders import gpu as gpu_loader
+from shike_fast.data.loaders import workers as _workers
+from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine.config import resolve
 from shike_fast.engine.loading import loader_metrics, speed_note
 from shike_fast.engine.setup import make_loader

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from shike_fast import data
-from shike_fast.data.decode import RawPicture
-from shike_fast.data.image_transforms import evaluation_pixels
+from shike_fast.data.images.decode import RawPicture
+from shike_fast.data.images.transforms import evaluation_pixels
 from shike_fast.engine.checkpoint import load_checkpoint
 from shike_fast.engine.state import model_from_checkpoint
 from shike_fast.predict import main

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shike_fast import data, models
-from shike_fast.data import base
+from shike_fast.data import types as base
 from shike_fast.engine.config import resolve
 from shike_fast.engine.recipes import RECIPES, recipe_of
 from shike_fast.evaluate import main as evaluate

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from shike_fast.engine.cli import run_command
+from shike_fast._util.cli import run_command
 from shike_fast.engine.signals import GracefulStop
 
 

@@ -21,7 +21,7 @@ from shike_fast.kernels.cross_entropy import cross_entropy_backward, cross_entro
 from shike_fast.kernels.dkt import dkt_backward, dkt_forward  # noqa: E402
 from shike_fast.ops import balanced_softmax_loss, dkt_loss, expert_cross_entropy  # noqa: E402
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Everything is computed in float32; a low-precision gradient is rounded once. (The interpreter truncates to bfloat16,
 # which compiled kernels round: hence 2⁻⁷ and not 2⁻⁸.)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shike_fast import models, ops
-from shike_fast._native_loader import native
 from shike_fast.ops import _backend
+from shike_fast.ops._native import native
 
 OPS = ("dkt_loss", "balanced_softmax_loss", "expert_cross_entropy", "dkf_pool", "dkf_bn_pool", "dkf_experts")
 

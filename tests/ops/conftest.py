@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from shike_fast._native_loader import native
 from shike_fast.ops import _backend
+from shike_fast.ops._native import native
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 GPU_KERNELS = ("triton", "cuda")  # they have no float64

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shike_fast._native_loader import native
 from shike_fast.ops import dkt_loss
+from shike_fast.ops._native import native
 
 GROUPS = (8, 16, 32, 64, 128, 256, 512, 1024)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from shike_fast._native_loader import native
 from shike_fast.ops import _native_dkf
+from shike_fast.ops._native import native
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 LAYOUTS = ("channels last", "NCHW", "sliced", "reversed", "unaligned")

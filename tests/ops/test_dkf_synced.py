@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from shike_fast.nn.sync_batch_norm import SyncBatchNorm
 from shike_fast.ops import BatchNormArguments, dkf_bn_pool, dkf_experts
-from shike_fast.sync_batch_norm import SyncBatchNorm
 
 EXPERTS, BATCH, CHANNELS = 2, 6, 5
 SHAPE = (BATCH, CHANNELS, 4, 3)

@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from shike_fast._storage import naming, why_not_writable
-from shike_fast.data._pack_format import LeftOut
-from shike_fast.data.base import LongTailData, datasets, load_dataset
-from shike_fast.data.commands._processes import Tell, work
-from shike_fast.data.commands._progress import progress
-from shike_fast.data.decode import BrokenImageError, open_image
-from shike_fast.data.images import FileStore, ImageDataset, ImageStore, open_regular
-from shike_fast.data.lists import printable
-from shike_fast.data.published import PUBLISHED, Counts, expected_counts
+from shike_fast._util.files import naming, why_not_writable
+from shike_fast._util.processes import Tell, work
+from shike_fast._util.progress import progress
+from shike_fast.data.datasets.counts import PUBLISHED, Counts, expected_counts
+from shike_fast.data.datasets.lists import printable
+from shike_fast.data.images.decode import BrokenImageError, open_image
+from shike_fast.data.images.files import FileStore, ImageDataset, ImageStore, open_regular
+from shike_fast.data.pack.format import LeftOut
+from shike_fast.data.types import LongTailData, datasets, load_dataset
 from shike_fast.engine.metrics import SHOTS, shot_masks
 from shike_fast.errors import DataError
 

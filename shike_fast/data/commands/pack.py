@@ -22,9 +22,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shike_fast._storage import advice, atomic_write, temporary_of, why_not_writable
-from shike_fast.data import pack
-from shike_fast.data._pack_format import (
+from shike_fast._util.files import advice, atomic_write, temporary_of, why_not_writable
+from shike_fast._util.processes import LOCK, Tell, locked, work
+from shike_fast._util.progress import progress
+from shike_fast.data.datasets.lists import printable
+from shike_fast.data.images.decode import BrokenImageError
+from shike_fast.data.images.files import ImageDataset, ImageStore
+from shike_fast.data.images.paths import PathTable
+from shike_fast.data.loaders.photo import most_broken
+from shike_fast.data.pack import reader
+from shike_fast.data.pack.format import (
     EXTENSIONS,
     MANIFEST,
     PARTS,
@@ -43,14 +50,7 @@ from shike_fast.data._pack_format import (
     index_name,
     shard_name,
 )
-from shike_fast.data.base import BatchSource, LongTailData, datasets, fingerprint, load_dataset
-from shike_fast.data.commands._processes import LOCK, Tell, locked, work
-from shike_fast.data.commands._progress import progress
-from shike_fast.data.decode import BrokenImageError
-from shike_fast.data.images import ImageDataset, ImageStore
-from shike_fast.data.lists import printable
-from shike_fast.data.paths import PathTable
-from shike_fast.data.photo_loader import most_broken
+from shike_fast.data.types import BatchSource, LongTailData, datasets, fingerprint, load_dataset
 from shike_fast.errors import ConfigError, DataError, RunError
 
 QUALITY = 90  # of JPEG
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the pack, or go on with it; returns the exit status."""
-    if pack.is_pack(arguments.data_dir):
+    if reader.is_pack(arguments.data_dir):
         raise DataError(f"--data-dir {arguments.data_dir}: a pack already; pack the files it was made from")
     if arguments.format == "raw" and arguments.quality is not None:
         raise ConfigError("--quality: raw pixels have none; leave it out, or use --format jpeg")
@@ -200,11 +200,11 @@ def _complete(out: Path, settings: Settings, strict: bool) -> bool:
     """
     _check_place(out)
     if (out / MANIFEST).is_file():
-        manifest = pack.read_manifest(out)
+        manifest = reader.read_manifest(out)
         _same(out, "a pack", manifest.settings, settings)
         if strict:
             _none_left_out(out, "a pack", [*manifest.train.left_out, *manifest.test.left_out])
-        pack.open_parts(out, manifest)
+        reader.open_parts(out, manifest)
         _tidy(out)
         print(f"{out}: complete already")
         return True

@@ -18,14 +18,14 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from shike_fast._storage import atomic_write, why_not_writable
-from shike_fast.data._random import check_seed
-from shike_fast.data.commands import _synthetic_layouts as layouts
-from shike_fast.data.commands._processes import Tell, work, writable
-from shike_fast.data.commands._progress import progress
-from shike_fast.data.commands._synthetic import image_sizes, render, style_of
+from shike_fast._util.files import atomic_write, why_not_writable
+from shike_fast._util.processes import Tell, work, writable
+from shike_fast._util.progress import progress
+from shike_fast.data.commands import synthetic_layouts as layouts
 from shike_fast.data.commands.check import positive
-from shike_fast.data.published import SYNTHETIC_FILE, Counts
+from shike_fast.data.commands.synthetic import image_sizes, render, style_of
+from shike_fast.data.datasets.counts import SYNTHETIC_FILE, Counts
+from shike_fast.data.random import check_seed
 from shike_fast.errors import ConfigError, DataError, RunError
 
 MOST_CLASSES = 9999  # folders and names have four digits

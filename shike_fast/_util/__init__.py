@@ -1,0 +1,1 @@
+"""What data and engine both stand on: files, text, progress, processes, the command line."""

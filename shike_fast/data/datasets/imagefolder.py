@@ -1,0 +1,126 @@
+"""``imagefolder``: a user's own images, one folder a class."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shike_fast.data.augment.photo import PHOTO_AUGMENTATIONS
+from shike_fast.data.images.files import FileStore, ImagePart, build_images
+from shike_fast.data.images.paths import PathTable
+from shike_fast.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD
+from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, register_dataset, require_data_dir
+from shike_fast.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+INFO = DatasetInfo(
+    name="imagefolder",
+    description="your own images, 224x224 colour crops, one folder a class",
+    how_obtained="--data-dir DIR with the images in DIR/train/CLASS and DIR/val/CLASS (or DIR/test/CLASS)",
+    default_imbalance_factor=None,
+    augmentations=(*(name for name in PHOTO_AUGMENTATIONS if name != "none"), "none"),
+    resizable=True,
+)
+
+
+@register_dataset(INFO)
+def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
+    """List the files of train/CLASS and val/CLASS (without a val: test/CLASS); classes in alphabetical order."""
+    root = require_data_dir(info, options)
+    train_dir = root / "train"
+    test_dir = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+    if not train_dir.is_dir():
+        raise DataError(f"{info.name}: no folder {train_dir}; {info.how_obtained}")
+    if test_dir is None:
+        raise DataError(f"{info.name}: neither {root / 'val'} nor {root / 'test'} is a folder; {info.how_obtained}")
+    class_names = _class_names(train_dir)
+    if len(class_names) < 2:
+        raise DataError(f"{train_dir}: holds one class, {class_names[0]}; there must be two class folders or more")
+    for name in _class_names(test_dir):
+        if name not in class_names:
+            raise DataError(
+                f"{test_dir / name}: a class without a folder in {train_dir}; add its training images or remove it"
+            )
+    paths, labels, sizes = _list_part(root, train_dir, class_names)
+    test_paths, test_labels, _ = _list_part(root, test_dir, class_names)
+    return build_images(
+        info,
+        options,
+        train=ImagePart(FileStore(root, paths), labels),
+        test=ImagePart(FileStore(root, test_paths), test_labels),
+        class_names=class_names,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        identity=(*paths.arrays, sizes),
+    )
+
+
+def _class_names(part: Path) -> tuple[str, ...]:
+    with _reading(part):
+        names = sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(
+            f"{part}: no class folders; put the images of each class into a folder of its own, {part}/CLASS"
+        )
+    return tuple(names)
+
+
+def _list_part(
+    root: Path, part: Path, class_names: tuple[str, ...]
+) -> tuple[PathTable, NDArray[np.int64], NDArray[np.int64]]:
+    """Paths relative to ``root``, labels and sizes in bytes of the images of a part, sorted by class and name."""
+    paths: list[str] = []
+    labels: list[int] = []
+    sizes: list[int] = []
+    for label, name in enumerate(class_names):
+        folder = part / name
+        if not folder.is_dir():
+            continue  # a class without test images: it counts in no test average
+        with _reading(folder):
+            files = sorted(image_files(folder))
+            sizes += [_size(path) for path in files]
+        if not files:
+            raise DataError(
+                f"{folder}: no images of this class ({', '.join(EXTENSIONS)}); add some or remove the folder"
+            )
+        paths += [os.path.relpath(path, root) for path in files]
+        labels += [label] * len(files)
+    return PathTable(paths), np.array(labels, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:  # a link to nowhere: an image that cannot be read, like others
+        return 0
+
+
+def image_files(folder: Path) -> list[str]:
+    """The images in a folder and all folders below it, by their extensions, in no order.
+
+    Names that begin with a dot are passed over, of files and of folders: Jupyter leaves ``.ipynb_checkpoints`` with
+    copies of images, macOS ``._x.jpg`` beside ``x.jpg``.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it cannot list
+
+    found = []
+    for directory, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes into those that are left
+        found += [os.path.join(directory, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
+    # Opening a pipe or a device would wait for ever. A link to nowhere stays, to be named as unreadable.
+    return [path for path in found if os.path.isfile(path) or not os.path.exists(path)]
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn a failure to list ``folder`` into a DataError that names what cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error

@@ -1,0 +1,1 @@
+"""Images as they are stored and decoded: arrays, files, JPEG."""

@@ -1,0 +1,1 @@
+"""Batches of an epoch, from this process, worker processes or the GPU."""

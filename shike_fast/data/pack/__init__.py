@@ -1,0 +1,1 @@
+"""Packs: a data set of image files in a few large ones."""
