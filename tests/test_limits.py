@@ -99,8 +99,8 @@ SURROUNDINGS = {
     **{"TERM": "dumb", "COLUMNS": "37", "FORCE_COLOR": "1", "RANK": "1", "WORLD_SIZE": "4", "PYTEST_ADDOPTS": ""},
 }
 SENSITIVE = [
-    "data/test_pack_processes.py::test_a_signal_ends_all_processes",
-    "data/test_loader.py::test_a_program_ends_that_does_not_close_its_loader",
+    "data/pack/test_processes.py::test_a_signal_ends_all_processes",
+    "data/loaders/test_loader.py::test_a_program_ends_that_does_not_close_its_loader",
     "engine/test_signals.py::test_first_signal_only_asks",
     "test_readme.py::test_the_two_commands_stand_alone_on_their_lines",
 ]
