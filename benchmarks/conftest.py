@@ -38,6 +38,11 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SERVES = {"reference": DEVICES, "cpu": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"], COMPILED: DEVICES}
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process: others beside it would disturb what it times."""
+    return 0
+
+
 def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Module | None:
     """Collect bench_*.py, which pytest on its own does only for files named on the command line."""
     if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):

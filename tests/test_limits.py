@@ -99,8 +99,8 @@ SURROUNDINGS = {
     **{"TERM": "dumb", "COLUMNS": "37", "FORCE_COLOR": "1", "RANK": "1", "WORLD_SIZE": "4", "PYTEST_ADDOPTS": ""},
 }
 SENSITIVE = [
-    "data/test_pack_processes.py::test_a_signal_ends_all_processes",
-    "data/test_loader.py::test_a_program_ends_that_does_not_close_its_loader",
+    "data/pack/test_processes.py::test_a_signal_ends_all_processes",
+    "data/loaders/test_loader.py::test_a_program_ends_that_does_not_close_its_loader",
     "engine/test_signals.py::test_first_signal_only_asks",
     "test_readme.py::test_the_two_commands_stand_alone_on_their_lines",
 ]
@@ -110,6 +110,6 @@ def test_the_callers_surroundings_stay_out(programs, pytestconfig):
     """As a background job of a script, which ignores signals, in a C locale, below some launcher."""
     shell = ["sh", "-c", "trap '' INT TERM CHLD; exec \"$@\"", "sh"]
     tests = [f"tests/{name}" for name in SENSITIVE]
-    command = [*shell, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests]
+    command = [*shell, sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-q", *tests]
     done = programs.run(command, cwd=pytestconfig.rootpath, env=os.environ | SURROUNDINGS)
     assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout + done.stderr
