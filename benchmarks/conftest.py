@@ -1,8 +1,8 @@
 """What the op benchmarks share: contenders, rotation among input sets, bytes moved, the copy bandwidth of the same run.
 
 Run them with ``pytest benchmarks/ --benchmark-only``, on an otherwise idle machine; ``--benchmark-json FILE`` keeps the
-numbers together with a description of the machine, and ``python benchmarks/report.py`` makes ``docs/benchmarks.md`` of
-such files.
+numbers together with a description of the machine, and ``python benchmarks/report.py`` makes
+``docs/records/benchmarks.md`` of such files.
 
 A benchmark names its operator, ``@pytest.mark.op("dkt_loss")``, and takes ``contender`` and ``device``: it runs for
 every backend of the operator, and for torch.compile of the reference, on every device present. One that takes

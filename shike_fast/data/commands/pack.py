@@ -2,7 +2,7 @@
 
 Images are reduced to --short-side and kept as JPEG or as raw pixels; --data-dir OUT then trains from the pack. A killed
 pack goes on when the same command is repeated. Images that are missing or cannot be decoded are left out, unless they
-are too many. docs/packs.md describes the format.
+are too many. docs/data.md describes the format.
 """
 
 from __future__ import annotations

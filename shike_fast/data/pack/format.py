@@ -6,7 +6,7 @@ A pack is a folder::
     train.npz test.npz   one entry an image: where it is, its label, size, CRC-32 and original name
     train-00000.tar …    the images, ``LABEL/NUMBER.jpg``, or ``.ppm`` where they are kept decoded
 
-docs/packs.md describes it.
+docs/data.md describes it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import pytest
 from shike_fast.engine.config import resolve
 from shike_fast.train import make_parser
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "reproduce.py"
 
 

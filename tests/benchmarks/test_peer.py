@@ -11,7 +11,7 @@ import torch
 from shike_fast import models
 from shike_fast.models.resnet import Bottleneck, MultiExpertResNet
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def load(name):
@@ -22,8 +22,8 @@ def load(name):
 
 
 @pytest.fixture(scope="module")
-def published():
-    return load("published")
+def peer():
+    return load("peer")
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,10 @@ def _one_thread(_threads):
 
 
 @pytest.fixture
-def recorded(golden, published):
+def recorded(golden, peer):
     """The recorded network, its arrays, images and labels."""
     arrays = golden("resnet8_moe")
-    network = published.resnet8(len(arrays["class_counts"])).double()
+    network = peer.resnet8(len(arrays["class_counts"])).double()
     state = {key.removeprefix("state/"): torch.from_numpy(arrays[key]) for key in arrays if key.startswith("state/")}
     network.load_state_dict(state, strict=True)
     return network, arrays, torch.from_numpy(arrays["images"]).double(), torch.from_numpy(arrays["target"])
@@ -52,12 +52,12 @@ def test_recorded_logits(recorded, stage, key):
     torch.testing.assert_close(logits, torch.from_numpy(arrays[key]), rtol=0, atol=1e-12)
 
 
-def test_recorded_losses(recorded, published):
+def test_recorded_losses(recorded, peer):
     network, arrays, images, target = recorded
-    optimizer = published.make_optimizer(network, lr=0.05)
+    optimizer = peer.make_optimizer(network, lr=0.05)
     losses = []
     for _ in arrays["train_losses"]:
-        loss = published.dkt_loss(network(images), target)
+        loss = peer.dkt_loss(network(images), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -65,10 +65,10 @@ def test_recorded_losses(recorded, published):
     np.testing.assert_allclose(losses, arrays["train_losses"], rtol=0, atol=1e-9)
 
 
-def test_bottlenecks_are_the_same_network(published):
+def test_bottlenecks_are_the_same_network(peer):
     """The form of ResNet-50, with one narrow block a stage."""
     options = {"width": 8, "num_classes": 5, "large_stem": True}
-    peer = published.PublishedNetwork(published.Bottleneck, [1, 1, 1, 2], **options).double()
+    network = peer.PeerNetwork(peer.Bottleneck, [1, 1, 1, 2], **options).double()
     model = MultiExpertResNet(Bottleneck, [1, 1, 1, 2], **options).double()
     state = {}
     for key, values in model.state_dict().items():
@@ -80,24 +80,24 @@ def test_bottlenecks_are_the_same_network(published):
             state |= {key.replace("weight", f"{k}.weight"): weight for k, weight in enumerate(values)}
         else:
             state[theirs] = values
-    peer.load_state_dict(state, strict=True)
+    network.load_state_dict(state, strict=True)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
-    torch.testing.assert_close(torch.stack(peer(images)), model(images))
+    torch.testing.assert_close(torch.stack(network(images)), model(images))
 
 
-def test_resnet50_is_the_large_network(published):
+def test_resnet50_is_the_large_network(peer):
     with torch.device("meta"):
-        peer, model = published.resnet50(7), models.create_model("resnet50", num_classes=7)
-    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (peer, model)]
+        theirs, ours = peer.resnet50(7), models.create_model("resnet50", num_classes=7)
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (theirs, ours)]
     assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches(published, workers):
+def test_batches(peer, workers):
     images = np.zeros((5, 32, 32, 3), dtype=np.uint8)
-    dataset = published.AugmentedImages(images, np.arange(5), mean=(0.2,) * 3, std=(0.5,) * 3)
-    dataset.transforms = (published.random_flip,)
-    batches = published.batches(dataset, batch_size=2, workers=workers, pin_memory=False)
+    dataset = peer.AugmentedImages(images, np.arange(5), mean=(0.2,) * 3, std=(0.5,) * 3)
+    dataset.transforms = (peer.random_flip,)
+    batches = peer.batches(dataset, batch_size=2, workers=workers, pin_memory=False)
     seen = [next(batches) for _ in range(4)]  # two of the first epoch, two of the second
     batches.close()
     for batch, labels in seen:
@@ -106,14 +106,14 @@ def test_batches(published, workers):
     assert len({int(label) for _, labels in seen[:2] for label in labels}) == 4
 
 
-def test_transforms(published):
-    dataset = published.AugmentedImages(
+def test_transforms(peer):
+    dataset = peer.AugmentedImages(
         np.random.default_rng(0).integers(1, 256, size=(40, 32, 32, 3), dtype=np.uint8),
         np.zeros(40, dtype=np.int64),
         mean=(0.0,) * 3,
         std=(1.0,) * 3,
     )
-    assert dataset.transforms == (published.random_crop, published.random_flip, published.auto_augment)
+    assert dataset.transforms == (peer.random_crop, peer.random_flip, peer.auto_augment)
     images = torch.stack([dataset[i][0] for i in range(len(dataset))])
     assert images.min() >= 0 and images.max() <= 1
     dataset.transforms = ()

@@ -112,7 +112,7 @@ class NormedLinear(nn.Module):
         return SCALE * F.normalize(x, dim=1).mm(F.normalize(self.weight, dim=0))
 
 
-class PublishedNetwork(nn.Module):
+class PeerNetwork(nn.Module):
     """Shared stages ``layer1`` ..., the experts' copies of the last one in ``layerNs``, and their classifiers."""
 
     def __init__(
@@ -177,16 +177,16 @@ def stage(
     return nn.Sequential(*members)
 
 
-def resnet8(num_classes: int, in_channels: int = 3) -> PublishedNetwork:
-    return PublishedNetwork(BasicBlock, [1, 1, 1], width=16, num_classes=num_classes, in_channels=in_channels)
+def resnet8(num_classes: int, in_channels: int = 3) -> PeerNetwork:
+    return PeerNetwork(BasicBlock, [1, 1, 1], width=16, num_classes=num_classes, in_channels=in_channels)
 
 
-def resnet32(num_classes: int, in_channels: int = 3) -> PublishedNetwork:
-    return PublishedNetwork(BasicBlock, [5, 5, 5], width=16, num_classes=num_classes, in_channels=in_channels)
+def resnet32(num_classes: int, in_channels: int = 3) -> PeerNetwork:
+    return PeerNetwork(BasicBlock, [5, 5, 5], width=16, num_classes=num_classes, in_channels=in_channels)
 
 
-def resnet50(num_classes: int) -> PublishedNetwork:
-    return PublishedNetwork(Bottleneck, [3, 4, 6, 3], width=64, num_classes=num_classes, large_stem=True)
+def resnet50(num_classes: int) -> PeerNetwork:
+    return PeerNetwork(Bottleneck, [3, 4, 6, 3], width=64, num_classes=num_classes, large_stem=True)
 
 
 def dkt_loss(
