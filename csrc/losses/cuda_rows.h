@@ -6,8 +6,9 @@
 
 #include <cstdint>
 
-#include "losses/cuda_plan.h"
+#include "common/half.h"
 #include "common/words.h"
+#include "losses/cuda_plan.h"
 #include "losses/call.h"
 
 namespace shike {

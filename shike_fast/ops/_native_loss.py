@@ -47,9 +47,11 @@ def dkt_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], terms [3] and what is saved for the backward."""
     loss, terms, saved = new_dkt_results(logits)
-    call = {**_dkt_call(logits, target, saved, factors, *options), "loss": loss, "terms": terms}
+    call = _dkt_call(logits, target, saved, factors, *options)
+    call["loss"], call["terms"] = loss, terms
     if loss.device.type == "cpu":
-        native().cpu_dkt_forward(**call, threads=torch.get_num_threads())
+        call["threads"] = torch.get_num_threads()
+        native().cpu_dkt_forward(**call)
     elif target.shape[0] == 0:
         loss.zero_()
         terms.zero_()
@@ -69,13 +71,11 @@ def dkt_backward(
 ) -> Tensor:
     """Gradient [K, B, C] of the logits, times ``grad_output`` []."""
     gradient = gradient_like(logits)
-    call = {
-        **_dkt_call(logits, target, saved, factors, *options),
-        "gradient": [gradient],
-        "grad_output": grad_output,
-    }
+    call = _dkt_call(logits, target, saved, factors, *options)
+    call["gradient"], call["grad_output"] = [gradient], grad_output
     if gradient.device.type == "cpu":
-        native().cpu_dkt_backward(**call, threads=torch.get_num_threads())
+        call["threads"] = torch.get_num_threads()
+        native().cpu_dkt_backward(**call)
     elif gradient.numel() > 0:
         native().cuda_dkt_backward(**call, **queue_of(gradient))
     return gradient
@@ -93,13 +93,10 @@ def dkt_both(
         return None
     loss, terms, saved = new_dkt_results(logits)
     gradient = gradient_like(logits)
-    native().cpu_dkt_both(
-        **_dkt_call(logits, target, saved, factors, *options),
-        loss=loss,
-        terms=terms,
-        gradient=[gradient],
-        threads=torch.get_num_threads(),
-    )
+    call = _dkt_call(logits, target, saved, factors, *options)
+    call["loss"], call["terms"], call["gradient"] = loss, terms, [gradient]
+    call["threads"] = torch.get_num_threads()
+    native().cpu_dkt_both(**call)
     return (loss, terms, saved), gradient
 
 
@@ -166,18 +163,17 @@ def _dkt_call(
     student_target_logit: float,
     detach_teacher: bool,
 ) -> dict[str, Any]:
-    """DktCall of csrc/losses/call.h."""
+    """DktCall of csrc/losses/call.h. The callers add to it: merging dictionaries costs half a microsecond."""
     rows = max(target.shape[0], 1)
     scale = 1.0 / (rows * logits[0].shape[-1] if kl_reduction == "mean" else rows)
-    return {
-        **_common(logits, target, saved),
-        "factors": factors,
-        "hardest_weight": hardest_weight * scale,
-        "mutual_weight": mutual_weight * scale,
-        "teacher_target_logit": teacher_target_logit,
-        "student_target_logit": student_target_logit,
-        "detach_teacher": detach_teacher,
-    }
+    call = _common(logits, target, saved)
+    call["factors"] = factors
+    call["hardest_weight"] = hardest_weight * scale
+    call["mutual_weight"] = mutual_weight * scale
+    call["teacher_target_logit"] = teacher_target_logit
+    call["student_target_logit"] = student_target_logit
+    call["detach_teacher"] = detach_teacher
+    return call
 
 
 def queue_of(tensor: Tensor) -> dict[str, int]:
