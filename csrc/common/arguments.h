@@ -6,8 +6,8 @@
 //         return [=] { negate(values, count); };  // runs without Python's lock
 //     });
 //
-// All arguments are keywords and all are required; one that is missing, not known or of another kind is a TypeError that
-// names it. A tensor is whatever has data_ptr(), stride() and dim(), so that no PyTorch header is needed.
+// All arguments are keywords and all are required; one that is missing, not known or of another kind is a TypeError
+// that names it. A tensor is whatever has data_ptr(), stride() and dim(), so that no PyTorch header is needed.
 #pragma once
 
 #include <pybind11/pybind11.h>

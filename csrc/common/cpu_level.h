@@ -10,9 +10,9 @@ enum class CpuLevel { kGeneric, kAvx2, kAvx512 };
 
 CpuLevel cpu_level();
 
-// Tables of kernels. CMakeLists.txt compiles each cpu_kernels.cpp once for every instruction set, with SHIKE_CPU_LEVEL set
-// to its name; the file defines the table of that level. float64 is for checking gradients, not for speed: its table is
-// compiled for the generic level only, where SHIKE_FLOAT64 is set.
+// Tables of kernels. CMakeLists.txt compiles each cpu_kernels.cpp once for every instruction set, with SHIKE_CPU_LEVEL
+// set to its name; the file defines the table of that level. float64 is for checking gradients, not for speed: its
+// table is compiled for the generic level only, where SHIKE_FLOAT64 is set.
 template <class Kernels, CpuLevel kLevel>
 const Kernels& kernels_at();
 template <class Kernels>

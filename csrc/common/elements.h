@@ -1,5 +1,5 @@
-// Elements in memory for the CPU kernels: whatever the storage type, the arithmetic sees float or double, or SIMD vectors
-// of them. Only here is memory of the caller read or written.
+// Elements in memory for the CPU kernels: whatever the storage type, the arithmetic sees float or double, or SIMD
+// vectors of them. Only here is memory of the caller read or written.
 #pragma once
 
 #include <type_traits>

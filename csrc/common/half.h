@@ -1,5 +1,5 @@
-// bfloat16 and float16 (IEEE half precision) to float and back, for host and device. Rounding is to nearest, ties to even;
-// NaN stays NaN.
+// bfloat16 and float16 (IEEE half precision) to float and back, for host and device. Rounding is to nearest, ties to
+// even; NaN stays NaN.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
 //
 //     SHIKE_BINDINGS(module) { module.def("name", &function, "what it does"); }
 //
-// Functions take raw pointers, sizes and a stream; Python owns allocation, checks and registration. No PyTorch header is
-// included anywhere, so that one build serves every PyTorch.
+// Functions take raw pointers, sizes and a stream; Python owns allocation, checks and registration. No PyTorch header
+// is included anywhere, so that one build serves every PyTorch.
 #pragma once
 
 #include <pybind11/pybind11.h>

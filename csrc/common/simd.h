@@ -107,8 +107,9 @@ SHIKE_SIMD Vector<double> exponential(Vector<double> x) {
     return exponential_of<double, std::int64_t, 52, 13>(x, 0.693147180369123816490, 1.90821492927058770002e-10, -708.3);
 }
 
-// log(x) of a positive normal number; infinity and NaN stay what they are. With x = 2^n (1 + f), 1 + f between sqrt(1/2)
-// and sqrt(2): the polynomial of the Cephes library (S. Moshier, logf), error below one unit in the last place.
+// log(x) of a positive normal number; infinity and NaN stay what they are. With x = 2^n (1 + f), 1 + f between
+// sqrt(1/2) and sqrt(2): the polynomial of the Cephes library (S. Moshier, logf), error below one unit in the last
+// place.
 SHIKE_SIMD Vector<float> logarithm(Vector<float> x) {
     Mask<float> bits;
     std::memcpy(&bits, &x, sizeof(bits));

@@ -54,8 +54,8 @@ struct Fusion {
     int sums() const { return normalised ? (folded ? 4 : 2) : 0; }               // S
 };
 
-// What is saved for the backward, in the accumulation dtype, contiguous; norms in the order shallow 0 ... K - 1, then deep
-// 0 ... K - 1.
+// What is saved for the backward, in the accumulation dtype, contiguous; norms in the order shallow 0 ... K - 1, then
+// deep 0 ... K - 1.
 struct FusionSaved {
     void* sums;         // [K, S, B, C]: M1 = sum m D x_hat, M2 = sum m D, P1 = sum m' A y_hat, P2 = sum m' A over (h, w)
     void* mean_rstd;  // [n, 3, C]: the mean's leading part, the rest of the mean, 1 / sqrt(var + eps)

@@ -34,8 +34,8 @@ void vector_gradients_of(const Fusion& call, const FusionSaved& saved, const voi
     }
 }
 
-// d(x) = weight upstream - constant - distance slope, where d(x_hat) has the mean and the correlation of `upstream` taken
-// out: weight = gamma rstd, slope = weight rstd d(gamma) / N, constant = weight d(beta) / N - rest slope.
+// d(x) = weight upstream - constant - distance slope, where d(x_hat) has the mean and the correlation of `upstream`
+// taken out: weight = gamma rstd, slope = weight rstd d(gamma) / N, constant = weight d(beta) / N - rest slope.
 template <class T>
 struct Backward {
     Line<T> constant{}, slope{};

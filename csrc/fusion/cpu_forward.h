@@ -84,8 +84,8 @@ SHIKE_SIMD Factors<T> factors(const Tiles<const T>& tiles, int row, int c, const
     return f;
 }
 
-// Adds up per channel, for rows of one sample: sum D d and sum D, with D only where the ReLU is active (kPlain: sum D x);
-// folded also sum A d' and sum A where the deep ReLU is.
+// Adds up per channel, for rows of one sample: sum D d and sum D, with D only where the ReLU is active (kPlain: sum D
+// x); folded also sum A d' and sum A where the deep ReLU is.
 template <class T, bool kFolded, Shallow kShallow>
 void add_forward(const Tiles<const T>& tiles, int rows, int vectors, std::int64_t ahead, const Channels<T>& norm,
                  const Channels<T>& deep_norm, Line<T>* sums) {

@@ -20,8 +20,8 @@ SHIKE_SIMD Vector<T> at(const T* from) {
     std::memcpy(&result, from, sizeof(result));
     return result;
 }
-// A value that a mask may discard. The compiler would load it with that mask, and the load would wait for what the mask is
-// computed from, one miss of the cache after the other.
+// A value that a mask may discard. The compiler would load it with that mask, and the load would wait for what the mask
+// is computed from, one miss of the cache after the other.
 template <class T>
 SHIKE_SIMD Vector<T> at_once(const T* from) {
     Vector<T> result = at(from);

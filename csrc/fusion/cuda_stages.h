@@ -1,5 +1,5 @@
-// The launches of each call of depth-wise knowledge fusion. `Run` makes them: on a device (cuda_launch.cu), or one block
-// and one thread after another on the CPU (cuda_emulation.cpp).
+// The launches of each call of depth-wise knowledge fusion. `Run` makes them: on a device (cuda_launch.cu), or one
+// block and one thread after another on the CPU (cuda_emulation.cpp).
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,6 @@
-// The mean and the variance of each channel: threads sum over their shares of the batch, about a centre that follows the
-// mean, and a block merges its threads' shares as Chan's formula does, all in a fixed order; cuda_merge.h merges the blocks.
+// The mean and the variance of each channel: threads sum over their shares of the batch, about a centre that follows
+// the mean, and a block merges its threads' shares as Chan's formula does, all in a fixed order; cuda_merge.h merges
+// the blocks.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +39,8 @@ SHIKE_HD float median(float a, float b, float c) {
 constexpr int kRun = 16;  // values of a thread that are added up in plain float32
 
 // What a thread knows of its channels in the present stretch: of a sample where there are products, which then depend
-// on no other sample, else of all samples. What lies in shared memory is needed once a run: CompensatedSums of the squares
-// and of the products, later three numbers to hand over, and the four of earlier stretches.
+// on no other sample, else of all samples. What lies in shared memory is needed once a run: CompensatedSums of the
+// squares and of the products, later three numbers to hand over, and the four of earlier stretches.
 template <DType kType, int V>
 struct StatisticsState {
     // Products about a pivot of their own, which no single value moves. The results of 16-bit maps do not show it.
@@ -93,7 +94,8 @@ struct StatisticsState {
     }
 
     // Ends the stretch: the products are complete, and the statistics join those of the thread's earlier ones.
-    // `totals`: their centre, sum x - centre and the squares about it in a CompensatedSum. `joined`: of how many values.
+    // `totals`: their centre, sum x - centre and the squares about it in a CompensatedSum. `joined`: of how many
+    // values.
     template <bool kProducts>
     SHIKE_HD void finish(float* sums, float* totals, int stride, int joined) {
         if (count == 0) return;

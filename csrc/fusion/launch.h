@@ -11,15 +11,15 @@ namespace shike {
 // On the CPU no result depends on the number of threads.
 //
 // CUDA: float32, bfloat16 and float16 maps, float32 arithmetic. All memory belongs to the caller. Nothing waits for the
-// device, so the calls can be captured in a CUDA graph. Every function throws std::runtime_error if CUDA reports an error.
-// Call them with B >= 1.
+// device, so the calls can be captured in a CUDA graph. Every function throws std::runtime_error if CUDA reports an
+// error. Call them with B >= 1.
 
 // Floats of workspace that a forward or the statistics of this many maps need.
 std::size_t cuda_dkf_workspace(const Fusion& call, bool training, int device);
 std::size_t cuda_dkf_statistics_workspace(const MapList& maps, int device);
 
-// f: [K, B, C], the maps' dtype. training: fills saved.mean_rstd and `statistics`, [n, 2, C] (mean and unbiased variance),
-// and updates the running ones. Otherwise mean_rstd is given and `statistics` is not touched.
+// f: [K, B, C], the maps' dtype. training: fills saved.mean_rstd and `statistics`, [n, 2, C] (mean and unbiased
+// variance), and updates the running ones. Otherwise mean_rstd is given and `statistics` is not touched.
 void cpu_dkf_forward(const Fusion& call, const FusionSaved& saved, bool training, void* f, void* statistics,
                      int threads);
 void cuda_dkf_forward(const Fusion& call, const FusionSaved& saved, bool training, void* f, float* statistics,

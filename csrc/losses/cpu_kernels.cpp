@@ -1,5 +1,5 @@
-// The CPU kernels of the expert losses, compiled once for each instruction set. The SIMD lanes are streams of classes (see
-// row_state.h) that share their pivots and are added up at the end of the row.
+// The CPU kernels of the expert losses, compiled once for each instruction set. The SIMD lanes are streams of classes
+// (see row_state.h) that share their pivots and are added up at the end of the row.
 #include "losses/cpu_kernels.h"
 
 #include <array>

@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kTile = 16;  // vectors of an expert in a tile: 8 experts of them fill a quarter of a 32 KiB cache at most
 
-// Whole vectors of `count` <= kTile * kLanes classes, from `first` on, into tile[0], tile[step], ...; padding is `absent`.
+// Whole vectors of `count` <= kTile * kLanes classes, from `first` on, into tile[0], tile[step], ...; padding is
+// `absent`.
 template <class T, class S>
 void load_as(const Matrix& from, std::int64_t row, std::int64_t first, int count, Vector<T>* tile, int step, T absent) {
     const S* source = static_cast<const S*>(from.data) + row * from.row_stride + first * from.class_stride;

@@ -9,8 +9,8 @@
 
 namespace shike {
 
-// loss: in the accumulation dtype; terms: float [3] (cross-entropy, hardest, mutual), weights applied. No result depends on
-// the number of threads. `grad_output`: the gradient of the loss, one number in the accumulation dtype.
+// loss: in the accumulation dtype; terms: float [3] (cross-entropy, hardest, mutual), weights applied. No result
+// depends on the number of threads. `grad_output`: the gradient of the loss, one number in the accumulation dtype.
 void cpu_dkt_forward(const DktCall& call, void* loss, float* terms, int threads);
 void cpu_dkt_backward(const DktCall& call, const Experts& gradient, const void* grad_output, int threads);
 // Forward and backward, for a grad_output of 1, from one reading of the logits.
@@ -19,8 +19,9 @@ void cpu_cross_entropy_forward(const CrossEntropyCall& call, void* loss, int thr
 void cpu_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const void* grad_output,
                                 int threads);
 
-// CUDA: float32, bfloat16 and float16 logits, float32 arithmetic. All memory belongs to the caller. Nothing waits for the
-// device, so the calls can be captured in a CUDA graph. Every function throws std::runtime_error if CUDA reports an error.
+// CUDA: float32, bfloat16 and float16 logits, float32 arithmetic. All memory belongs to the caller. Nothing waits for
+// the device, so the calls can be captured in a CUDA graph. Every function throws std::runtime_error if CUDA reports an
+// error.
 
 // Floats of workspace that the forward needs: row terms, and partial states of rows that several blocks share.
 std::size_t cuda_dkt_workspace(int experts, std::int64_t batch, std::int64_t classes, int device);

@@ -29,8 +29,8 @@ struct DktTerms {  // of one row, without the weights
     T mutual;         // sum_{i != j} KL(p_j || p_i)
 };
 
-// Ends a row: the logits at the target, z_y, and at the hardest negative, z_h (any finite numbers if the term is off). V
-// is one row, or a vector of as many rows as it has lanes.
+// Ends a row: the logits at the target, z_y, and at the hardest negative, z_h (any finite numbers if the term is off).
+// V is one row, or a vector of as many rows as it has lanes.
 template <class V, class T, int K>
 SHIKE_HD DktTerms<V> finish(const DktState<V, K>& state, const V (&z_y)[K], const V (&z_h)[K],
                             const DktOptions<T>& options, DktSaved<V, K>& saved) {

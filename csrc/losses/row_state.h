@@ -1,5 +1,5 @@
-// What is learnt of one row (one sample) while its classes stream by; row_gradient.h makes the loss and the gradient of it,
-// docs/kernels.md derives both. Compiled for host and device.
+// What is learnt of one row (one sample) while its classes stream by; row_gradient.h makes the loss and the gradient of
+// it, docs/kernels.md derives both. Compiled for host and device.
 //
 // V is a stream of classes: one float or double (a CUDA thread, the end of a row), or a SIMD vector whose lanes are as
 // many streams (the CPU). What streams learnt from different classes of a row is put together in cpu_kernels.cpp
@@ -198,8 +198,8 @@ struct StudentState {
 // What a stream knows of the classes it saw, the target left out.
 template <class V, int K>
 struct DktState : StudentState<V, K> {
-    // The teacher's sums leave out the hardest negative found so far: its logit is the experts' mean, not their maximum,
-    // and taking a term out of a finished sum would cancel all digits where that term dominates.
+    // The teacher's sums leave out the hardest negative found so far: its logit is the experts' mean, not their
+    // maximum, and taking a term out of a finished sum would cancel all digits where that term dominates.
     Candidate<V> hardest;
     V teacher_pivot;  // max of r
     V teacher_sum;    // sum of exp(r - pivot)
