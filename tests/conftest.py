@@ -224,7 +224,7 @@ def compile_cuda(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -
     def compiled(name: str, architecture: str) -> CompiledKernels:
         assert NVCC is not None
         cubin = tmp_path_factory.mktemp("cuda") / "kernels.cubin"
-        options = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+        options = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
         report = output_of([NVCC, *options, str(CSRC / name), "-o", str(cubin)])
         tool = _cuobjdump(Path(NVCC).parent)
         assert tool is not None, "nvcc brings cuobjdump along, and so does Triton"

@@ -79,12 +79,15 @@ def _failed_self_test(index: int) -> str | None:
     return _self_tests[index]
 
 
+_ROOMS = {"dkt": "losses", "cross_entropy": "losses", "dkf": "fusion"}  # folders of shike_fast.kernels
+
+
 def kernels(stem: str, backend: str, native_kernels: ModuleType) -> ModuleType:
     """The module with the backend's ``<stem>_forward`` and so on."""
     if backend != "triton":
         return native_kernels
     try:
-        return importlib.import_module(f"shike_fast.kernels.{stem}")
+        return importlib.import_module(f"shike_fast.kernels.{_ROOMS[stem]}.{stem}")
     except Exception as error:  # a broken Triton raises anything; say whose failure it is
         raise RuntimeError(f"backend 'triton' cannot run: {type(error).__name__}: {error}") from error
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
 from triton.runtime.jit import JITFunction
 
-from shike_fast.kernels import _rows, cross_entropy, dkt
+from shike_fast.kernels.losses import _rows, cross_entropy, dkt
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets its kernels in this process"
