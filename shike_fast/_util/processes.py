@@ -1,4 +1,8 @@
-"""Work shared among processes that end with the command, however it ends."""
+"""Work shared among processes that end with the command, however it ends.
+
+``concurrent.futures`` does not do: its workers outlive a parent that is killed, since each holds the pipe that they
+wait at, and it says neither which signal ended a worker nor which of several could not be started.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from shike_fast._util.files import HeldElsewhereError, lock
 from shike_fast._util.resources import is_out_of_memory, lacking
-from shike_fast.data.loaders.workers import STOP_SIGNALS, holding_stop_signals, how_ended
-from shike_fast.errors import DataError, RunError, ShikeError
+from shike_fast.errors import RunError, ShikeError
 
 Task = TypeVar("Task")
-Tell = Callable[[int, list[str]], None]  # how many more items are done, and lines for the user
+Tell = Callable[[int, list[str]], None]  # takes how many more items are done, and lines for the user
 
-LOCK = ".lock"  # file in a folder that one command at a time may write to
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_PATIENCE = 5.0  # seconds that the workers of a killed command may take to notice
 _HEARTBEAT = 0.5  # seconds after which a worker without work looks whether the command still runs
 _REPORTS = 0.1  # seconds between two reports of a worker
+
+
+@contextlib.contextmanager
+def holding_stop_signals() -> Iterator[None]:
+    """Delay the stop signals; processes forked meanwhile have them delayed from their first moment on."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def how_ended(process: ForkProcess) -> str:
+    """``by SIGKILL`` or ``with status 1``, of a process that has ended or is about to."""
+    process.join()
+    code = process.exitcode or 0
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
 
 
 def work(
@@ -43,10 +60,10 @@ def work(
     of a terminal, and end at the latest after the item at hand when this one has ended, by whatever signal.
 
     Args:
-        do: the work; ``tell`` is to be called after every item.
-        tasks: what there is to do; a process gets the next one when it is through with one.
+        do: the work; it calls ``tell`` after every item.
+        tasks: what there is to do; a process gets the next one when it has finished one.
         workers: the most processes.
-        report: makes, once they run, what is told of the progress of all.
+        report: makes, once they run, the function that receives the progress of all.
 
     Raises:
         ShikeError: the first one that a worker raised.
@@ -170,42 +187,3 @@ def _ended(process: ForkProcess) -> RunError:
     return RunError(
         f"a worker process ended early, {how}; if memory ran out use fewer --workers, and repeat the command"
     )
-
-
-@contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Call it bad input when the first files or folders in a place cannot be made.
-
-    Raises:
-        DataError: that is so.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from packing into the same folder; it is made if need be.
-
-    Raises:
-        DataError: it cannot be made or written.
-        RunError: another one is at it.
-    """
-    with writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "wb")  # noqa: SIM115  (held over the yield below)
-    with file:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                lock(file)
-                break
-            except HeldElsewhereError as error:
-                if time.monotonic() > deadline:
-                    raise RunError(
-                        f"{folder}: another process is packing into this folder; wait for it or stop it"
-                    ) from error
-                time.sleep(0.05)
-        yield

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
+from shike_fast._util.processes import STOP_SIGNALS, holding_stop_signals, how_ended
 from shike_fast._util.resources import is_lacking, is_out_of_memory, keep_memory, lacking
 from shike_fast.data.loaders import messages
 from shike_fast.errors import RunError, ShikeError
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _AHEAD = 2  # requests that a process has at a time: it never waits for the next one
 _HEARTBEAT = 1.0  # seconds after which whoever waits looks whether that still makes sense
@@ -33,23 +32,6 @@ _PATIENCE = 5.0  # seconds in which processes may end by themselves
 
 class LoadingStopped(Exception):
     """Whoever waited for a batch was asked to stop."""
-
-
-@contextlib.contextmanager
-def holding_stop_signals() -> Iterator[None]:
-    """Delay the stop signals; processes forked meanwhile have them delayed from their first moment on."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def how_ended(process: ForkProcess) -> str:
-    """``by SIGKILL`` or ``with status 1``, of a process that has ended or is about to."""
-    process.join()
-    code = process.exitcode or 0
-    return f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
 
 
 @dataclass
