@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from shike_fast.data.pack.format import Manifest, decode_json
-from shike_fast.data.pack.writer import ShardWriter, _plain_jpeg
+from shike_fast.data.pack.shards import ShardWriter, _plain_jpeg
 
 
 def test_an_archive_depends_on_its_members_alone(tmp_path):
