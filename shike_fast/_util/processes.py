@@ -114,7 +114,7 @@ def _send(task: object, pipe: Connection, process: ForkProcess) -> None:
 def _start(do: Callable[[Task, Tell], None]) -> tuple[Connection, ForkProcess]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    with theirs:  # the only end that tells, by its end, of the end of the worker
+    with theirs:  # the only open end, so that it closes with the worker
         process = context.Process(target=_serve, args=(do, theirs, os.getpid()), daemon=True)
         try:
             # A signal between the fork and the worker's first line would be handled as in this process.
@@ -130,7 +130,7 @@ def _serve(do: Callable[[Task, Tell], None], pipe: Connection, parent: int) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
+    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that hold them
     torch.set_num_threads(1)  # the threads of the parent were not forked
     done, lines, last = 0, list[str](), time.monotonic()
 
@@ -160,7 +160,7 @@ def _serve(do: Callable[[Task, Tell], None], pipe: Connection, parent: int) -> N
             raise
         pipe.send(RunError("out of memory; use fewer --workers and repeat the command"))
     except (BrokenPipeError, ConnectionResetError):
-        os._exit(1)  # there is nobody to tell
+        os._exit(1)  # the command has gone
     except OSError as error:
         what = f"cannot use {error.filename}" if error.filename else "a worker process cannot go on"
         pipe.send(lacking(what, error))
@@ -177,7 +177,7 @@ def _tasks(pipe: Connection, parent: int) -> Iterator[Any]:
 
 
 def _check_parent(parent: int) -> None:
-    # Its pipe tells nothing: the workers that were forked later hold its end as well.
+    # Its pipe does not show it: the workers that were forked later hold its end as well.
     if os.getppid() != parent:
         os._exit(1)
 

@@ -26,7 +26,7 @@ Rewrite = Callable[[bytes, int], bytes | None]
 
 @dataclass(frozen=True)
 class Layout:
-    """A way in which the files may lie on disk.
+    """A way in which the files may be laid out on disk.
 
     Attributes:
         folder: what comes before each path, relative to the data folder.

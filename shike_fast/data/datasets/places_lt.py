@@ -67,7 +67,7 @@ INFO = DatasetInfo(
 
 @register_dataset(INFO)
 def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
-    """Read the lists and find out how the images lie on disk. The list of the validation images is checked only."""
+    """Read the lists and find the images on disk. The list of the validation images is only checked."""
     root = require_data_dir(info, options)
     lists = read_lists(info, options, train=TRAIN_LIST, test=TEST_LIST, val=VAL_LIST)
     categories = class_folders(lists.train, lists.num_classes, lambda path: parse(path).category)

@@ -121,7 +121,7 @@ class WorkerPool:
                     raise answer
                 yield answer
         finally:
-            self._answers.pop(key, None)  # what is still on its way is for nobody
+            self._answers.pop(key, None)  # answers that are still on their way are dropped
 
     def _ask(self, key: int, requests: Sequence[Any], asked: int, stop: int) -> int:
         """Ask requests from ``asked`` on, below ``stop``, as long as there are processes for them; returns the next."""
@@ -187,14 +187,14 @@ def _serve(load: Callable[[Any], Any], end: socket.socket, parent: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
+    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that hold them
     torch.set_num_threads(1)  # the threads of the parent were not forked
-    keep_memory()  # each batch then lies where the one before it lay
+    keep_memory()  # each batch then reuses the memory of the one before it
     poll = select.poll()
     poll.register(end, select.POLLIN)
     try:
         while True:
-            # The end of the connection tells nothing: processes that were forked later hold it as well.
+            # The end of the connection does not show it: processes that were forked later hold it as well.
             while not poll.poll(1000 * _HEARTBEAT):
                 if os.getppid() != parent:
                     os._exit(1)

@@ -117,7 +117,7 @@ def encode_json(value: object) -> bytes:
 
 
 def decode_json(content: bytes, kind: type[T]) -> T:
-    """The value of a type that ``content`` tells. Raises ValueError: it does not."""
+    """``content`` as a value of a type. Raises ValueError: it is none."""
     try:
         return msgspec.convert(json.loads(content), kind)
     except RecursionError as error:
