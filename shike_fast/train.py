@@ -28,7 +28,7 @@ from shike_fast.data.longtail import SUBSETS
 from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.precision import AUTO, settle_amp
-from shike_fast.engine.recipes import RECIPES
+from shike_fast.engine.recipes import recipe_of
 from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
@@ -151,11 +151,13 @@ def _path(value: str) -> Path:
 
 def _recipe_table() -> str:
     lines = ["defaults by data set:", f"  {'':18}model     epochs  batch  lr    weight decay  alpha  beta  scale"]
-    for name, recipe in RECIPES.items():
-        epochs = f"{recipe.epochs - recipe.stage2_epochs}+{recipe.stage2_epochs}"
+    for name, info in data.datasets().items():
+        recipe = recipe_of(info)
+        epochs = f"{recipe['epochs'] - recipe['stage2_epochs']}+{recipe['stage2_epochs']}"
         lines.append(
-            f"  {name:18}{recipe.model:10}{epochs:8}{recipe.batch_size:<7}{recipe.lr:<6g}{recipe.weight_decay:<14g}"
-            f"{recipe.hardest_weight:<7g}{recipe.mutual_weight:<6g}{recipe.scale:g}"
+            f"  {name:18}{recipe['model']:10}{epochs:8}{recipe['batch_size']:<7}{recipe['lr']:<6g}"
+            f"{recipe['weight_decay']:<14g}{recipe['hardest_weight']:<7g}{recipe['mutual_weight']:<6g}"
+            f"{recipe['scale']:g}"
         )
     lines.append("your own data set: those of imagefolder, or, where its images have one size, of cifar100-lt")
     return "\n".join(lines)

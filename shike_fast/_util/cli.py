@@ -198,6 +198,20 @@ def check_workers(workers: int | None) -> None:
         raise ConfigError(f"--workers: must be at least 0 and here at most {most_workers()}, got {workers}")
 
 
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """What argparse reads an option with that takes a whole number of at least ``least`` and at most ``most``."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"{least} … {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {value}")
+        return value
+
+    parse.__name__ = "whole number"  # what argparse calls it: invalid whole number value
+    return parse
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device called ``name``, or the best one present.
 

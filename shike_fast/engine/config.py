@@ -158,7 +158,7 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
             f"--dataset: unknown data set '{values['dataset']}'; choose from {', '.join(data.datasets())}"
         )
     info = data.datasets()[values["dataset"]]
-    recipe = dataclasses.asdict(recipe_of(info))
+    recipe = recipe_of(info)
     if values["imbalance_factor"] is None:
         values["imbalance_factor"] = info.default_imbalance_factor
     if values["augmentation"] is None:

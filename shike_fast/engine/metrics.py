@@ -9,14 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from shike_fast.data.shots import shot_masks
 from shike_fast.engine.graph import RecordedCalls
 from shike_fast.errors import RunError
 
-MANY_SHOT_ABOVE = 100  # many: more than 100 training images
-FEW_SHOT_BELOW = 20  # few: fewer than 20; medium: what lies between, 20 to 100
 CALIBRATION_BINS = 15
-
-SHOTS = ("many", "medium", "few")
 
 
 class EvaluationInterrupted(Exception):
@@ -25,17 +22,6 @@ class EvaluationInterrupted(Exception):
 
 class NonFiniteLogitsError(RunError):
     """The model answers with NaN or infinite logits."""
-
-
-def shot_masks(class_counts: Tensor) -> dict[str, Tensor]:
-    """Boolean masks [C] of the many-, medium- and few-shot classes.
-
-    Args:
-        class_counts: int64 [C], training images of each class. Many > 100, medium 20 to 100, few < 20.
-    """
-    many = class_counts > MANY_SHOT_ABOVE
-    few = class_counts < FEW_SHOT_BELOW
-    return {"many": many, "medium": ~many & ~few, "few": few}
 
 
 @dataclass(frozen=True)

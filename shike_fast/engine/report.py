@@ -11,9 +11,10 @@ from typing import Any
 
 from shike_fast._util.files import atomic_write
 from shike_fast.data import LongTailData
+from shike_fast.data.shots import SHOTS, shot_masks
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
-from shike_fast.engine.metrics import SHOTS, Evaluation, shot_masks
+from shike_fast.engine.metrics import Evaluation
 
 CURVES = "curves.png"
 CLASS_ACCURACY = "accuracy_per_class.png"

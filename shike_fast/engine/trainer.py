@@ -16,12 +16,13 @@ from torch import Tensor
 from shike_fast import data
 from shike_fast._util.files import atomic_write, naming
 from shike_fast.data.loaders.loader import EpochLoader, LoadingStopped
+from shike_fast.data.shots import SHOTS
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.loading import loader_metrics, speed_note
-from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
+from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
 from shike_fast.engine.optimizer import set_lr
 from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from programs import descendants
 
 from shike_fast import models
-from shike_fast.data.loaders.loader import share as share_of
+from shike_fast.data.loaders.loader import shard as share_of
 from shike_fast.engine.config import resolve
 from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch, launched
 from shike_fast.engine.optimizer import set_lr

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from shike_fast import data, models
-from shike_fast.data import types as base
+from shike_fast.data import registry as base
+from shike_fast.data.recipes import PHOTOGRAPHS, SMALL_IMAGES
 from shike_fast.engine.config import resolve
-from shike_fast.engine.recipes import RECIPES, recipe_of
+from shike_fast.engine.recipes import recipe_of
 from shike_fast.evaluate import main as evaluate
 from shike_fast.models import registry
 from shike_fast.models.registry import TRAINABLE
@@ -54,7 +55,7 @@ def own(monkeypatch):
 
     digits = data.datasets()["digits-lt"]
 
-    @base.register_dataset(dataclasses.replace(digits, name="mine"))
+    @base.register_dataset(dataclasses.replace(digits, name="mine", recipe={}))
     def load(info, options):
         return dataclasses.replace(base._REGISTRY["digits-lt"][1](digits, options), name="mine")
 
@@ -93,7 +94,14 @@ def test_what_a_network_lacks_is_named(runs, tmp_path, monkeypatch, capsys, name
 @pytest.mark.usefixtures("own")
 def test_the_recipe_of_a_data_set_of_ones_own():
     info = data.datasets()["mine"]
-    assert recipe_of(info) == RECIPES["cifar100-lt"]
-    assert recipe_of(dataclasses.replace(info, resizable=True)) == RECIPES["imagefolder"]
-    assert recipe_of(data.datasets()["digits-lt"]) == RECIPES["digits-lt"]
+    assert info.recipe == data.datasets()["cifar100-lt"].recipe == SMALL_IMAGES
+    data.register_dataset(dataclasses.replace(info, name="photographs", resizable=True, recipe={}))(lambda *_: None)
+    photographs = data.datasets()["photographs"]
+    assert photographs.recipe == data.datasets()["imagefolder"].recipe == PHOTOGRAPHS
+    defaults = {"hardest_weight": 10.0, "mutual_weight": 1.0, "scale": 30.0, "threads": None, "warmup_epochs": 5}
+    defaults |= {"stage2_start_lr_factor": 0.25, "needs_pretrained": False}
+    assert recipe_of(info) == SMALL_IMAGES | defaults
+    assert recipe_of(photographs) == PHOTOGRAPHS | defaults
+    data.register_dataset(dataclasses.replace(info, name="own", recipe={"epochs": 3, "scale": 16.0}))(lambda *_: None)
+    assert recipe_of(data.datasets()["own"]) == defaults | {"epochs": 3, "scale": 16.0}
     assert resolve({"dataset": "mine"}).model == "resnet32"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from shike_fast import data
-from shike_fast.data.loaders.loader import share as share_of
+from shike_fast.data.loaders.loader import shard as share_of
 from shike_fast.engine import steps as steps_module
 from shike_fast.engine.config import CHANGEABLE, resolve
 from shike_fast.engine.distributed import Processes
