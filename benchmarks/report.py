@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import unverified
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -54,7 +54,7 @@ def document() -> str:
 
 def _verification() -> Iterator[str]:
     yield "## What has run on a device\n"
-    pending = {name: ops for name in ("triton", "cuda") if (ops := _backend.unverified(name))}
+    pending = {name: ops for name in ("triton", "cuda") if (ops := unverified(name))}
     for name, ops in pending.items():
         listed = ", ".join(f"`{op}`" for op in sorted(ops))
         yield f"- `{name}` has never passed its tests on a device for {listed}: it runs only when asked for by name,"
