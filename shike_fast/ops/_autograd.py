@@ -17,8 +17,8 @@ from shike_fast.ops._guards import forbid_tangents, is_plain, is_transformed
 class Fused:
     """A forward kernel and its backward kernel.
 
-    The tensors come in groups: a tensor, None, or a list of them. The first groups are differentiable. The forward
-    returns the differentiable result, then what else the caller sees, then what only the backward needs.
+    The tensors come in groups: a tensor, None, or a list of them. The first groups are differentiable and lists. The
+    forward returns the differentiable result, then what else the caller sees, then what only the backward needs.
 
     Args:
         name: the operator's name, without the namespace.
@@ -91,17 +91,11 @@ class Fused:
     def __call__(self, groups: Sequence[Any], options: Sequence[Any]) -> Sequence[Tensor]:
         """The results, perhaps without those that only the backward needs."""
         flat = _flat(groups)
-        return self.direct(groups, options, flat=flat) if is_plain(*flat) else self.dispatched(groups, options)
+        return self._direct(groups, flat, options, ()) if is_plain(*flat) else self.dispatched(groups, options)
 
-    def direct(
-        self, groups: Sequence[Any], options: Sequence[Any], extra: Sequence[Any] = (), flat: list[Any] | None = None
-    ) -> Sequence[Tensor]:
+    def direct(self, groups: Sequence[Any], options: Sequence[Any], extra: Sequence[Any] = ()) -> Sequence[Tensor]:
         """For plain tensors: past the dispatcher. ``extra`` are more arguments of ``forward``."""
-        if not self._needs_gradient(groups):
-            return self.forward(*groups, *options, *extra)
-        shown: list[Tensor] = []
-        result = _Function.apply(_Call(self, groups, options, extra), shown, *(flat or _flat(groups)))
-        return result, *shown
+        return self._direct(groups, _flat(groups), options, extra)
 
     def dispatched(self, groups: Sequence[Any], options: Sequence[Any]) -> Sequence[Tensor]:
         """For all others: as operators."""
@@ -113,21 +107,32 @@ class Fused:
         )
         return results
 
+    def _direct(
+        self, groups: Sequence[Any], flat: list[Any], options: Sequence[Any], extra: Sequence[Any]
+    ) -> Sequence[Tensor]:
+        if not self._needs_gradient(groups):
+            return self.forward(*groups, *options, *extra)
+        shown: list[Tensor] = []
+        result = _Function.apply(_Call(self, groups, options), (groups, extra, shown), *flat)
+        return result, *shown
+
     def _needs_gradient(self, groups: Sequence[Any]) -> bool:
-        return torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in _flat(groups[: self.differentiable])
-        )
+        if torch.is_grad_enabled():
+            for group in groups[: self.differentiable]:
+                for tensor in group:
+                    if tensor is not None and tensor.requires_grad:
+                        return True
+        return False
 
 
 class _Call:
     """What is no tensor in a call, and how many tensors each group holds."""
 
-    __slots__ = ("dims", "extra", "lengths", "op", "options")
+    __slots__ = ("dims", "lengths", "op", "options")
 
-    def __init__(self, op: Fused, groups: Sequence[Any], options: Sequence[Any], extra: Sequence[Any] = ()) -> None:
-        self.op, self.options, self.extra = op, options, extra
-        self.lengths = [None if _is_single(group) else len(group) for group in groups]
-        self.dims = _flat(groups[:1])[0].dim()
+    def __init__(self, op: Fused, groups: Sequence[Any], options: Sequence[Any]) -> None:
+        self.op, self.options, self.dims = op, options, groups[0][0].dim()
+        self.lengths = [None if group is None or isinstance(group, Tensor) else len(group) for group in groups]
 
     def groups(self, tensors: Sequence[Any]) -> list[Any]:
         """The tensors in their groups again."""
@@ -145,20 +150,21 @@ class _Call:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, shown: list[Tensor] | None, *tensors: Tensor | None
+        ctx: Any, call: _Call, direct: tuple[Any, ...] | None, *tensors: Tensor | None
     ) -> Tensor | tuple[Tensor, ...]:
-        op, groups, ctx.computed = call.op, call.groups(tensors), None
-        if shown is None:
-            results = _below_autograd(op.op, *groups, *call.options)
-        elif op.both is not None and (together := op.both(*groups, *call.options)) is not None:
-            results, ctx.computed = together
-        else:
-            results = op.forward(*groups, *call.options, *call.extra)
-        _save(ctx, call, tensors, results)
-        if shown is None:
+        op, ctx.computed = call.op, None
+        if direct is None:
+            results = _below_autograd(op.op, *call.groups(tensors), *call.options)
+            _save(ctx, call, tensors, results)
             ctx.mark_non_differentiable(*results[1:])
             return results
-        shown += results[1 : 1 + op.shown]  # called directly: what has no gradient need not pass through autograd
+        groups, extra, shown = direct
+        if op.both is not None and (both := op.both(*groups, *call.options)) is not None:
+            results, ctx.computed = both
+        else:
+            results = op.forward(*groups, *call.options, *extra)
+        _save(ctx, call, tensors, results)
+        shown += results[1 : 1 + op.shown]  # what has no gradient need not pass through autograd
         return results[0]
 
     @staticmethod
@@ -234,14 +240,10 @@ def _below_autograd(op: Callable[..., Any] | None, *args: Any) -> Any:
         return op(*args)
 
 
-def _is_single(group: Any) -> bool:
-    return group is None or isinstance(group, Tensor)
-
-
 def _flat(groups: Sequence[Any]) -> list[Any]:
     flat: list[Any] = []
     for group in groups:
-        if _is_single(group):
+        if group is None or isinstance(group, Tensor):
             flat.append(group)
         else:
             flat += group

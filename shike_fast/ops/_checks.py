@@ -158,7 +158,7 @@ def _has_tensor(value: object) -> bool:
 
 def check_finite(op: str, name: str, value: object) -> float:
     """Check a finite number (Python's, NumPy's or a tensor's or array's only element) and return it as a float."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):
         value = _number(op, name, value)
     # A number that changes between calls is symbolic to torch.compile, which cannot trace this test of its value.
     if not torch.compiler.is_compiling() and not math.isfinite(value):

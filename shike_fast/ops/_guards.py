@@ -15,15 +15,18 @@ def is_plain(*tensors: Tensor | None) -> bool:
     No tracer, functorch transform, mode or tensor subclass has to see the operation, and each tensor's memory holds its
     values.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and all(tensor is None or holds_its_values(tensor) for tensor in tensors)
-        and not has_tangent(*tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and not holds_its_values(tensor):
+            return False
+    return not has_tangent(*tensors)
 
 
 def holds_its_values(tensor: Tensor) -> bool:
@@ -32,7 +35,7 @@ def holds_its_values(tensor: Tensor) -> bool:
         type(tensor) in PLAIN_TENSORS
         and torch._C._has_storage(tensor)
         and not tensor.is_neg()
-        and tensor.data_ptr() != 0
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
     )
 
 

@@ -5,10 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from shike_fast.ops import _native_loss
 from shike_fast.ops._autograd import Fused
 from shike_fast.ops._checks import gradient_like, stacked
-from shike_fast.ops._dispatch import MAX_EXPERTS, Operator, kernels, refuses_tensor, refuses_transforms
+from shike_fast.ops._dispatch import MAX_EXPERTS, Operator, refuses_tensor, refuses_transforms
 
 MAX_CLASSES = 2**24 - 1  # the kernels keep class numbers, and 2²⁴ for none, in float32
 
@@ -50,11 +49,6 @@ def _refuses_logits(backend: str, logits: Tensor | Sequence[Tensor], any_number_
     if first.shape[-1] > MAX_CLASSES:
         return f"it takes at most {MAX_CLASSES} classes, got {first.shape[-1]}"
     return None
-
-
-def loss_kernel(stem: str, stage: str) -> Callable[..., Any]:
-    """``<stem>_<stage>`` of the backend that is the last argument, as a function of the other arguments."""
-    return lambda *args: getattr(kernels(stem, args[-1], _native_loss), f"{stem}_{stage}")(*args[:-1])
 
 
 def fused_loss(

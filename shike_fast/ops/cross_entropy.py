@@ -20,9 +20,9 @@ from shike_fast.ops._checks import (
     check_target,
     describe,
 )
-from shike_fast.ops._dispatch import MAX_EXPERTS
+from shike_fast.ops._dispatch import MAX_EXPERTS, kernels
 from shike_fast.ops._guards import materialised
-from shike_fast.ops._losses import fused_loss, loss_kernel, loss_operator
+from shike_fast.ops._losses import fused_loss, loss_operator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,8 +123,8 @@ _FUSED = fused_loss(
     f"{_NAME}_fused",
     "Tensor target, Tensor? bias",
     "float label_smoothing",
-    forward=loss_kernel("cross_entropy", "forward"),
-    backward=loss_kernel("cross_entropy", "backward"),
+    forward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_forward(*args[:-1]),
+    backward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_backward(*args[:-1]),
     fake_forward=_native_loss.new_cross_entropy_results,
 )
 

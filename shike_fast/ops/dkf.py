@@ -1,7 +1,7 @@
 """Depth-wise knowledge fusion: the product of a deep and a normalised shallow feature map, pooled."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def dkf_pool(deep: Tensor, shallow: Tensor, *, backend: str | None = None) -> Te
     """
     check_maps("dkf_pool", deep, shallow)
     pooled: Tensor = _POOL.run(backend, [deep], [shallow], [], [], [False])
-    return pooled.squeeze(0)
+    return pooled
 
 
 def dkf_bn_pool(
@@ -106,7 +106,7 @@ def dkf_bn_pool(
     check_maps("dkf_bn_pool", deep, shallow)
     norm = BatchNormArguments(weight, bias, running_mean, running_var, training, momentum, eps)
     norm = _checked_norm("dkf_bn_pool", "", norm, shallow, process_group)
-    return _run(_BN_POOL, backend, [deep], [shallow], [], [norm], [relu], process_group).squeeze(0)
+    return _run(_BN_POOL, backend, [deep], [shallow], [], [norm], [relu], process_group)
 
 
 def dkf_experts(
@@ -172,14 +172,15 @@ def _run(
     relu: list[bool],
     group: "ProcessGroup | None",
 ) -> Tensor:
-    """f [K, B, C], with the statistics of this process or, in training, of a group."""
+    """f, with the statistics of this process or, in training, of a group."""
     arguments = deep, shallow, shortcut, norms, relu
     if group is None or not norms[0].training:
         fused: Tensor = operator.run(backend, *arguments)
         return fused
     # A process without samples has to take part whatever backend is named, but runs no kernel.
     chosen = "reference" if deep[0].shape[0] == 0 else operator.choose(backend, *arguments)
-    return fuse_synced(operator.name, *arguments, group, chosen)
+    f = fuse_synced(operator.name, *arguments, group, chosen)
+    return f if operator is _EXPERTS else f.squeeze(0)
 
 
 # ---- checks
@@ -297,6 +298,12 @@ def _composite_bn_pool(
     return (deep.to(dtype) * activated).mean((2, 3)).to(result)
 
 
+def _reference_bn_pool(*args: Any) -> Tensor:
+    # an operator that changes some of its arguments in place is closed to torch.func.vmap and torch.func.functionalize
+    pooled: Tensor = (_composite_bn_pool if is_transformed() else _BN_POOL.op)(*args)
+    return pooled
+
+
 def _reference(
     deep: list[Tensor],
     shallow: list[Tensor],
@@ -308,13 +315,10 @@ def _reference(
     for map_ in (*deep, *shallow, *shortcut):
         result = torch.promote_types(result, map_.dtype)
     dtype, pooled = accumulation_dtype(result), []
-    # an operator that changes some of its arguments in place is closed to torch.func.vmap and torch.func.functionalize
-    bn_pool = _composite_bn_pool if is_transformed() else _BN_POOL.op
     for k, map_ in enumerate(deep):
         if shortcut:
             map_ = (_batch_norm(map_, *norms[len(deep) + k], dtype) + shortcut[k].to(dtype)).relu()
-        f = bn_pool(map_, shallow[k], *norms[k], relu[k]) if norms else _POOL.op(map_, shallow[k])
-        pooled.append(f.to(result))
+        pooled.append(_reference_bn_pool(map_, shallow[k], *norms[k], relu[k]).to(result))
     return torch.stack(pooled)
 
 
@@ -355,6 +359,12 @@ _BN_POOL = Operator(
     _composite_bn_pool,
 )
 _EXPERTS = Operator("dkf_experts")
-for _operator in (_POOL, _BN_POOL, _EXPERTS):
-    _operator.add("reference", _reference)
-    _operator.add_fused(fuse, _refuses)
+_POOL.add("reference", lambda deep, shallow, *_: _POOL.op(deep[0], shallow[0]))
+_BN_POOL.add(
+    "reference",
+    lambda deep, shallow, _, norms, relu: _reference_bn_pool(deep[0], shallow[0], *norms[0], relu[0]),
+)
+_EXPERTS.add("reference", _reference)
+for _operator in (_POOL, _BN_POOL):
+    _operator.add_fused(lambda *args: fuse(*args).squeeze(0), _refuses)
+_EXPERTS.add_fused(fuse, _refuses)

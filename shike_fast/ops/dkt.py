@@ -1,6 +1,6 @@
 """Dynamic knowledge transfer: the stage-1 objective over K experts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from shike_fast.ops import _native_loss
 from shike_fast.ops._checks import accumulation_dtype, as_list, check_finite, check_logits, check_target
-from shike_fast.ops._losses import fused_loss, loss_kernel, loss_operator
+from shike_fast.ops._dispatch import kernels
+from shike_fast.ops._losses import fused_loss, loss_operator
 
 _NAME = "dkt_loss"
 
@@ -174,22 +175,6 @@ def _reformed_teacher(z: Tensor, y: Tensor, target_logit: float) -> Tensor:
 
 # ---- the fused kernels
 
-
-def _kernel(stage: str) -> Callable[..., Any]:
-    kernel = loss_kernel("dkt", stage)
-
-    def call(*args: Any) -> Any:
-        *tensors_and_weights, teacher_target_logit, student_target_logit, detach_teacher, backend = args
-        # the kernels divide by B, and what else divides is in the weights
-        return kernel(
-            *tensors_and_weights, "batchmean", teacher_target_logit, student_target_logit, detach_teacher, backend
-        )
-
-    return call
-
-
-_both = _kernel("both")
-
 # The weights are Scalars because torch.compile keeps those symbolic where it sees what becomes of them: a schedule of
 # weights does not recompile. Numbers that go into an opaque op are constants to it, hence the tensor of factors.
 _FUSED = fused_loss(
@@ -198,10 +183,11 @@ _FUSED = fused_loss(
     "Scalar hardest_weight, Scalar mutual_weight, float teacher_target_logit, float student_target_logit, "
     "bool detach_teacher",
     shown=1,
-    forward=_kernel("forward"),
-    backward=_kernel("backward"),
+    # the kernels divide by B; what else divides is in the weights
+    forward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_forward(*args[:5], "batchmean", *args[5:-1]),
+    backward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:7], "batchmean", *args[7:-1]),
+    both=lambda *args: _native_loss.dkt_both(*args[:5], "batchmean", *args[5:-1]) if args[-1] == "cpu" else None,
     fake_forward=_native_loss.new_dkt_results,
-    both=lambda *args: _both(*args) if args[-1] == "cpu" else None,
 )
 
 
