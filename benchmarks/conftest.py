@@ -26,7 +26,7 @@ import torch.utils.benchmark
 from torch.profiler import ProfilerActivity, profile
 
 from shike_fast import ops
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import OPERATORS
 
 ROTATION_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # inputs in rotation: more than the last-level caches
 MAX_SETS = 64
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "contender" in names:
             op = metafunc.definition.get_closest_marker("op").args[0]
             present = ops.backends()
-            contenders = [name for name in _backend._implementations[op] if present[name]] + [COMPILED]
+            contenders = [name for name in OPERATORS[op].backends if present[name]] + [COMPILED]
             choices["contender"] = [name for name in contenders if device in SERVES[name]]
         if "case" in names:
             choices["case"] = metafunc.module.CASES[device]

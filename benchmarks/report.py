@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import unverified
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "records" / "benchmarks.md"
@@ -53,7 +53,7 @@ def _verification() -> Iterator[str]:
     yield "## What has run on a device\n"
     pending: dict[str, list[str]] = {}
     for name in ("triton", "cuda"):
-        if ops := _backend.unverified(name):
+        if ops := unverified(name):
             pending.setdefault(", ".join(f"`{op}`" for op in sorted(ops)), []).append(f"`{name}`")
     for ops, names in pending.items():
         yield _wrapped(

@@ -18,7 +18,7 @@ from shike_fast import ops
 from shike_fast._util.cli import ArgumentParser, run_command
 from shike_fast._version import __version__
 from shike_fast.data.images.gpu_decode import NoHardwareDecoderError, hardware_decoder
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import unverified
 from shike_fast.ops._native import native, native_error
 
 
@@ -132,7 +132,7 @@ def _images() -> dict[str, Any]:
 def _backends() -> dict[str, dict[str, Any]]:
     reasons = ops.backend_reasons()
     return {
-        name: {"available": there, "reason": reasons.get(name), "unverified": _backend.unverified(name)}
+        name: {"available": there, "reason": reasons.get(name), "unverified": unverified(name)}
         for name, there in ops.backends().items()
     }
 

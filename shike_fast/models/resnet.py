@@ -16,9 +16,8 @@ from shike_fast.nn import (
     LinearClassifier,
     SyncBatchNorm,
     fuse_experts,
-    has_hooks,
-    is_batch_norm,
 )
+from shike_fast.nn.fusion import has_hooks, is_batch_norm
 
 
 class BasicBlock(nn.Module):

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shike_fast.ops._checks import accumulation_dtype
-from shike_fast.ops._library import gradient_like
+from shike_fast.ops._checks import accumulation_dtype, gradient_like
 from shike_fast.ops._native import native
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/common/dtype.h
