@@ -33,7 +33,7 @@ from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import load_data
 from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
 from shike_fast.errors import ConfigError, warn
-from shike_fast.models.pretrained import require_weight_file
+from shike_fast.models.weights import require_weight_file
 
 _AUTO = "auto"
 _MUST = "\0"  # --resume without a value: no file is called this

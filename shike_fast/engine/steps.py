@@ -37,7 +37,7 @@ class StageNetwork(nn.Module):
     In stage 2 the backbone is frozen; only its BatchNorm statistics move on, as published.
     """
 
-    def __init__(self, model: models.MultiExpertResNet, stage: int) -> None:
+    def __init__(self, model: models.MultiExpertNetwork, stage: int) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
@@ -68,7 +68,7 @@ class StageSteps:
 
     def __init__(
         self,
-        model: models.MultiExpertResNet,
+        model: models.MultiExpertNetwork,
         config: TrainConfig,
         stage: int,
         *,
