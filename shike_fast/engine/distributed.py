@@ -292,17 +292,15 @@ def _restarts() -> int:
 def launch() -> str:
     """A name for this launch of ``torchrun``, the same in all its restarts, as long as process 0 stays on its machine.
 
-    An empty name without ``torchrun``.
+    It is made of the run's id, the machine's name and the folder that ``torchrun`` makes for the logs of one launch,
+    which has a random name. It is empty without ``torchrun``.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return ""
-    launcher = os.getppid()
-    try:
-        started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]  # in ticks since the boot
-    except OSError:  # not Linux
-        started = ""
-    return f"{run_id} {socket.gethostname()} {launcher} {started}"
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # FOLDER/attempt_N/RANK/error.json
+    folder = error_file.parents[2] if len(error_file.parents) > 2 else ""
+    return f"{run_id} {socket.gethostname()} {folder}"
 
 
 def restarted() -> bool:

@@ -22,12 +22,12 @@ from shike_fast.data.loaders.loader import share as share_of
 from shike_fast.engine.config import resolve
 from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch, launched
 from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.run import make_plan
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Totals
 from shike_fast.errors import ConfigError, RunError
 from shike_fast.evaluate import main as evaluate_command
 from shike_fast.nn import convert_sync_batchnorm
-from shike_fast.train import _MUST, _plan
 
 GLOBAL_BATCHES = (12, 13)
 
@@ -393,10 +393,10 @@ def restarted(monkeypatch):
 @pytest.mark.usefixtures("restarted")
 def test_a_restart_before_the_first_checkpoint_is_like_the_start(finished, tmp_path):
     with contextlib.ExitStack() as held:
-        plan = _plan({"resume": str(finished / "last.pt"), "output_dir": tmp_path / "new"}, held)
+        plan = make_plan({"resume": str(finished / "last.pt"), "output_dir": tmp_path / "new"}, held)
         assert plan.state is not None and plan.config.epochs == 3 and plan.new_directory
         with pytest.raises(ConfigError, match=r"--resume: .* holds no checkpoint"):
-            _plan({"resume": _MUST, "output_dir": tmp_path / "new"}, held)
+            make_plan({"resume": True, "output_dir": tmp_path / "new"}, held)
 
 
 @pytest.mark.usefixtures("restarted")
@@ -407,18 +407,44 @@ def test_a_restart_goes_on_with_the_run_of_its_own_launch(runs, tmp_path, monkey
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
         with contextlib.ExitStack() as held:
             if goes_on:
-                plan = _plan({"output_dir": directory}, held)
+                plan = make_plan({"output_dir": directory}, held)
                 assert plan.state["epoch"] == 3 and not plan.new_directory
             else:
                 with pytest.raises(ConfigError, match="is not empty; add --resume"):
-                    _plan({"output_dir": directory}, held)
+                    make_plan({"output_dir": directory}, held)
 
 
 def test_a_launch_has_a_name(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert launch() == ""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert launch() == launch() and launch().startswith("x ") and str(os.getppid()) in launch().split()
+    names = []
+    for folder in ("x_one/attempt_0", "x_one/attempt_1", "x_two/attempt_0"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/torchelastic_1/{folder}/0/error.json")
+        names.append(launch())
+    assert names[0] == names[1] != names[2] and names[0].startswith("x ")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    assert launch() == f"x {socket.gethostname()} "
+
+
+_NAMES_ITSELF = """
+import os, sys
+from shike_fast.engine.distributed import launch
+if os.environ["RANK"] == "0":
+    with open(sys.argv[1], "a") as file:
+        print(launch(), file=file)
+    sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+"""
+
+
+def test_the_name_of_a_launch_stays_in_a_restart_and_is_no_other_launch_s(torchrun, tmp_path):
+    (tmp_path / "names.py").write_text(_NAMES_ITSELF)
+    for _ in range(2):
+        status, _, errors = torchrun(tmp_path / "names", restarts=1, program=[tmp_path / "names.py"]).finish()
+        assert status == 0, errors[-3000:]
+    names = (tmp_path / "names").read_text().splitlines()
+    assert len(names) == 4 and names[0] == names[1] and names[2] == names[3]
+    assert names[0].split()[1:] != names[2].split()[1:]  # whatever the id of the run
 
 
 def test_restarts_need_a_directory(torchrun):
