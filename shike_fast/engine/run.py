@@ -89,11 +89,11 @@ def run(given: dict[str, Any]) -> int:
     profile: bool = given.pop("profile", False)
     try:
         with distributed.join(given.get("device")) as processes, contextlib.ExitStack() as held:
-            plan = processes.from_first(lambda: _with_note(make_plan(given, held), given))
+            plan = processes.broadcast_from_main(lambda: _with_note(make_plan(given, held), given))
             trainer = _prepare(plan, processes, profile)  # whatever is wrong with the input shows before the directory
-            processes.from_first(lambda: _take_directory(plan, held))
+            processes.broadcast_from_main(lambda: _take_directory(plan, held))
             return _train(trainer, plan.note)
-    except distributed.FailedElsewhere as failure:
+    except distributed.PeerFailed as failure:
         return failure.exit_status
 
 
@@ -196,12 +196,12 @@ def _prepare(plan: Plan, processes: distributed.Processes, profile: bool) -> Tra
     torch.set_num_threads(config.threads)
     device = distributed.choose_device_of(processes, config.device)
     use_device(device)
-    processes.together(lambda: check_device(config, device))
+    processes.run_on_all(lambda: check_device(config, device))
     if config.download:
-        processes.from_first(lambda: load_data(config).name)  # it alone downloads to a folder that all share
-    dataset = processes.together(lambda: load_data(config))
-    fingerprint = processes.from_first(lambda: dataset.fingerprint)
-    processes.together(lambda: _require_same(dataset, fingerprint))
+        processes.broadcast_from_main(lambda: load_data(config).name)  # it alone downloads to a folder that all share
+    dataset = processes.run_on_all(lambda: load_data(config))
+    fingerprint = processes.broadcast_from_main(lambda: dataset.fingerprint)
+    processes.run_on_all(lambda: _require_same(dataset, fingerprint))
     return Trainer(
         config,
         dataset,
@@ -235,8 +235,8 @@ def _train(trainer: Trainer, note: str | None) -> int:
     try:
         trainer.run()
     except (Interrupted, NonFiniteLossError) as end:  # in all processes at once
-        if not trainer.processes.first:
-            raise distributed.FailedElsewhere(str(end), end.exit_status) from end
+        if not trainer.processes.is_main:
+            raise distributed.PeerFailed(str(end), end.exit_status) from end
         if isinstance(end, NonFiniteLossError):
             raise
         print(end, file=sys.stderr)

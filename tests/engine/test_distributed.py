@@ -20,7 +20,7 @@ from programs import descendants
 from shike_fast import models
 from shike_fast.data.loaders.loader import share as share_of
 from shike_fast.engine.config import resolve
-from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch, launched
+from shike_fast.engine.distributed import PeerFailed, Processes, choose_device_of, join, launch, launched
 from shike_fast.engine.optimizer import set_lr
 from shike_fast.engine.run import make_plan
 from shike_fast.engine.steps import StageSteps
@@ -38,7 +38,7 @@ def ten_steps(images_of_all, processes, accumulate=1):
     model = models.create_model("resnet8", num_classes=5).double().train()
     images = torch.randn(images_of_all, 3, 16, 16, dtype=torch.float64)
     labels = torch.randint(5, (images_of_all,))
-    if processes.several:
+    if processes.is_distributed:
         convert_sync_batchnorm(model)
     share = share_of(np.arange(images_of_all), processes.rank, processes.world_size)
     totals = Totals(torch.device("cpu"))
@@ -62,15 +62,15 @@ def agreements_here():
     results = {
         "largest": processes.largest(10 * processes.rank, torch.device("cpu")),
         "total": processes.total(torch.tensor([1.0, processes.rank])).tolist(),
-        "said": processes.from_first(lambda: f"said by {processes.rank}"),
+        "said": processes.broadcast_from_main(lambda: f"said by {processes.rank}"),
     }
 
     def fail():
         raise ConfigError("no")
 
     try:
-        processes.from_first(fail)
-    except (ConfigError, FailedElsewhere) as error:
+        processes.broadcast_from_main(fail)
+    except (ConfigError, PeerFailed) as error:
         results["failure"] = (type(error).__name__, error.exit_status)
     for failing in ([0], [1], [0, 1]):
 
@@ -80,10 +80,10 @@ def agreements_here():
             return processes.rank
 
         try:
-            processes.together(fail_there)
+            processes.run_on_all(fail_there)
         except (ConfigError, RunError) as error:
             results["together", *failing] = (type(error).__name__, error.exit_status, str(error))
-    results["together"] = processes.together(lambda: processes.rank)
+    results["together"] = processes.run_on_all(lambda: processes.rank)
     model = torch.nn.BatchNorm2d(2)
     model.running_mean.fill_(float(processes.rank + 1))
     processes.send_buffers(model)
@@ -121,19 +121,19 @@ def test_processes_agree(two_processes):
     assert first["largest"] == second["largest"] == 10
     assert first["total"] == second["total"] == [2.0, 1.0]
     assert first["said"] == second["said"] == "said by 0"
-    assert (first["failure"], second["failure"]) == (("ConfigError", 2), ("FailedElsewhere", 2))
+    assert (first["failure"], second["failure"]) == (("ConfigError", 2), ("PeerFailed", 2))
     assert (first["together"], second["together"]) == (0, 1)
     assert first["together", 0] == first["together", 0, 1] == ("ConfigError", 2, "no, says 0")
     assert first["together", 1] == ("RunError", 2, "process 1: no, says 1")
-    assert all(second[("together", *failing)][:2] == ("FailedElsewhere", 2) for failing in ([0], [1], [0, 1]))
+    assert all(second[("together", *failing)][:2] == ("PeerFailed", 2) for failing in ([0], [1], [0, 1]))
     assert first["buffers"] == second["buffers"] == [1.0, 1.0]
 
 
 def test_a_process_alone_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(None) as processes:
-        assert processes == Processes() and not processes.several and processes.first
-        assert processes.from_first(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
+        assert processes == Processes() and not processes.is_distributed and processes.is_main
+        assert processes.broadcast_from_main(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
     assert not dist.is_initialized()
 
 
@@ -214,7 +214,7 @@ def test_every_process_takes_a_device(monkeypatch):
     assert choose_device_of(Processes(3, 4, 1), "cuda") == torch.device("cuda", 1)
     assert choose_device_of(Processes(3, 4, 1), "cpu") == torch.device("cpu")
     assert choose_device_of(Processes(), "cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(FailedElsewhere):  # told by the first process of this machine
+    with pytest.raises(PeerFailed):  # told by the first process of this machine
         choose_device_of(Processes(3, 4, 1), "cuda:7")
     with pytest.raises(ConfigError, match="'cuda:7' is not on this machine"):
         choose_device_of(Processes(2, 4, 0), "cuda:7")
