@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shike_fast.data.shots import shot_masks
-from shike_fast.engine.graph import RecordedCalls
+from shike_fast.engine.graph import CudaGraphRunner
 from shike_fast.errors import RunError
 
 CALIBRATION_BINS = 15
@@ -106,7 +106,7 @@ class Evaluator:
         self._expert_correct: Tensor | None = None  # [K], once K is known
         self._run: Callable[[Tensor, Tensor], None] = self._add
         if record:
-            self._run = RecordedCalls(self._add, warm_up=1, stream=torch.cuda.Stream(device))
+            self._run = CudaGraphRunner(self._add, warm_up=1, stream=torch.cuda.Stream(device))
         self._observe: Callable[[Tensor, Tensor], None] | None = None
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ def records(config: TrainConfig, dataset: data.LongTailData, device: torch.devic
     if config.cuda_graph is not None:
         return config.cuda_graph
     launch_bound = dataset.image_size <= _SMALL_SIDE and not config.checkpoint_activations
-    return device.type == "cuda" and launch_bound and not processes.several and config.optimizer != "apex"
+    return device.type == "cuda" and launch_bound and not processes.is_distributed and config.optimizer != "apex"
 
 
 def check_setting(
@@ -129,13 +129,13 @@ def _check_last_batch(config: TrainConfig, dataset: data.LongTailData, processes
     last = min(config.batch_size, (images - 1) % config.batch_size + 1)
     if last < processes.world_size or fits(config.batch_size) or _normalises_one_image(config, dataset):
         return
-    shared = f" for {processes.world_size} processes" if processes.several else ""
+    shared = f" for {processes.world_size} processes" if processes.is_distributed else ""
     parts = f" with --accumulate {config.accumulate}" if config.accumulate > 1 else ""
     least = 2 * processes.world_size * config.accumulate
     near = sorted(range(least, 2 * config.batch_size + 1), key=lambda size: abs(size - config.batch_size))
     size = next(filter(fits, near), None)
     remedy = "add images" if size is None else f"use --batch-size {size}"
-    if processes.several:
+    if processes.is_distributed:
         remedy += ", or another number of processes"
     pixels = f"{dataset.image_size}x{dataset.image_size}"
     raise ConfigError(

@@ -11,7 +11,7 @@ from shike_fast import data, models
 from shike_fast._version import __version__
 from shike_fast.engine.config import TrainConfig
 from shike_fast.errors import CheckpointError, ConfigError
-from shike_fast.models.registry import TRAINABLE
+from shike_fast.models.multi_expert import TRAINABLE
 
 _MOST_CHARACTERS = 400  # of torch's list of keys
 
@@ -42,7 +42,7 @@ def load_data(config: TrainConfig) -> data.LongTailData:
     )
 
 
-def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertResNet:
+def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertNetwork:
     """The network of a run, initialised at random; with ``pretrained`` also from the file ``config.pretrained``."""
     try:
         model = models.create_model(
@@ -67,7 +67,7 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
     return model
 
 
-def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiExpertResNet:
+def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiExpertNetwork:
     """The network that a checkpoint describes, with its weights.
 
     Raises:
@@ -83,7 +83,7 @@ def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiEx
     return model
 
 
-def restore_model(state: dict[str, Any], model: models.MultiExpertResNet, source: Path) -> None:
+def restore_model(state: dict[str, Any], model: models.MultiExpertNetwork, source: Path) -> None:
     """Load the weights of the checkpoint read from ``source`` into ``model``.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shike_fast import models, ops
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes
-from shike_fast.engine.graph import RecordedCalls, aside
+from shike_fast.engine.graph import CudaGraphRunner, on_side_stream
 from shike_fast.engine.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from shike_fast.engine.totals import TERMS, Totals
 
@@ -37,7 +37,7 @@ class StageNetwork(nn.Module):
     In stage 2 the backbone is frozen; only its BatchNorm statistics move on, as published.
     """
 
-    def __init__(self, model: models.MultiExpertResNet, stage: int) -> None:
+    def __init__(self, model: models.MultiExpertNetwork, stage: int) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
@@ -68,7 +68,7 @@ class StageSteps:
 
     def __init__(
         self,
-        model: models.MultiExpertResNet,
+        model: models.MultiExpertNetwork,
         config: TrainConfig,
         stage: int,
         *,
@@ -99,10 +99,10 @@ class StageSteps:
         self.network: nn.Module = StageNetwork(model, stage)
         self._distributed: DistributedDataParallel | None = None
         stream = torch.cuda.Stream(self.device) if record else None
-        if processes.several:
+        if processes.is_distributed:
             ids = [self.device] if self.device.type == "cuda" else None
             # It remembers the stream for the gradients, which has to be the one that will be recorded.
-            with aside(stream) if stream is not None else contextlib.nullcontext():
+            with on_side_stream(stream) if stream is not None else contextlib.nullcontext():
                 self._distributed = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
             # Only running statistics would be sent, before every forward; the trainer sends them when they are used.
             self._distributed.broadcast_buffers = False
@@ -111,8 +111,8 @@ class StageSteps:
             self.network.compile(dynamic=False)
         self._run: Callable[..., None] = self._step
         if stream is not None:
-            warm_up = _WARM_UP_SEVERAL if processes.several else _WARM_UP
-            self._run = RecordedCalls(self._step, warm_up=warm_up, stream=stream)
+            warm_up = _WARM_UP_SEVERAL if processes.is_distributed else _WARM_UP
+            self._run = CudaGraphRunner(self._step, warm_up=warm_up, stream=stream)
 
     def __call__(self, images: Tensor, labels: Tensor, of_all: int | None = None) -> None:
         """One optimizer step.

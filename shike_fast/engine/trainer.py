@@ -100,10 +100,10 @@ class Trainer:
         self.output_dir = output_dir
         self.device = device
         self.best_file = best_file
-        self.train_loader, self.test_loader = processes.together(self._checked_loaders)
+        self.train_loader, self.test_loader = processes.run_on_all(self._checked_loaders)
         self.batches = self.train_loader.batches_per_epoch
-        self.console = console or RunConsole(config.epochs, self.batches, quiet=not processes.first)
-        self.profile = Profile(output_dir, self.console, device) if profile and processes.first else None
+        self.console = console or RunConsole(config.epochs, self.batches, quiet=not processes.is_main)
+        self.profile = Profile(output_dir, self.console, device) if profile and processes.is_main else None
 
         state = state or {}
         torch.manual_seed(config.seed)
@@ -114,7 +114,7 @@ class Trainer:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(device)
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        if config.sync_batch_norm and processes.several:
+        if config.sync_batch_norm and processes.is_distributed:
             convert_sync_batchnorm(self.model)
         self.epoch: int = state.get("epoch", 0)  # epochs finished
         self.batch: int = state.get("batch", 0)  # batches finished in the present epoch
@@ -125,7 +125,7 @@ class Trainer:
         self.seconds: float = state.get("seconds", 0.0)  # that went into it before this process
         self._speed_told = False
         self.totals = Totals(device)
-        self.totals.begin(self.batch, state.get("sums") if processes.first else None)
+        self.totals.begin(self.batch, state.get("sums") if processes.is_main else None)
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
             try:
@@ -153,11 +153,11 @@ class Trainer:
         from torch.utils.tensorboard import SummaryWriter
 
         self._started = time.perf_counter() - self.seconds
-        new = self.processes.from_first(lambda: not (self.output_dir / checkpoint.LAST).exists())
+        new = self.processes.broadcast_from_main(lambda: not (self.output_dir / checkpoint.LAST).exists())
         if new:
             self._save()  # from the first moment on there is something to resume from
         writer = None
-        if self.processes.first:
+        if self.processes.is_main:
             self._adopt_best()
             rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
             rundir.write_metrics(self.output_dir, self.history)
@@ -166,7 +166,7 @@ class Trainer:
         try:
             with GracefulStop() as stop:
                 for loader in (self.train_loader, self.test_loader):
-                    loader.should_stop = lambda: stop.requested and not self.processes.several
+                    loader.should_stop = lambda: stop.requested and not self.processes.is_distributed
                 try:
                     while self.epoch < self.config.epochs:
                         self._train_epoch(stop)
@@ -189,7 +189,7 @@ class Trainer:
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
-        if self.processes.first:
+        if self.processes.is_main:
             told = (self.config, self.dataset, self.history, self.best, self.evaluation)
             write_report(self.output_dir, self.console, *told)
 
@@ -213,13 +213,13 @@ class Trainer:
         set_lr(self.steps.optimizer, self.config.lr_of(self.epoch))
         self.model.train()
         self.console.start_epoch(self.epoch, stage, self.batch)
-        waits = self.device.type != "cpu" or self.processes.several
+        waits = self.device.type != "cpu" or self.processes.is_distributed
         read_every = _READ_EVERY if waits else 1
         started, first_batch, trained = time.perf_counter(), self.batch, 0
         if self.batch == self.batches:  # stopped while evaluating: nothing is left to train
             return
         for images, labels in self.train_loader.epoch(self.epoch, start_batch=self.batch):
-            if self.batch % (_READ_EVERY if self.processes.several else 1) == 0:
+            if self.batch % (_READ_EVERY if self.processes.is_distributed else 1) == 0:
                 self._stop_if_asked(stop)
             trained += self._images_of_step()
             self._step(
@@ -287,7 +287,7 @@ class Trainer:
         try:
             self.evaluation = self.evaluator(
                 self.test_loader.epoch(0),
-                should_stop=lambda: stop.requested and not self.processes.several,
+                should_stop=lambda: stop.requested and not self.processes.is_distributed,
                 total=self.processes.total,
             )
         except EvaluationInterrupted:
@@ -321,7 +321,7 @@ class Trainer:
         self.totals.begin(0)
         if self.best is None or row["top1"] > self.best["top1"]:
             self.best = {name: row[name] for name in ("epoch", "stage", "top1", *SHOTS)}
-            if self.processes.first:
+            if self.processes.is_main:
                 best = self.output_dir / checkpoint.BEST
                 checkpoint.save_checkpoint(self._model_state(), best, keep_previous=False)
         self._save()
@@ -330,7 +330,7 @@ class Trainer:
         if note is not None and not self._speed_told:
             self.console.note(note)
             self._speed_told = True
-        if not self.processes.first:
+        if not self.processes.is_main:
             return
         rundir.append_metrics(self.output_dir, row)
         for name, value in row.items():
@@ -380,7 +380,7 @@ class Trainer:
     def _save(self) -> None:
         self._require_finite()
         sums = self.processes.total(self.totals.sums).tolist()
-        if not self.processes.first:
+        if not self.processes.is_main:
             return
         state = self._model_state() | {
             "batch": self.batch,

@@ -20,14 +20,14 @@ from programs import descendants
 from shike_fast import models
 from shike_fast.data.loaders.loader import shard as share_of
 from shike_fast.engine.config import resolve
-from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch, launched
+from shike_fast.engine.distributed import PeerFailed, Processes, choose_device_of, join, launch, launched
 from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.run import make_plan
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Totals
 from shike_fast.errors import ConfigError, RunError
 from shike_fast.evaluate import main as evaluate_command
 from shike_fast.nn import convert_sync_batchnorm
-from shike_fast.train import _MUST, _plan
 
 GLOBAL_BATCHES = (12, 13)
 
@@ -38,7 +38,7 @@ def ten_steps(images_of_all, processes, accumulate=1):
     model = models.create_model("resnet8", num_classes=5).double().train()
     images = torch.randn(images_of_all, 3, 16, 16, dtype=torch.float64)
     labels = torch.randint(5, (images_of_all,))
-    if processes.several:
+    if processes.is_distributed:
         convert_sync_batchnorm(model)
     share = share_of(np.arange(images_of_all), processes.rank, processes.world_size)
     totals = Totals(torch.device("cpu"))
@@ -62,15 +62,15 @@ def agreements_here():
     results = {
         "largest": processes.largest(10 * processes.rank, torch.device("cpu")),
         "total": processes.total(torch.tensor([1.0, processes.rank])).tolist(),
-        "said": processes.from_first(lambda: f"said by {processes.rank}"),
+        "said": processes.broadcast_from_main(lambda: f"said by {processes.rank}"),
     }
 
     def fail():
         raise ConfigError("no")
 
     try:
-        processes.from_first(fail)
-    except (ConfigError, FailedElsewhere) as error:
+        processes.broadcast_from_main(fail)
+    except (ConfigError, PeerFailed) as error:
         results["failure"] = (type(error).__name__, error.exit_status)
     for failing in ([0], [1], [0, 1]):
 
@@ -80,10 +80,10 @@ def agreements_here():
             return processes.rank
 
         try:
-            processes.together(fail_there)
+            processes.run_on_all(fail_there)
         except (ConfigError, RunError) as error:
             results["together", *failing] = (type(error).__name__, error.exit_status, str(error))
-    results["together"] = processes.together(lambda: processes.rank)
+    results["together"] = processes.run_on_all(lambda: processes.rank)
     model = torch.nn.BatchNorm2d(2)
     model.running_mean.fill_(float(processes.rank + 1))
     processes.send_buffers(model)
@@ -121,19 +121,19 @@ def test_processes_agree(two_processes):
     assert first["largest"] == second["largest"] == 10
     assert first["total"] == second["total"] == [2.0, 1.0]
     assert first["said"] == second["said"] == "said by 0"
-    assert (first["failure"], second["failure"]) == (("ConfigError", 2), ("FailedElsewhere", 2))
+    assert (first["failure"], second["failure"]) == (("ConfigError", 2), ("PeerFailed", 2))
     assert (first["together"], second["together"]) == (0, 1)
     assert first["together", 0] == first["together", 0, 1] == ("ConfigError", 2, "no, says 0")
     assert first["together", 1] == ("RunError", 2, "process 1: no, says 1")
-    assert all(second[("together", *failing)][:2] == ("FailedElsewhere", 2) for failing in ([0], [1], [0, 1]))
+    assert all(second[("together", *failing)][:2] == ("PeerFailed", 2) for failing in ([0], [1], [0, 1]))
     assert first["buffers"] == second["buffers"] == [1.0, 1.0]
 
 
 def test_a_process_alone_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(None) as processes:
-        assert processes == Processes() and not processes.several and processes.first
-        assert processes.from_first(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
+        assert processes == Processes() and not processes.is_distributed and processes.is_main
+        assert processes.broadcast_from_main(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
     assert not dist.is_initialized()
 
 
@@ -214,7 +214,7 @@ def test_every_process_takes_a_device(monkeypatch):
     assert choose_device_of(Processes(3, 4, 1), "cuda") == torch.device("cuda", 1)
     assert choose_device_of(Processes(3, 4, 1), "cpu") == torch.device("cpu")
     assert choose_device_of(Processes(), "cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(FailedElsewhere):  # told by the first process of this machine
+    with pytest.raises(PeerFailed):  # told by the first process of this machine
         choose_device_of(Processes(3, 4, 1), "cuda:7")
     with pytest.raises(ConfigError, match="'cuda:7' is not on this machine"):
         choose_device_of(Processes(2, 4, 0), "cuda:7")
@@ -393,10 +393,10 @@ def restarted(monkeypatch):
 @pytest.mark.usefixtures("restarted")
 def test_a_restart_before_the_first_checkpoint_is_like_the_start(finished, tmp_path):
     with contextlib.ExitStack() as held:
-        plan = _plan({"resume": str(finished / "last.pt"), "output_dir": tmp_path / "new"}, held)
+        plan = make_plan({"resume": str(finished / "last.pt"), "output_dir": tmp_path / "new"}, held)
         assert plan.state is not None and plan.config.epochs == 3 and plan.new_directory
         with pytest.raises(ConfigError, match=r"--resume: .* holds no checkpoint"):
-            _plan({"resume": _MUST, "output_dir": tmp_path / "new"}, held)
+            make_plan({"resume": True, "output_dir": tmp_path / "new"}, held)
 
 
 @pytest.mark.usefixtures("restarted")
@@ -407,18 +407,44 @@ def test_a_restart_goes_on_with_the_run_of_its_own_launch(runs, tmp_path, monkey
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
         with contextlib.ExitStack() as held:
             if goes_on:
-                plan = _plan({"output_dir": directory}, held)
+                plan = make_plan({"output_dir": directory}, held)
                 assert plan.state["epoch"] == 3 and not plan.new_directory
             else:
                 with pytest.raises(ConfigError, match="is not empty; add --resume"):
-                    _plan({"output_dir": directory}, held)
+                    make_plan({"output_dir": directory}, held)
 
 
 def test_a_launch_has_a_name(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert launch() == ""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert launch() == launch() and launch().startswith("x ") and str(os.getppid()) in launch().split()
+    names = []
+    for folder in ("x_one/attempt_0", "x_one/attempt_1", "x_two/attempt_0"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/torchelastic_1/{folder}/0/error.json")
+        names.append(launch())
+    assert names[0] == names[1] != names[2] and names[0].startswith("x ")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    assert launch() == f"x {socket.gethostname()} "
+
+
+_NAMES_ITSELF = """
+import os, sys
+from shike_fast.engine.distributed import launch
+if os.environ["RANK"] == "0":
+    with open(sys.argv[1], "a") as file:
+        print(launch(), file=file)
+    sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+"""
+
+
+def test_the_name_of_a_launch_stays_in_a_restart_and_is_no_other_launch_s(torchrun, tmp_path):
+    (tmp_path / "names.py").write_text(_NAMES_ITSELF)
+    for _ in range(2):
+        status, _, errors = torchrun(tmp_path / "names", restarts=1, program=[tmp_path / "names.py"]).finish()
+        assert status == 0, errors[-3000:]
+    names = (tmp_path / "names").read_text().splitlines()
+    assert len(names) == 4 and names[0] == names[1] and names[2] == names[3]
+    assert names[0].split()[1:] != names[2].split()[1:]  # whatever the id of the run
 
 
 def test_restarts_need_a_directory(torchrun):

@@ -12,7 +12,7 @@ from shike_fast.engine.config import resolve
 from shike_fast.engine.recipes import recipe_of
 from shike_fast.evaluate import main as evaluate
 from shike_fast.models import registry
-from shike_fast.models.registry import TRAINABLE
+from shike_fast.models.multi_expert import TRAINABLE
 from shike_fast.predict import main as predict
 
 OWN = ["--model", "pixels", "--epochs", 2, "--stage2-epochs", 1, "--batch-size", 64, "--output-dir"]

@@ -10,6 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shike_fast.nn import SyncBatchNorm
+
+DRAW_NOTHING = (  # modules known to draw no random numbers
+    nn.Sequential,
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    SyncBatchNorm,
+    nn.MaxPool2d,
+    nn.Identity,
+    nn.ReLU,
+)
 Result = TypeVar("Result")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shike_fast import models
-from shike_fast.models import _recompute
+from shike_fast.models import recompute
 from shike_fast.nn import convert_sync_batchnorm
 
 SMALL = {"width": 4, "num_classes": 5}
@@ -113,9 +113,9 @@ def assert_changes_nothing(model, **settings):
 def recomputations(monkeypatch):
     """What every checkpoint was told."""
     calls = []
-    plain = _recompute.checkpoint
+    plain = recompute.checkpoint
     monkeypatch.setattr(
-        _recompute, "checkpoint", lambda *args, **options: calls.append(options) or plain(*args, **options)
+        recompute, "checkpoint", lambda *args, **options: calls.append(options) or plain(*args, **options)
     )
     return calls
 
