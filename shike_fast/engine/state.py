@@ -9,8 +9,9 @@ import torch
 
 from shike_fast import data, models
 from shike_fast._version import __version__
-from shike_fast.engine.config import TrainConfig
+from shike_fast.engine.config import TrainConfig, how_to_register
 from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.methods import Method
 from shike_fast.models.registry import TRAINABLE
 
 _MOST_CHARACTERS = 400  # of torch's list of keys
@@ -25,8 +26,8 @@ def load_data(config: TrainConfig) -> data.LongTailData:
     """
     if config.dataset not in data.datasets():
         raise ConfigError(
-            f"the data set '{config.dataset}' is not registered in this process; import the module that registers it "
-            f"first; there are {', '.join(data.datasets())}"
+            f"the data set '{config.dataset}' is not registered in this process; {how_to_register(config.plugins)}; "
+            f"there are {', '.join(data.datasets())}"
         )
     return data.load_dataset(
         config.dataset,
@@ -101,6 +102,18 @@ def restore_model(state: dict[str, Any], model: models.MultiExpertResNet, source
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= _MOST_CHARACTERS else reason[:_MOST_CHARACTERS] + " ..."
         raise CheckpointError(f"{source}: the checkpoint's weights do not fit its model: {reason}") from error
+
+
+def check_stage(method: Method, stage: int, source: Path) -> None:
+    """Check that a method has the stage that a checkpoint, or ``--stage``, names by its number.
+
+    Raises:
+        CheckpointError: if it has not.
+    """
+    if not 1 <= stage <= len(method.stages):
+        raise CheckpointError(
+            f"--stage: checkpoint {source} was trained with method '{method.name}', which has no stage {stage}"
+        )
 
 
 def data_description(dataset: data.LongTailData) -> dict[str, Any]:
