@@ -72,7 +72,7 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
     torch.set_num_threads(config.threads)
     use_device(device)
     check_device(config, device)
-    model = model_from_checkpoint(state, source).to(device)
+    model = model_from_checkpoint(state, source, config).to(device)
     method = config.create_method(state["data"]["class_counts"].to(device))
     number = stage or state["stage"]
     check_stage(method, number, source)

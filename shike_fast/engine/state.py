@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shike_fast import data, models
+from shike_fast import data, methods, models
 from shike_fast._version import __version__
 from shike_fast.engine.config import TrainConfig, how_to_register
 from shike_fast.errors import CheckpointError, ConfigError
@@ -63,13 +63,21 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
             f"--model: {config.model} needs images of at least {least}x{least}, {dataset.name} has {size}x{size}; "
             "use resnet8, resnet20 or resnet32"
         )
+    methods.find_method(config.method).extend_model(model, config)
     if pretrained and config.pretrained is not None:
         models.load_pretrained(model, Path(config.pretrained))
     return model
 
 
-def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiExpertResNet:
+def model_from_checkpoint(
+    state: dict[str, Any], source: Path, config: TrainConfig | None = None
+) -> models.MultiExpertResNet:
     """The network that a checkpoint describes, with its weights.
+
+    Args:
+        state: the checkpoint.
+        source: its file, for errors.
+        config: the run's settings, where its method may have extended the network.
 
     Raises:
         CheckpointError: if the description or the weights do not make a model of this version.
@@ -80,6 +88,8 @@ def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiEx
         raise CheckpointError(
             f"checkpoint {source} describes no model of this version of shike_fast, nor one registered here ({error})"
         ) from error
+    if config is not None:
+        methods.find_method(config.method).extend_model(model, config)
     restore_model(state, model, source)
     return model
 

@@ -101,6 +101,13 @@ class Method:
         """
         return {}
 
+    @classmethod
+    def extend_model(cls, model: nn.Module, settings: Any) -> None:
+        """Add modules of the method's own to a new network, such as a router: ``model.router = ...``.
+
+        They are trained, saved and loaded with it.
+        """
+
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
         """What a stage trains: images [B, channels, H, W] -> logits [K, B, C].
 

@@ -6,6 +6,7 @@ import torch
 from shike_fast import methods, ops
 from shike_fast.engine.config import resolve
 from shike_fast.errors import ConfigError
+from shike_fast.evaluate import main as evaluate
 from shike_fast.methods import Method, Stage, option
 
 COUNTS = torch.tensor([100, 30, 5])
@@ -148,3 +149,23 @@ def test_a_loss_that_changes_with_the_epoch(outside, runs):
     arguments = ["--method", "own", "--model", "resnet8", "--batch-size", 400, "--epochs", 3]
     assert runs.train(*arguments, "--output-dir", outside / "run") == 0
     assert seen == [0, 1, 1]
+
+
+def test_modules_of_a_method_are_trained_saved_and_loaded(outside, runs):
+    def extend_model(cls, model, settings):
+        model.router = torch.nn.Linear(settings.num_experts, settings.num_experts)
+
+    def forward(self, model, images, stage):
+        logits = model(images, stage=stage.classifiers)
+        return {"logits": logits, "routed": model.router(logits.movedim(0, -1)).movedim(-1, 0)}
+
+    def loss(self, logits, target, *, stage=None, epoch=0, routed):
+        return ops.expert_cross_entropy(routed, target), {}
+
+    methods.register_method(define(extend_model=classmethod(extend_model), forward=forward, loss=loss))
+    arguments = ["--method", "own", "--model", "resnet8", "--batch-size", 64, "--epochs", 2]
+    assert runs.train(*arguments, "--output-dir", outside / "run") == 0
+    before, after = (runs.checkpoint(outside / "run" / name)["model"] for name in ("last.previous.pt", "last.pt"))
+    assert not torch.equal(before["router.weight"], after["router.weight"])
+    assert evaluate(["--checkpoint", str(outside / "run" / "last.pt")]) == 0
+    assert runs.train("--resume", "--output-dir", outside / "run") == 0
