@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shike_fast import data, models, ops
+from shike_fast import data, models
 from shike_fast._util.cli import use_device
 from shike_fast.data.images.arrays import ArrayDataset
 from shike_fast.engine.config import resolve
@@ -210,7 +210,7 @@ class ShikeFast:
         with steps.autocast():
             logits = steps.network(images)
         yield "forward"
-        loss, terms = ops.dkt_loss(logits, labels, return_terms=True)
+        loss, terms = steps.method.loss(logits, labels)
         self.totals.add(loss, terms, logits, labels)
         yield "loss"
         steps.optimizer.zero_grad(set_to_none=True)

@@ -71,7 +71,7 @@ def test_library_of_another_version_is_refused(library):
 def test_collect():
     found = info.collect()
     assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"versions", "threads", "devices", "native", "images", "backends"}
+    assert set(found) == {"versions", "threads", "devices", "native", "images", "backends", "registered"}
     assert found["images"]["jpeg"].startswith("simplejpeg ")
     assert torch.cuda.is_available() or found["images"]["gpu_decoder"]
     assert found["versions"]["shike_fast"] == shike_fast.__version__

@@ -62,6 +62,18 @@ def let_first_speak() -> None:
     time.sleep(_HEAD_START)
 
 
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Of several processes that all meet with the same error in here, only the first one prints it."""
+    try:
+        yield
+    except ShikeError as error:
+        if _is_first():
+            raise
+        let_first_speak()
+        raise SystemExit(error.exit_status) from error
+
+
 def run_command(command: Callable[[], int], *, prints_result: bool = True) -> int:
     """Call ``command``; print an error meant for the user as one line and return its exit status.
 

@@ -254,6 +254,6 @@ def _headline(trainer: Trainer) -> str:
         f"{config.dataset}: {int(counts.sum()):,} training images, {dataset.num_classes} classes "
         f"of {int(counts.max())} to {int(counts.min())}, {len(dataset.test):,} test images\n"
         f"{config.method}, {config.model}, {config.num_experts} expert{'s' if config.num_experts > 1 else ''}, "
-        f"{config.stage1_epochs}+{config.stage2_epochs} epochs, {where}, seed {config.seed}{going_on}\n"
+        f"{config.shown_epochs} epochs, {where}, seed {config.seed}{going_on}\n"
         f"writing to {trainer.output_dir}"
     )

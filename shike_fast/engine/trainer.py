@@ -1,8 +1,9 @@
-"""Two-stage training: multi-expert knowledge transfer, then classifier re-training."""
+"""A run from its first epoch to its last: train, test, save, report."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import math
 import signal
@@ -28,7 +29,15 @@ from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
 from shike_fast.engine.setup import check_setting, make_loader, records
 from shike_fast.engine.signals import GracefulStop
-from shike_fast.engine.state import build_model, data_description, restore_data, restore_model, rng_state, set_rng_state
+from shike_fast.engine.state import (
+    build_model,
+    check_stage,
+    data_description,
+    restore_data,
+    restore_model,
+    rng_state,
+    set_rng_state,
+)
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
@@ -125,11 +134,15 @@ class Trainer:
         self.seconds: float = state.get("seconds", 0.0)  # that went into it before this process
         self._speed_told = False
         self.totals = Totals(device)
-        self.totals.begin(self.batch, state.get("sums") if processes.is_main else None)
+        self.method = config.create_method(dataset.class_counts.to(device))
+        if state:
+            check_stage(self.method, state["stage"], source)
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
             try:
+                self.totals.begin(self.batch, state["sums"] if processes.is_main else None)
                 self.steps.load_state(state)
+                self.method.load_state(state.get("method_state", {}))
                 set_rng_state(state["rng"], device)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise CheckpointError(
@@ -211,6 +224,7 @@ class Trainer:
             self._leave_stage()
             self._enter_stage(stage)
         set_lr(self.steps.optimizer, self.config.lr_of(self.epoch))
+        self.steps.start_epoch(self.epoch)
         self.model.train()
         self.console.start_epoch(self.epoch, stage, self.batch)
         waits = self.device.type != "cpu" or self.processes.is_distributed
@@ -253,7 +267,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: if the loss of any step so far was NaN or infinite.
         """
-        means = Means(self.processes.total(self.totals.sums).tolist())
+        means = Means(self.processes.total(self.totals.sums).tolist(), self.totals.terms)
         if not math.isfinite(means.loss):
             step = self.processes.largest(int(self.totals.bad_step), self.device)
             raise self._not_finite("loss is", step)
@@ -284,6 +298,8 @@ class Trainer:
         if self.profile is not None:
             self.profile.between()
         self.processes.send_buffers(self.model)
+        if self.tested is not self.model:
+            self.processes.send_buffers(self.tested)
         try:
             self.evaluation = self.evaluator(
                 self.test_loader.epoch(0),
@@ -296,7 +312,7 @@ class Trainer:
         except NonFiniteLogitsError as error:
             raise self._not_finite("logits on the test images are", self.batch) from error
         means = self._means()
-        row = {
+        return {
             "epoch": self.epoch + 1,
             "stage": self.stage,
             "lr": self.config.lr_of(self.epoch),
@@ -307,10 +323,8 @@ class Trainer:
             "images_per_second": self.images_per_second,
             "seconds": time.perf_counter() - self._started,
             **loader_metrics(self.train_loader, self.test_loader, self.processes, self.device),
+            **{f"train_{name}": value for name, value in means.terms.items()},
         }
-        if self.stage == 1 and self.config.method == "shike":
-            row |= {f"train_{name}": value for name, value in means.terms.items()}
-        return row
 
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""
@@ -351,23 +365,25 @@ class Trainer:
         """Freeze what ``stage`` does not train and start its optimizer afresh."""
         self.stage = stage
         record = records(self.config, self.dataset, self.device, self.processes)
-        class_counts = self.dataset.class_counts.to(self.device)
         self.steps = StageSteps(
             self.model,
             self.config,
             stage,
-            class_counts=class_counts,
+            class_counts=self.method.class_counts,
             processes=self.processes,
             totals=self.totals,
             record=record,
+            method=self.method,
         )
+        self.tested = self.method.evaluated(self.model)
         self.evaluator = Evaluator(
-            self.model,
-            stage=stage,
-            class_counts=class_counts,
+            self.tested,
+            stage=self.steps.stage.classifiers,
+            class_counts=self.method.class_counts,
             device=self.device,
             autocast=self.steps.autocast,
             record=record,
+            scores=functools.partial(self.method.scores, stage=self.steps.stage),
         )
 
     def _stop_if_asked(self, stop: GracefulStop) -> None:
@@ -404,4 +420,4 @@ class Trainer:
             "stage": self.stage,
             "epoch": self.epoch,
             "best": self.best,
-        }
+        } | ({"method_state": state} if (state := self.method.state()) else {})
