@@ -228,14 +228,11 @@ def _backward_kernel(
         tl.store(out + class_offset(c, out_class_stride), dz.to(gradient.dtype.element_ty), mask=c < classes)
 
 
-def _weights(
-    layout: Layout, hardest_weight: float, mutual_weight: float, kl_reduction: str
-) -> tuple[float, float, dict[str, bool]]:
-    """The weights of the two divergences with their divisor, and which of them the kernels compute at all."""
-    divisor = layout.batch * (layout.classes if kl_reduction == "mean" else 1)
+def _weights(layout: Layout, hardest_weight: float, mutual_weight: float) -> tuple[float, float, dict[str, bool]]:
+    """The weights of the two divergences, divided by B, and which of them the kernels compute at all."""
     # A single expert has nobody to agree with: its mutual term is 0.
     terms = {"HARDEST": hardest_weight != 0.0, "MUTUAL": mutual_weight != 0.0 and layout.experts > 1}
-    return hardest_weight / divisor, mutual_weight / divisor, terms
+    return hardest_weight / layout.batch, mutual_weight / layout.batch, terms
 
 
 def dkt_forward(
@@ -244,7 +241,6 @@ def dkt_forward(
     factors: Tensor | None,
     hardest_weight: float,
     mutual_weight: float,
-    kl_reduction: str,
     teacher_target_logit: float,
     student_target_logit: float,
     detach_teacher: bool,
@@ -256,8 +252,8 @@ def dkt_forward(
         target: int64 [B]. A class out of range makes the loss NaN.
         factors: float64 [2] on the same device, multiplied into ``hardest_weight`` and ``mutual_weight`` there, or
             ``None``. A weight of 0 leaves its term out, a factor of 0 does not.
-        hardest_weight, mutual_weight, kl_reduction, teacher_target_logit, student_target_logit, detach_teacher: as for
-            ``shike_fast.ops.dkt_loss``.
+        hardest_weight, mutual_weight: with the divisor beside B that ``kl_reduction`` asks for.
+        teacher_target_logit, student_target_logit, detach_teacher: as for ``shike_fast.ops.dkt_loss``.
 
     Returns:
         The loss [], its terms [3] (cross-entropy, hardest, mutual) and saved [B, 5K + 4], all float32. Row b of saved
@@ -270,7 +266,7 @@ def dkt_forward(
     saved = layout.new_floats(batch, 5 * experts + 4)
     if batch == 0:
         return layout.new_floats().zero_(), layout.new_floats(3).zero_(), saved
-    w, v, computed = _weights(layout, hardest_weight, mutual_weight, kl_reduction)
+    w, v, computed = _weights(layout, hardest_weight, mutual_weight)
     tile = layout.tile(experts, FORWARD_BUDGET)
     row_terms = layout.new_floats(batch, 3)
     with torch.cuda.device_of(layout.first):  # Triton launches on the current device
@@ -303,7 +299,6 @@ def dkt_backward(
     saved: Tensor,
     hardest_weight: float,
     mutual_weight: float,
-    kl_reduction: str,
     teacher_target_logit: float,
     student_target_logit: float,
     detach_teacher: bool,
@@ -318,7 +313,7 @@ def dkt_backward(
     gradient = layout.new_gradient()
     if batch == 0:
         return gradient
-    w, v, computed = _weights(layout, hardest_weight, mutual_weight, kl_reduction)
+    w, v, computed = _weights(layout, hardest_weight, mutual_weight)
     tile = layout.tile(experts, BACKWARD_BUDGET)
     with torch.cuda.device_of(layout.first):
         _backward_kernel[(batch, triton.cdiv(layout.classes, tile.block))](

@@ -157,14 +157,13 @@ def _dkt_call(
     factors: Tensor | None,
     hardest_weight: float,
     mutual_weight: float,
-    kl_reduction: str,
     teacher_target_logit: float,
     student_target_logit: float,
     detach_teacher: bool,
 ) -> dict[str, Any]:
     """DktCall of csrc/losses/call.h. The callers add to it: merging dictionaries costs half a microsecond."""
     rows = max(target.shape[0], 1)
-    scale = 1.0 / (rows * logits[0].shape[-1] if kl_reduction == "mean" else rows)
+    scale = 1.0 / rows
     call = _common(logits, target, saved)
     call["factors"] = factors
     call["hardest_weight"] = hardest_weight * scale

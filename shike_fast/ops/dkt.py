@@ -184,9 +184,9 @@ _FUSED = fused_loss(
     "bool detach_teacher",
     shown=1,
     # the kernels divide by B; what else divides is in the weights
-    forward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_forward(*args[:5], "batchmean", *args[5:-1]),
-    backward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:7], "batchmean", *args[7:-1]),
-    both=lambda *args: _native_loss.dkt_both(*args[:5], "batchmean", *args[5:-1]) if args[-1] == "cpu" else None,
+    forward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_forward(*args[:-1]),
+    backward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:-1]),
+    both=lambda *args: _native_loss.dkt_both(*args[:-1]) if args[-1] == "cpu" else None,
     fake_forward=_native_loss.new_dkt_results,
 )
 

@@ -41,8 +41,10 @@ def test_in_the_interpreter(interpret):
 
 
 def dkt(logits, target, grad_output=1.0, factors=None, **options):
-    """Loss, terms and gradient of the kernels."""
-    arguments = {**DEFAULTS, **options}.values()
+    """Loss, terms and gradient of the kernels, which leave the divisor that ``kl_reduction`` names to their callers."""
+    given = {**DEFAULTS, **options}
+    divisor = logits[0].shape[-1] if given.pop("kl_reduction") == "mean" else 1
+    arguments = (given.pop("hardest_weight") / divisor, given.pop("mutual_weight") / divisor, *given.values())
     loss, terms, state = dkt_forward(logits, target, factors, *arguments)
     assert loss.dtype == terms.dtype == state.dtype == torch.float32 and loss.shape == () and terms.shape == (3,)
     return loss, terms, dkt_backward(torch.tensor(grad_output), logits, target, factors, state, *arguments)
