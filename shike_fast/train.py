@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shike_fast import data
+from shike_fast import data, methods
 from shike_fast._util.cli import ArgumentParser, run_command, told_once
+from shike_fast._util.options import options_of
 from shike_fast._util.plugins import load_plugins
-from shike_fast.engine.config import recipe_settings
 from shike_fast.engine.config_file import settings_from
 from shike_fast.engine.options import add_options
 from shike_fast.engine.run import run
@@ -35,8 +35,9 @@ def make_parser() -> ArgumentParser:
 
 def _recipe_table() -> str:
     lines = ["defaults by data set:", f"  {'':18}model     epochs  batch  lr    weight decay  alpha  beta  scale"]
+    usual = {name: one.default for name, one in options_of(methods.find_method("shike")).items()}
     for name, info in data.datasets().items():
-        recipe = recipe_settings(info)
+        recipe = usual | dict(info.recipe)
         epochs = f"{recipe['epochs'] - recipe['stage2_epochs']}+{recipe['stage2_epochs']}"
         lines.append(
             f"  {name:18}{recipe['model']:10}{epochs:8}{recipe['batch_size']:<7}{recipe['lr']:<6g}"

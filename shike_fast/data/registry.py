@@ -44,9 +44,8 @@ def register_dataset(info: DatasetInfo) -> Callable[[LoadFunction], LoadFunction
     its image files in another way returns :func:`shike_fast.data.build_images`.
 
     Args:
-        info: the description. Without a recipe the data set is trained by
-            :data:`shike_fast.data.recipes.PHOTOGRAPHS` if it is resizable, else by
-            :data:`shike_fast.data.recipes.SMALL_IMAGES`.
+        info: the description. What its recipe leaves out is as in :data:`shike_fast.data.recipes.PHOTOGRAPHS` if it is
+            resizable, else as in :data:`shike_fast.data.recipes.SMALL_IMAGES`.
 
     Raises:
         ValueError: another data set has that name.
@@ -55,8 +54,8 @@ def register_dataset(info: DatasetInfo) -> Callable[[LoadFunction], LoadFunction
     def register(load: LoadFunction) -> LoadFunction:
         if info.name in _REGISTRY:
             raise ValueError(f"register_dataset: {info.name!r} is registered already")
-        recipe = info.recipe or (PHOTOGRAPHS if info.resizable else SMALL_IMAGES)
-        _REGISTRY[info.name] = (dataclasses.replace(info, recipe=recipe), load)
+        usual = PHOTOGRAPHS if info.resizable else SMALL_IMAGES
+        _REGISTRY[info.name] = (dataclasses.replace(info, recipe=usual | dict(info.recipe)), load)
         return load
 
     return register

@@ -18,10 +18,11 @@ from shike_fast._util.plugins import missing_plugins
 from shike_fast.data.types import DatasetInfo
 from shike_fast.engine.options import NO_WEIGHTS, Settings, method_options
 from shike_fast.engine.precision import AUTO, settle_amp
-from shike_fast.engine.recipes import recipe_of
 from shike_fast.engine.schedule import cosine_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
 from shike_fast.methods import Method
+
+NEEDS_PRETRAINED = "needs_pretrained"  # in a recipe: it begins with ImageNet weights
 
 # What a resumed run may change: none of it alters the trajectory that the checkpoint began, beyond the rounding of
 # another device.
@@ -128,11 +129,6 @@ def options_for(method: str) -> dict[str, Option]:
     return options_of(Settings) | options_of(methods.find_method(method))
 
 
-def recipe_settings(info: DatasetInfo) -> dict[str, Any]:
-    """The recipe of a data set: settings by name, and ``needs_pretrained``."""
-    return recipe_of(info)
-
-
 def resolve(given: dict[str, Any]) -> TrainConfig:
     """Fill what the user left out and check every value.
 
@@ -149,7 +145,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
     options = options_for(method.name)
     _require_known(given, method.name)
     info = _find_dataset(given.get("dataset", options["dataset"].default))
-    recipe = recipe_settings(info) | dict(method.recipes.get(info.name, {}))
+    recipe = {**info.recipe, **method.recipes.get(info.name, {})}
+    _require_settings(recipe, info.name)
     usual = {name: one.default for name, one in options.items() if one.has_default} | dict(method.defaults)
     usual |= {name: value for name, value in recipe.items() if name in options}
     values = usual | given
@@ -157,7 +154,7 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         values["imbalance_factor"] = info.default_imbalance_factor
     if values["augmentation"] is None:
         values["augmentation"] = info.augmentations[0]
-    if values["pretrained"] is None and recipe.get("needs_pretrained"):
+    if values["pretrained"] is None and recipe.get(NEEDS_PRETRAINED):
         raise ConfigError(
             f"--pretrained: the recipe of {values['dataset']} begins with ImageNet weights of {recipe['model']}, as "
             "torchvision publishes them; name their file, or say 'none' to begin at random"
@@ -192,6 +189,12 @@ def _require_known(given: dict[str, Any], method: str) -> None:
         owners = method_options()[name]
         others = ", ".join(f"'{owner}'" for owner, _ in owners)
         raise ConfigError(f"{owners[0][1].label}: method '{method}' has no such setting, it belongs to {others}")
+
+
+def _require_settings(recipe: dict[str, Any], dataset: str) -> None:
+    unknown = recipe.keys() - options_of(Settings).keys() - method_options().keys() - {NEEDS_PRETRAINED}
+    if unknown:
+        raise ConfigError(f"--dataset: the recipe of {dataset} has the unknown setting {', '.join(sorted(unknown))}")
 
 
 def _fixed_experts(method: type[Method], given: int) -> int:

@@ -61,10 +61,10 @@ class Settings:
         0.9, "momentum of SGD", group="schedule", check=Check("in [0, 1)", lambda value: 0 <= value < 1)
     )
     warmup_epochs: int = option(
-        help="of each stage, at most half of it", group="schedule", metavar="N", check=at_least(0)
+        5, "of each stage, at most half of it", group="schedule", metavar="N", check=at_least(0)
     )
     stage2_start_lr_factor: float = option(
-        help="stage 2 warms up from this share of its learning rate", flag=None, check=not_negative
+        0.25, "stage 2 warms up from this share of its learning rate", flag=None, check=not_negative
     )
     imbalance_factor: float | None = option(
         None,
@@ -109,7 +109,8 @@ class Settings:
         None, "cpu, cuda or cuda:N", group="schedule", default_text="cuda where there is one", changeable=True
     )
     threads: int = option(
-        help="CPU threads",
+        None,
+        "CPU threads",
         group="schedule",
         metavar="N",
         default_text="one a core, and one for digits-lt",

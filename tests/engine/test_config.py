@@ -5,15 +5,13 @@ import torch
 
 from shike_fast import data
 from shike_fast.engine.config import resolve, resume_config
-from shike_fast.engine.recipes import recipe_of
 from shike_fast.errors import CheckpointError, ConfigError
 
 
 def test_defaults_are_the_recipe():
     config = resolve({})
-    recipe = recipe_of(data.datasets()["digits-lt"])
+    recipe = data.datasets()["digits-lt"].recipe
     assert recipe["threads"] == 1
-    assert recipe.pop("needs_pretrained") is False
     assert config.dataset == "digits-lt"
     assert config.method == "shike"
     assert config.num_experts == 3
@@ -38,7 +36,7 @@ def test_the_recipes_of_the_large_data_sets():
 
 def test_every_data_set_has_a_recipe():
     for info in data.datasets().values():
-        assert recipe_of(info).keys() >= {"model", "epochs", "stage2_epochs", "batch_size", "lr", "stage2_lr"}
+        assert info.recipe.keys() >= {"model", "epochs", "stage2_epochs", "batch_size", "lr", "stage2_lr"}
 
 
 def test_data_settings_are_those_of_the_data_set():

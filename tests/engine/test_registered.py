@@ -9,7 +9,7 @@ from shike_fast import data, models
 from shike_fast.data import registry as base
 from shike_fast.data.recipes import PHOTOGRAPHS, SMALL_IMAGES
 from shike_fast.engine.config import resolve
-from shike_fast.engine.recipes import recipe_of
+from shike_fast.errors import ConfigError
 from shike_fast.evaluate import main as evaluate
 from shike_fast.models import registry
 from shike_fast.models.multi_expert import TRAINABLE
@@ -98,10 +98,17 @@ def test_the_recipe_of_a_data_set_of_ones_own():
     data.register_dataset(dataclasses.replace(info, name="photographs", resizable=True, recipe={}))(lambda *_: None)
     photographs = data.datasets()["photographs"]
     assert photographs.recipe == data.datasets()["imagefolder"].recipe == PHOTOGRAPHS
-    defaults = {"hardest_weight": 10.0, "mutual_weight": 1.0, "scale": 30.0, "threads": None, "warmup_epochs": 5}
-    defaults |= {"stage2_start_lr_factor": 0.25, "needs_pretrained": False}
-    assert recipe_of(info) == SMALL_IMAGES | defaults
-    assert recipe_of(photographs) == PHOTOGRAPHS | defaults
-    data.register_dataset(dataclasses.replace(info, name="own", recipe={"epochs": 3, "scale": 16.0}))(lambda *_: None)
-    assert recipe_of(data.datasets()["own"]) == defaults | {"epochs": 3, "scale": 16.0}
-    assert resolve({"dataset": "mine"}).model == "resnet32"
+    data.register_dataset(dataclasses.replace(info, name="own", recipe={"epochs": 30, "scale": 16.0}))(lambda *_: None)
+    assert data.datasets()["own"].recipe == SMALL_IMAGES | {"epochs": 30, "scale": 16.0}
+    config = resolve({"dataset": "mine"})
+    assert (config.model, config.hardest_weight, config.scale, config.warmup_epochs) == ("resnet32", 10.0, 30.0, 5)
+    config = resolve({"dataset": "own"})
+    assert (config.model, config.epochs, config.scale, config.stage2_start_lr_factor) == ("resnet32", 30, 16.0, 0.25)
+
+
+@pytest.mark.usefixtures("own")
+def test_an_unknown_setting_in_a_recipe_is_named():
+    info = dataclasses.replace(data.datasets()["mine"], name="misspelt", recipe={"epoch": 3})
+    data.register_dataset(info)(lambda *_: None)
+    with pytest.raises(ConfigError, match="--dataset: the recipe of misspelt has the unknown setting epoch"):
+        resolve({"dataset": "misspelt"})
