@@ -8,7 +8,7 @@ import pytest
 import shike_fast
 
 SLOW = ("torch._dynamo", "torch._inductor", "sympy", "triton", "torchmetrics", "rich", "matplotlib", "PIL", "sklearn")
-LAZY = ("data", "engine", "models", "nn")
+LAZY = ("data", "engine", "methods", "models", "nn")
 
 
 @pytest.mark.parametrize("module", ["shike_fast", "shike_fast.ops"])
