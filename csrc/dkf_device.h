@@ -1,6 +1,6 @@
-// The CUDA kernels of depth-wise knowledge fusion: blocks of dkf_statistics.h, dkf_pooling.h and dkf_gradients.h. The
-// second grid dimension counts experts or maps. The launch bounds leave each kernel the registers that it needs; the
-// loads that the threads have under way, not their number, keep the memory busy.
+// The CUDA kernels of depth-wise knowledge fusion: blocks of dkf_statistics.h, dkf_merge.h, dkf_pooling.h and
+// dkf_gradients.h. The second grid dimension counts experts or maps. The launch bounds leave each kernel the registers
+// that it needs; the loads that the threads have under way, not their number, keep the memory busy.
 #pragma once
 
 #include "dkf_stages.h"

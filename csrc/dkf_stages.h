@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "dkf_gradients.h"
+#include "dkf_merge.h"
 #include "dkf_pooling.h"
 #include "dkf_statistics.h"
 
