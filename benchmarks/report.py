@@ -6,6 +6,7 @@ by ``python benchmarks/accuracy.py NAME`` in benchmarks/results/fast_against_pla
 
 import json
 import statistics
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,11 @@ def _verification() -> Iterator[str]:
     pending = {name: ops for name in ("triton", "cuda") if (ops := _backend.unverified(name))}
     for name, ops in pending.items():
         listed = ", ".join(f"`{op}`" for op in sorted(ops))
-        yield f"- `{name}` has never passed its tests on a device for {listed}: it runs only when asked for by name,"
-        yield "  and no figure of it is given."
+        yield _wrapped(
+            f"- `{name}` has never passed its tests on a device for {listed}: it runs only when asked for by name, "
+            "and no figure of it is given.",
+            "  ",
+        )
     if not pending:
         yield "Every backend has passed its tests on a device."
     yield ""
@@ -69,7 +73,7 @@ def _accuracy(name: str, record: dict[str, Any]) -> Iterator[str]:
     settings, seeds, paths = record["settings"], record["seeds"], record["paths"]
     yield f"## Accuracy, {name}\n"
     stages = f"{settings['epochs'] - settings['stage2_epochs']}+{settings['stage2_epochs']} epochs"
-    yield (
+    yield _wrapped(
         f"`{settings['dataset']}`, {settings['model']}, {stages}, {len(seeds)} seeds, {record['device']}, "
         f"{record['threads']} thread{'s' if record['threads'] != 1 else ''}, PyTorch {record['torch']}; test accuracy "
         "(%), mean ± its standard error. `fast` is the command by default, in float32, `plain` the published way "
@@ -166,6 +170,11 @@ def _side_by_side(device: str, op: str, case: str, info: dict[str, Any]) -> Iter
     workers = [f"`{name}` {contender['workers']}" for name, contender in contenders.items() if contender.get("workers")]
     if workers:
         yield f"Worker processes of the loaders: {', '.join(workers)}; the others load in the training process.\n"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    lines = textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines + "\n" * text.endswith("\n")
 
 
 def _milliseconds(row: dict[str, Any]) -> float:

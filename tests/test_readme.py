@@ -1,4 +1,4 @@
-"""The README's promises that a machine can check."""
+"""What the documents promise and a machine can check: examples, commands, links, paths and width."""
 
 import re
 import sys
@@ -9,6 +9,12 @@ import pytest
 from shike_fast import data
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+SOURCES = ("*.py", "*.h", "*.cpp", "*.cu", "*.sh")
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+FOLDERS = (".ci/", "benchmarks/", "csrc/", "docs/", "kernels/", "shike_fast/", "tests/")
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +42,57 @@ def test_every_data_set_is_in_the_table(readme):
         assert f"`{name}`" in rows
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@every_document
 def test_links_lead_somewhere(document):
-    text = (ROOT / document).read_text()
-    targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
-    missing = [target for target in targets if not ((ROOT / document).parent / target).exists()]
+    missing = []
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            missing.append(target)
     assert not missing
+
+
+def anchors(document):
+    """What GitHub calls the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_document
+def test_paths_of_the_repository_exist(document):
+    """In code spans and code blocks; capitals (NAME) stand for any name, so there the folder has to exist."""
+    text = document.read_text()
+    blocks = FENCED.findall(text) + re.findall(r"^    .*$", text, re.MULTILINE)
+    spans = re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+    missing = [word for word in " ".join(blocks + spans).split() if not exists(word)]
+    assert not missing
+
+
+def exists(word):
+    """Whether a word is no path of the repository, or one that is there; braces and asterisks as a shell reads them."""
+    word = word.lstrip("(\"'").rstrip(",;:.)\"'")
+    if not word.startswith(FOLDERS):
+        return True
+    word = word.partition("::")[0]
+    braces = re.search(r"{([^{}]*)}", word)
+    if braces:
+        return all(exists(word.replace(braces[0], choice, 1)) for choice in braces[1].split(","))
+    path = Path(*(part for part in Path(word).parts if not re.search("[A-Z]{3}", part)))
+    return any(ROOT.glob(str(path)))
+
+
+@every_document
+def test_lines_fit(document):
+    """Of tables a line is a row, which Markdown cannot wrap."""
+    lines = enumerate(document.read_text().splitlines(), start=1)
+    assert not [number for number, line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+def test_documents_that_the_sources_name_exist():
+    folders = ("benchmarks", "csrc", "kernels", "shike_fast")
+    files = [path for folder in folders for pattern in SOURCES for path in (ROOT / folder).rglob(pattern)]
+    named = {name for path in files for name in re.findall(r"\bdocs/[\w/]+\.md", path.read_text())}
+    assert named and not {name for name in named if not (ROOT / name).exists()}
