@@ -78,7 +78,11 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["shike_fast", "shike_fast.*"]), "shike_fast.kernels"],
+    packages=[
+        *find_packages(include=["shike_fast", "shike_fast.*"]),
+        "shike_fast.kernels",
+        *(f"shike_fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
     ext_modules=[Extension("shike_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -4,11 +4,11 @@
 augmented in batches on the training device, fused optimizer; on a GPU the step recorded as a CUDA graph. ``fast, bf16``
 is that with ``--amp bf16``.
 
-``plain`` is benchmarks/published.py: the published network, its losses in eager PyTorch, maps in NCHW, PyTorch's plain
+``plain`` is benchmarks/peer.py: the published network, its losses in eager PyTorch, maps in NCHW, PyTorch's plain
 SGD; images augmented on the host. Both have one recipe: epochs, learning rates, batches, weights of the loss's terms.
 They share no initial weights, so each pair of runs differs by chance as two seeds do.
 
-The result, ``benchmarks/results/fast_against_plain/NAME.json``, is what docs/benchmarks.md shows of it.
+The result, ``benchmarks/results/fast_against_plain/NAME.json``, is what docs/records/benchmarks.md shows of it.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import published
+import peer
 import torch
 
 import shike_fast.train
 from shike_fast import data
+from shike_fast.data.shots import SHOTS
 from shike_fast.engine.config import TrainConfig, resolve
-from shike_fast.engine.metrics import SHOTS, evaluate
+from shike_fast.engine.metrics import evaluate
 from shike_fast.engine.state import load_data
 
 RESULTS = Path(__file__).parent / "results" / "fast_against_plain"
@@ -46,7 +47,7 @@ def fast(arguments: list[str], seed: int) -> dict[str, Any]:
 class _Stacked(torch.nn.Module):
     """A published network that gives one tensor [K, B, C]."""
 
-    def __init__(self, network: published.PublishedNetwork) -> None:
+    def __init__(self, network: peer.PeerNetwork) -> None:
         super().__init__()
         self.network = network
 
@@ -57,24 +58,24 @@ class _Stacked(torch.nn.Module):
 def plain(config: TrainConfig, dataset: data.LongTailData, device: torch.device) -> dict[str, Any]:
     """The same measures of a run of the published loop."""
     torch.manual_seed(config.seed)
-    network = getattr(published, config.model)(dataset.num_classes, dataset.in_channels).to(device)
+    network = getattr(peer, config.model)(dataset.num_classes, dataset.in_channels).to(device)
     train = data.Loader(dataset.train, batch_size=config.batch_size, shuffle=True, seed=config.seed)
     counts = dataset.class_counts.to(device)
-    optimizer = published.make_optimizer(network, lr=0.0)
+    optimizer = peer.make_optimizer(network, lr=0.0)
     for epoch in range(config.epochs):
         stage = config.stage_of(epoch)
         if stage == 2 and epoch == config.stage1_epochs:
             network.requires_grad_(False)
-            optimizer = published.make_optimizer(network.rt_classifiers.requires_grad_(True), lr=0.0)
+            optimizer = peer.make_optimizer(network.rt_classifiers.requires_grad_(True), lr=0.0)
         for group in optimizer.param_groups:
             group["lr"] = config.lr_of(epoch)
         for images, labels in train.epoch(epoch):
             images, labels = images.to(device), labels.to(device)
             logits = network(images, stage=stage)
             if stage == 1:
-                loss = published.dkt_loss(logits, labels, config.hardest_weight, config.mutual_weight)
+                loss = peer.dkt_loss(logits, labels, config.hardest_weight, config.mutual_weight)
             else:
-                loss = published.balanced_softmax_loss(logits, labels, counts)
+                loss = peer.balanced_softmax_loss(logits, labels, counts)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = vars(parser.parse_args())
     name, seeds = options.pop("name"), range(options.pop("seeds"))
-    fixed = {"scale": published.SCALE, "weight_decay": published.WEIGHT_DECAY}  # in the plain path
+    fixed = {"scale": peer.SCALE, "weight_decay": peer.WEIGHT_DECAY}  # in the plain path
     settings = fixed | {key: value for key, value in options.items() if value is not None}
     arguments = [text for key, value in settings.items() for text in (f"--{key.replace('_', '-')}", str(value))]
     rows: dict[str, list[dict[str, Any]]] = {path: [] for path in PATHS}

@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from shike_fast._util.cli import use_device
 from shike_fast.data import load_dataset
 from shike_fast.data.__main__ import main as data_command
-from shike_fast.data.images.files import ImageDataset, Subset
+from shike_fast.data.images.files import ImageDataset
+from shike_fast.data.images.stores import Subset
 from shike_fast.data.loaders.photo import PhotoLoader
 
 IMAGES, PASSES, BATCH, SIZE = 512, 6, 64, 224

@@ -9,7 +9,7 @@ import torch
 
 from shike_fast import models, ops
 from shike_fast._util.cli import use_device
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import OPERATORS, Backend
 
 CASES = {"cpu": [(128, 3, 32, 32)], "cuda": [(128, 3, 32, 32)]}
 
@@ -20,11 +20,12 @@ def test_step(case, device, monkeypatch, peak_memory, side_by_side):
     model = models.create_model("resnet32", num_classes=100).to(device, memory_format=torch.channels_last)
     images = torch.randn(case, device=device).to(memory_format=torch.channels_last)
     target = torch.randint(100, (case[0],), device=device)
-    known = _backend._implementations
+    known = {name: operator.backends for name, operator in OPERATORS.items()}
 
-    def with_backends(implementations: dict) -> Callable[[], None]:
+    def with_backends(backends: dict[str, dict[str, Backend]]) -> Callable[[], None]:
         def step() -> None:
-            monkeypatch.setattr(_backend, "_implementations", implementations)
+            for name, operator in OPERATORS.items():
+                monkeypatch.setattr(operator, "backends", backends[name])
             model.zero_grad(set_to_none=True)
             ops.dkt_loss(model(images), target).backward()
 

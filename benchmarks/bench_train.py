@@ -1,6 +1,6 @@
 """Whole training steps of stage 1, from the loader to the optimizer: the published way against this package.
 
-``published`` is benchmarks/published.py, ``shike_fast`` the loader and the step that ``python -m shike_fast.train``
+``peer`` is benchmarks/peer.py, ``shike_fast`` the loader and the step that ``python -m shike_fast.train``
 would choose: maps channels-last, fused operators, fused optimizer; images augmented on the device, and on a GPU the
 step of small images recorded as a CUDA graph. Either also with its network compiled, and this package with maps in
 NCHW and under bfloat16 autocast, to see what layout and precision are worth. All start from random weights.
@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import published
+import peer
 import pytest
 import torch
 from torch import Tensor
 
-from shike_fast import data, models, ops
+from shike_fast import data, models
 from shike_fast._util.cli import use_device
 from shike_fast.data.images.arrays import ArrayDataset
 from shike_fast.engine.config import resolve
@@ -88,16 +88,16 @@ CASES = {
 }
 
 
-class Published:
+class Peer:
     """The peer's loop."""
 
     def __init__(self, case: Case, device: torch.device, *, compiled: bool = False) -> None:
         self.case = case
         self.device = device
-        self.network = getattr(published, case.model)(case.num_classes).to(device)
+        self.network = getattr(peer, case.model)(case.num_classes).to(device)
         if compiled:
             self.network.compile(dynamic=False)
-        self.optimizer = published.make_optimizer(self.network, lr=LR)
+        self.optimizer = peer.make_optimizer(self.network, lr=LR)
         self.autocast = make_autocast(case.amp, device)
         self.workers = 0
         self.batches = self._batches(workers=0)
@@ -115,7 +115,7 @@ class Published:
             logits = self.network(images)
         yield "forward"
         with self.autocast():
-            loss = published.dkt_loss(logits, labels)
+            loss = peer.dkt_loss(logits, labels)
         yield "loss"
         self.optimizer.zero_grad()
         loss.backward()
@@ -128,8 +128,8 @@ class Published:
         if not case.epoch:
             return itertools.cycle(tensors(case, self.device))
         images, labels = pixels(case)
-        dataset = published.AugmentedImages(images.transpose(0, 2, 3, 1).copy(), labels, mean=MEAN, std=STD)
-        return published.batches(dataset, batch_size=case.batch, workers=workers, pin_memory=self.device.type == "cuda")
+        dataset = peer.AugmentedImages(images.transpose(0, 2, 3, 1).copy(), labels, mean=MEAN, std=STD)
+        return peer.batches(dataset, batch_size=case.batch, workers=workers, pin_memory=self.device.type == "cuda")
 
     def choose_workers(self, clock: Clock) -> None:
         """Go on with the faster of none and up to eight, one a core, as published: no slow loader for a peer.
@@ -210,7 +210,7 @@ class ShikeFast:
         with steps.autocast():
             logits = steps.network(images)
         yield "forward"
-        loss, terms = ops.dkt_loss(logits, labels, return_terms=True)
+        loss, terms = steps.method.loss(logits, labels)
         self.totals.add(loss, terms, logits, labels)
         yield "loss"
         steps.optimizer.zero_grad(set_to_none=True)
@@ -262,7 +262,7 @@ def tensors(
     return batches
 
 
-def shares(contender: Published | ShikeFast, steps: int, clock: Clock) -> dict[str, float]:
+def shares(contender: Peer | ShikeFast, steps: int, clock: Clock) -> dict[str, float]:
     """Each phase's share of the time of some steps."""
     seconds = dict.fromkeys(PHASES, 0.0)
     for _ in range(steps):
@@ -280,11 +280,11 @@ def test_train(case, device, clock, peak_memory, side_by_side, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as in training, for all; so is the next line
     use_device(device)
     torch._dynamo.reset()
-    contenders: dict[str, Published | ShikeFast] = {}
+    contenders: dict[str, Peer | ShikeFast] = {}
     facts: dict[str, dict[str, Any]] = {}
-    ways: dict[str, Callable[[], Published | ShikeFast]] = {
-        "published": lambda: Published(case, device),
-        "published, torch.compile": lambda: Published(case, device, compiled=True),
+    ways: dict[str, Callable[[], Peer | ShikeFast]] = {
+        "peer": lambda: Peer(case, device),
+        "peer, torch.compile": lambda: Peer(case, device, compiled=True),
         "shike_fast": lambda: ShikeFast(case, device),
         "shike_fast, torch.compile": lambda: ShikeFast(case, device, compiled=True),
         "shike_fast, NCHW": lambda: ShikeFast(case, device, channels_last=False),
@@ -298,7 +298,7 @@ def test_train(case, device, clock, peak_memory, side_by_side, monkeypatch):
         for _ in range(3 if device.type == "cuda" else 0):  # the second of them records the step
             contender.step()
     for name, contender in contenders.items():
-        if case.epoch and isinstance(contender, Published):
+        if case.epoch and isinstance(contender, Peer):
             contender.choose_workers(clock)
         facts[name] |= {"shares": shares(contender, case.steps, clock), "workers": contender.workers}
     side_by_side(

@@ -1,8 +1,8 @@
 """What the op benchmarks share: contenders, rotation among input sets, bytes moved, the copy bandwidth of the same run.
 
 Run them with ``pytest benchmarks/ --benchmark-only``, on an otherwise idle machine; ``--benchmark-json FILE`` keeps the
-numbers together with a description of the machine, and ``python benchmarks/report.py`` makes ``docs/benchmarks.md`` of
-such files.
+numbers together with a description of the machine, and ``python benchmarks/report.py`` makes
+``docs/records/benchmarks.md`` of such files.
 
 A benchmark names its operator, ``@pytest.mark.op("dkt_loss")``, and takes ``contender`` and ``device``: it runs for
 every backend of the operator, and for torch.compile of the reference, on every device present. One that takes
@@ -26,7 +26,7 @@ import torch.utils.benchmark
 from torch.profiler import ProfilerActivity, profile
 
 from shike_fast import ops
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import OPERATORS
 
 ROTATION_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # inputs in rotation: more than the last-level caches
 MAX_SETS = 64
@@ -36,6 +36,11 @@ COMPILED = "compiled reference"
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks import what is beside them
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SERVES = {"reference": DEVICES, "cpu": ["cpu"], "triton": ["cuda"], "cuda": ["cuda"], COMPILED: DEVICES}
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process: others beside it would disturb what it times."""
+    return 0
 
 
 def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Module | None:
@@ -57,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "contender" in names:
             op = metafunc.definition.get_closest_marker("op").args[0]
             present = ops.backends()
-            contenders = [name for name in _backend._implementations[op] if present[name]] + [COMPILED]
+            contenders = [name for name in OPERATORS[op].backends if present[name]] + [COMPILED]
             choices["contender"] = [name for name in contenders if device in SERVES[name]]
         if "case" in names:
             choices["case"] = metafunc.module.CASES[device]

@@ -64,7 +64,7 @@ benchmark() {
 device_tests() {
     local name=$1 limit=$2
     shift 2
-    step "$name" "$limit" tests.txt "$python" -m pytest -m gpu tests -q -o timeout=200 --durations=15 \
+    step "$name" "$limit" tests.txt "$python" -m pytest -n 0 -m gpu tests -q -o timeout=200 --durations=15 \
         --junitxml="$results/${name// /_}.xml" "$@"
 }
 

@@ -32,7 +32,7 @@ from results_page import Row
 
 import shike_fast
 from shike_fast._util.cli import run_command
-from shike_fast.engine.metrics import SHOTS
+from shike_fast.data.shots import SHOTS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results" / "accuracy", ROOT / "docs" / "results.md"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shike_fast.engine.metrics import SHOTS
+from shike_fast.data.shots import SHOTS
 
 INTRODUCTION = """\
 # Results

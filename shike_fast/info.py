@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from shike_fast import ops
+from shike_fast import data, methods, models, ops
 from shike_fast._util.cli import ArgumentParser, run_command
+from shike_fast._util.plugins import add_plugin_option, parse_with_plugins
 from shike_fast._version import __version__
 from shike_fast.data.images.gpu_decode import NoHardwareDecoderError, hardware_decoder
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import unverified
 from shike_fast.ops._native import native, native_error
 
 
@@ -30,7 +31,8 @@ def collect() -> dict[str, Any]:
         ``cuda`` as PyTorch and as the compiled library see it, each with a ``reason`` if it sees none), ``native``
         (``available``, ``error``, ``build``), ``images`` (``jpeg``, the decoder of the CPU; ``gpu_decoder``, None where
         JPEG can be decoded by the GPU, else why not) and ``backends`` (name -> ``available``, ``reason``,
-        ``unverified``: the ops that it runs only when it is named, because they have not passed on a device).
+        ``unverified``: the ops that it runs only when it is named, because they have not passed on a device), and
+        ``registered`` (``data sets``, ``methods`` and ``models``: their names).
     """
     error = native_error()
     return {
@@ -55,6 +57,11 @@ def collect() -> dict[str, Any]:
         },
         "images": _images(),
         "backends": _backends(),
+        "registered": {
+            "data sets": list(data.datasets()),
+            "methods": methods.list_methods(),
+            "models": models.list_models(),
+        },
     }
 
 
@@ -132,7 +139,7 @@ def _images() -> dict[str, Any]:
 def _backends() -> dict[str, dict[str, Any]]:
     reasons = ops.backend_reasons()
     return {
-        name: {"available": there, "reason": reasons.get(name), "unverified": _backend.unverified(name)}
+        name: {"available": there, "reason": reasons.get(name), "unverified": unverified(name)}
         for name, there in ops.backends().items()
     }
 
@@ -176,6 +183,7 @@ def _sections(info: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]
     yield "images", [("jpeg", images["jpeg"]), ("gpu decoder", gpu_decoder)]
 
     yield "backends of ops", list(_backend_rows(info["backends"]))
+    yield "registered", [(kind, ", ".join(names)) for kind, names in info["registered"].items()]
 
 
 def _backend_rows(backends: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -219,12 +227,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _show(argv))
 
 
-def _show(argv: Sequence[str] | None) -> int:
+def _make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m shike_fast.info", description="Show versions, devices, backends.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+    add_plugin_option(parser)
+    return parser
+
+
+def _show(argv: Sequence[str] | None) -> int:
+    as_json = parse_with_plugins(_make_parser, argv)["json"]
     info = collect()
-    print(json.dumps(info, indent=2) if arguments.json else render(info))
+    print(json.dumps(info, indent=2) if as_json else render(info))
     return 0
 
 

@@ -18,18 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shike_fast._util.cli import ArgumentParser, check_workers, choose_device, cores, run_command, use_device
+from shike_fast._util.cli import ArgumentParser, check_workers, cores, run_command
 from shike_fast._util.files import check_output_file, naming, replacing
+from shike_fast._util.plugins import add_plugin_option, parse_with_plugins
 from shike_fast.data.datasets.imagefolder import EXTENSIONS, image_files
-from shike_fast.data.images.files import FileStore, ImageDataset
+from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.paths import PathTable
+from shike_fast.data.images.stores import FileStore
 from shike_fast.data.loaders.photo import PhotoLoader
-from shike_fast.engine import checkpoint
-from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
-from shike_fast.engine.precision import settle_amp
-from shike_fast.engine.setup import check_device
-from shike_fast.engine.state import model_from_checkpoint
-from shike_fast.engine.steps import make_autocast
+from shike_fast.engine.inference import load_trained
 from shike_fast.errors import CheckpointError, ConfigError
 
 _FIRST_COLUMN = "image"
@@ -46,18 +43,19 @@ def make_parser() -> ArgumentParser:
     add("--images", type=Path, required=True, metavar="DIR", help="folder of images, with all folders below it")
     add("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default predictions.csv")
     add("--top", type=int, default=5, metavar="N", help="classes an image (default 5)")
-    add("--stage", type=int, choices=(1, 2), help="whose classifiers to use; default those the checkpoint was training")
+    add("--stage", type=int, metavar="N", help="of the method, from 1; default the one the checkpoint was training")
     add("--batch-size", type=int, metavar="B", help="images at a time; default that of the run")
     add("--workers", type=int, metavar="N", help="processes that decode; default one a core, at most 8")
     add("--threads", type=int, metavar="N", help="CPU threads; default that of the run")
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
     add("--amp", metavar="auto|off|bf16|fp16", help="mixed precision; default that of the run")
+    add_plugin_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 1 where some images could not be read."""
-    return run_command(lambda: _predict(vars(make_parser().parse_args(argv))))
+    return run_command(lambda: _predict(parse_with_plugins(make_parser, argv)))
 
 
 def _predict(arguments: dict[str, Any]) -> int:
@@ -70,46 +68,35 @@ def _predict(arguments: dict[str, Any]) -> int:
     if not arguments["images"].is_dir():
         raise ConfigError(f"--images: {arguments['images']} is not a folder")
     source: Path = arguments["checkpoint"]
-    state = checkpoint.load_checkpoint(source)
-    device = choose_device(arguments["device"])
-    amp, note = settle_amp(arguments["amp"] or state["config"].get("amp"), device)
-    config = _config(state, arguments | {"amp": amp}, source)
-    if note is not None:
-        print(note, file=sys.stderr)
-    torch.set_num_threads(config.threads)
-    use_device(device)
-    check_device(config, device)
-    model = model_from_checkpoint(state, source).to(device).eval()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    stage = arguments["stage"] or state["stage"]
-    if stage == 2 and config.method == "ce":
-        raise CheckpointError(f"--stage: checkpoint {source} was trained with method 'ce', which has no stage 2")
+    settings = {name: arguments[name] for name in ("device", "threads", "amp")}
+    trained = load_trained(source, arguments["stage"], settings)
+    network = trained.network.eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     paths = _list_images(arguments["images"])
-    dataset = _dataset(state, source, FileStore(arguments["images"], paths))
+    dataset = _dataset(trained.data, source, FileStore(arguments["images"], paths))
     workers = arguments["workers"]
     loader = PhotoLoader(
         dataset,
-        batch_size=arguments["batch_size"] or config.batch_size,
+        batch_size=arguments["batch_size"] or trained.config.batch_size,
         shuffle=False,
-        device=device,
+        device=trained.device,
         num_workers=min(_MOST_WORKERS, cores()) if workers is None else workers,
         report=lambda _: None,
         most_broken=len(dataset),
     )
-    grey = state["data"]["in_channels"] == 1
-    autocast = make_autocast(config.amp, device)
+    grey = trained.data["in_channels"] == 1
 
     def probabilities() -> Iterator[Tensor]:
         with torch.inference_mode():
             for images, _ in loader.epoch(0):
                 if grey:
                     # Normalisation is the same for all three channels, so the luma may come after it.
-                    images = (images * torch.tensor(_LUMA, device=device)[:, None, None]).sum(1, keepdim=True)
-                with autocast():
-                    logits = model(images, stage=stage)
-                yield logits.float().mean(0).softmax(1)
+                    images = (images * torch.tensor(_LUMA, device=trained.device)[:, None, None]).sum(1, keepdim=True)
+                with trained.autocast():
+                    logits = network(images, stage=trained.classifiers)
+                yield trained.scores(logits.float()).softmax(1)
 
-    names = state["data"]["class_names"]
+    names = trained.data["class_names"]
     top = min(arguments["top"], len(names))
     try:
         with replacing(output) as file:
@@ -136,16 +123,8 @@ def _list_images(folder: Path) -> PathTable:
     return paths
 
 
-def _config(state: dict[str, Any], arguments: dict[str, Any], source: Path) -> TrainConfig:
-    names = ("device", "threads", "amp")
-    given = {name: arguments[name] for name in names if arguments[name] is not None}
-    given |= {"loader": "auto", "cuda_graph": None}  # the run's may need a device that is not here
-    return replace_settings(stored_config(state["config"], str(source)), given)
-
-
-def _dataset(state: dict[str, Any], source: Path, store: FileStore) -> ImageDataset:
+def _dataset(data: dict[str, Any], source: Path, store: FileStore) -> ImageDataset:
     """The images to classify, with the test transform that the checkpoint describes."""
-    data = state["data"]
     try:
         return ImageDataset(
             store,

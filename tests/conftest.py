@@ -66,6 +66,11 @@ settings.load_profile("suite")
 _programs = Programs()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A process a core that this one may use, as far as memory goes; one where they would share a GPU."""
+    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 8)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     limit = config.getoption("timeout", None)
     limit = float(config.getini("timeout")) if limit is None else limit
@@ -137,7 +142,7 @@ def interpret(programs: Programs) -> Callable[[str, list[str]], None]:
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     environment["TRITON_INTERPRET"] = "1"
-    options = ["-v", "-p", "no:cacheprovider", "-o", "python_functions=check_"]
+    options = ["-v", "-n", "0", "-m", "", "-p", "no:cacheprovider", "-o", "python_functions=check_"]
 
     def run(file: str, checks: list[str]) -> None:
         def work(part: list[str]) -> None:
@@ -219,7 +224,7 @@ def compile_cuda(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -
     def compiled(name: str, architecture: str) -> CompiledKernels:
         assert NVCC is not None
         cubin = tmp_path_factory.mktemp("cuda") / "kernels.cubin"
-        options = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+        options = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
         report = output_of([NVCC, *options, str(CSRC / name), "-o", str(cubin)])
         tool = _cuobjdump(Path(NVCC).parent)
         assert tool is not None, "nvcc brings cuobjdump along, and so does Triton"

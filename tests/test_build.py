@@ -38,10 +38,10 @@ SITE_PACKAGES = [entry for entry in sys.path if Path(entry).name in ("site-packa
 
 HOOK = "import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
 PROBE = """
-import importlib.util, json, shike_fast, shike_fast.kernels, shike_fast._native as native
+import importlib.util, json, shike_fast, shike_fast.kernels.losses, shike_fast._native as native
 top_level = importlib.util.find_spec("kernels")
 print(json.dumps({
-    "version": shike_fast.__version__, "package": shike_fast.__file__, "kernels": shike_fast.kernels.__file__,
+    "version": shike_fast.__version__, "package": shike_fast.__file__, "kernels": shike_fast.kernels.losses.__file__,
     "native": native.__file__, "build": native.build_info(), "top_level_kernels": top_level and top_level.origin,
 }))
 """
@@ -103,7 +103,7 @@ def tree(tmp_path_factory):
     for file in ROOT.iterdir():
         if file.is_file() and not file.name.startswith("."):
             shutil.copy(file, tree)
-    for litter in ("tests/golden/large.npz", "runs/digits/last.pt", "shike_fast/_native.so", "kernels/dkt.pyc"):
+    for litter in ("tests/golden/large.npz", "runs/digits/last.pt", "shike_fast/_native.so", "kernels/losses/dkt.pyc"):
         (tree / litter).parent.mkdir(parents=True, exist_ok=True)
         (tree / litter).write_bytes(b"litter")
     return tree
@@ -166,8 +166,8 @@ def test_sdist_contents(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
-        *(f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()),
-        *(f"kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")),
         *(str(path.relative_to(ROOT)) for path in (ROOT / "shike_fast").rglob("*.py")),
         *("CITATION.cff", "CMakeLists.txt", "LICENSE", "constraints.txt", "pyproject.toml", "setup.py"),
         "shike_fast/py.typed",
@@ -184,7 +184,10 @@ def test_wheel_contents(wheel):
         "shike_fast",
         f"shike_fast-{shike_fast.__version__}.dist-info",
     }
-    assert {"shike_fast/py.typed", "shike_fast/kernels/__init__.py", "shike_fast/ops/__init__.py"} <= names
+    assert {"shike_fast/py.typed", "shike_fast/ops/__init__.py"} <= names
+    assert {name for name in names if name.startswith("shike_fast/kernels/")} == {
+        f"shike_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")
+    }
     assert {name for name in names if name.endswith(".so")} == {
         "shike_fast/_native" + sysconfig.get_config_var("EXT_SUFFIX")
     }
@@ -197,7 +200,7 @@ def test_wheel_imports_from_another_directory(probe, wheel, tmp_path):
     found, site_packages = probe(wheel)
     assert found["version"] == found["build"]["version"] == shike_fast.__version__
     assert Path(found["package"]) == site_packages / "shike_fast" / "__init__.py"
-    assert Path(found["kernels"]) == site_packages / "shike_fast" / "kernels" / "__init__.py"
+    assert Path(found["kernels"]) == site_packages / "shike_fast" / "kernels" / "losses" / "__init__.py"
     assert Path(found["native"]).parent == site_packages / "shike_fast"
     assert not str(found["top_level_kernels"]).startswith(str(tmp_path))
 
@@ -205,7 +208,7 @@ def test_wheel_imports_from_another_directory(probe, wheel, tmp_path):
 def test_editable_imports_from_another_directory(probe, editable, unpacked, tmp_path):
     found, _ = probe(editable)
     assert Path(found["package"]) == unpacked / "shike_fast" / "__init__.py"
-    assert Path(found["kernels"]) == unpacked / "kernels" / "__init__.py"
+    assert Path(found["kernels"]) == unpacked / "kernels" / "losses" / "__init__.py"
     assert Path(found["native"]).parent == unpacked / "shike_fast"
     assert not str(found["top_level_kernels"]).startswith((str(tmp_path), str(unpacked)))
 

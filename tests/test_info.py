@@ -11,7 +11,8 @@ import torch
 
 import shike_fast
 from shike_fast import info, ops
-from shike_fast.ops import _backend, _native
+from shike_fast.ops import _native
+from shike_fast.ops._dispatch import unverified as unverified_on
 from shike_fast.ops._native import native, native_error
 
 
@@ -70,7 +71,7 @@ def test_library_of_another_version_is_refused(library):
 def test_collect():
     found = info.collect()
     assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"versions", "threads", "devices", "native", "images", "backends"}
+    assert set(found) == {"versions", "threads", "devices", "native", "images", "backends", "registered"}
     assert found["images"]["jpeg"].startswith("simplejpeg ")
     assert torch.cuda.is_available() or found["images"]["gpu_decoder"]
     assert found["versions"]["shike_fast"] == shike_fast.__version__
@@ -83,7 +84,7 @@ def test_collect():
     for name, backend in found["backends"].items():
         assert backend["reason"] == ops.backend_reasons().get(name)
         assert backend["available"] != bool(backend["reason"])
-        assert backend["unverified"] == _backend.unverified(name)
+        assert backend["unverified"] == unverified_on(name)
     assert found["devices"]["cpu"]["kernels"] == native().cpu_level()
     for view in found["devices"]["cuda"].values():
         assert bool(view["devices"]) != bool(view["reason"])
@@ -96,7 +97,7 @@ def test_text_shows_every_value():
     for name, reason in ops.backend_reasons().items():
         assert any(line.split(maxsplit=1) == [name, f"missing: {reason}"] for line in text.splitlines())
     assert "gpu decoder  " in text
-    unverified = [", ".join(names) for name in ops.backends() if (names := _backend.unverified(name))]
+    unverified = [", ".join(names) for name in ops.backends() if (names := unverified_on(name))]
     rows = [line.split(": ")[1] for line in text.splitlines() if "not verified on a device yet, by name only: " in line]
     assert rows == unverified
 

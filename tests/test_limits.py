@@ -110,6 +110,6 @@ def test_the_callers_surroundings_stay_out(programs, pytestconfig):
     """As a background job of a script, which ignores signals, in a C locale, below some launcher."""
     shell = ["sh", "-c", "trap '' INT TERM CHLD; exec \"$@\"", "sh"]
     tests = [f"tests/{name}" for name in SENSITIVE]
-    command = [*shell, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests]
+    command = [*shell, sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-q", *tests]
     done = programs.run(command, cwd=pytestconfig.rootpath, env=os.environ | SURROUNDINGS)
     assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What the documents promise and a machine can check: examples, commands, links, paths and width."""
+"""What the documents promise and a machine can check: examples, commands, links, paths, width and length."""
 
 import re
 import sys
@@ -36,6 +36,10 @@ def test_the_two_commands_stand_alone_on_their_lines(readme):
     assert '\npip install -c constraints.txt -e ".[test]" && pytest\n' in readme
 
 
+def test_the_readme_is_short(readme):
+    assert len(readme.splitlines()) <= 100
+
+
 def test_every_data_set_is_in_the_table(readme):
     rows = "".join(line for line in readme.splitlines() if line.startswith("| `"))
     for name in data.datasets():
@@ -64,6 +68,8 @@ def anchors(document):
 @every_document
 def test_paths_of_the_repository_exist(document):
     """In code spans and code blocks; capitals (NAME) stand for any name, so there the folder has to exist."""
+    if document.name == "results.md":  # it names the folder that the first finished run makes
+        return
     text = document.read_text()
     blocks = FENCED.findall(text) + re.findall(r"^    .*$", text, re.MULTILINE)
     spans = re.findall(r"`([^`\n]+)`", FENCED.sub("", text))

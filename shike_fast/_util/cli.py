@@ -62,6 +62,18 @@ def let_first_speak() -> None:
     time.sleep(_HEAD_START)
 
 
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Of several processes that all meet with the same error in here, only the first one prints it."""
+    try:
+        yield
+    except ShikeError as error:
+        if _is_first():
+            raise
+        let_first_speak()
+        raise SystemExit(error.exit_status) from error
+
+
 def run_command(command: Callable[[], int], *, prints_result: bool = True) -> int:
     """Call ``command``; print an error meant for the user as one line and return its exit status.
 
@@ -196,6 +208,20 @@ def check_workers(workers: int | None) -> None:
     """Raise ConfigError for a ``--workers`` that is out of range; None is not given."""
     if workers is not None and not 0 <= workers <= most_workers():
         raise ConfigError(f"--workers: must be at least 0 and here at most {most_workers()}, got {workers}")
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """What argparse reads an option with that takes a whole number of at least ``least`` and at most ``most``."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"{least} … {most}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {value}")
+        return value
+
+    parse.__name__ = "whole number"  # what argparse calls it: invalid whole number value
+    return parse
 
 
 def choose_device(name: str | None) -> torch.device:

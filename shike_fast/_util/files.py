@@ -1,8 +1,8 @@
 """Files that survive a kill at any moment, and locks, on whatever file system there is.
 
 A file is written under a temporary name, flushed to the disk and renamed, so a reader sees the old file or the new one,
-never a part. Some file systems cannot lock files, flush folders or link: that is then done without, and a missing lock
-is told.
+never a part. Some file systems cannot lock files, flush folders or link: then it is done without; a missing lock is
+reported.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from shike_fast.errors import ConfigError, RunError, warn
+from shike_fast.errors import ConfigError, DataError, RunError, warn
 
 # What a file system answers that does not flush folders, or lets nobody open them: it orders their changes itself.
 _NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOTTY, errno.EISDIR}
 _NO_FLUSH |= {errno.EACCES, errno.EPERM}
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}  # all other answers to flock say that there are no locks
 FULL = {errno.ENOSPC, errno.EDQUOT}
+LOCK = ".lock"  # in a folder that one command at a time may write to
+_PATIENCE = 5.0  # seconds that the workers of a killed command may take to notice
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -35,28 +38,29 @@ def temporary_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, keep_previous_as: Path | None = None) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, keep_previous_as: Path | None = None, then: str = "") -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of ``path`` at the end; after a failure nothing of it is left.
 
     Args:
         path: holds the old content or the new, whole, also after a crash.
         keep_previous_as: where the file that is replaced stays; at every moment one of the two is whole.
+        then: what else to do after a failure, the end of its message.
 
     Raises:
         RunError: naming the file, if it cannot be made, flushed or renamed.
     """
     temporary = temporary_of(path)
     try:
-        with naming(path):
+        with naming(path, then):
             file = open(temporary, "wb")  # noqa: SIM115  (closed below, and after a failure without a second error)
         try:
             yield file
-            with naming(path):
+            with naming(path, then):
                 _flush(file)
         finally:
             with contextlib.suppress(OSError):  # what is flushed is there, and what failed first is what to report
                 file.close()
-        with naming(path):
+        with naming(path, then):
             if keep_previous_as is not None and path.exists():
                 _keep(path, keep_previous_as)
             os.replace(temporary, path)
@@ -89,7 +93,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path, then: str = "") -> Iterator[None]:
     """Work that writes to ``path``: what the system says of a failed write or flush does not name the file.
 
     Raises:
@@ -98,12 +102,12 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise cannot_write(path, error, then) from error
 
 
-def cannot_write(path: Path, error: OSError) -> RunError:
-    """The error for a file that cannot be written: its name, the reason and what helps."""
-    return RunError(f"cannot write {path}: {_reason(error)}; {advice(error)}")
+def cannot_write(path: Path, error: OSError, then: str = "") -> RunError:
+    """The error for a file that cannot be written: its name, the reason and what helps, which ``then`` ends."""
+    return RunError(f"cannot write {path}: {_reason(error)}; {advice(error)}{then}")
 
 
 def advice(error: OSError) -> str:
@@ -116,7 +120,7 @@ def advice(error: OSError) -> str:
 
 
 def lock(file: IO[Any]) -> None:
-    """Hold an open file for this process, until it is closed; where there are no locks, say so and go on.
+    """Hold an open file for this process, until it is closed; where there are no locks, warn and continue.
 
     Raises:
         HeldElsewhereError: another process holds it.
@@ -133,6 +137,45 @@ def lock(file: IO[Any]) -> None:
             raise HeldElsewhereError(file.name) from error
         reason = _reason(error)
     warn(f"{file.name}: files cannot be locked here ({reason}); see to it that no other process writes to this folder")
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Making the first files or folders in a place: a failure is bad input.
+
+    Raises:
+        DataError: naming the folder, if the system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from packing into the same folder; it is made if need be.
+
+    Raises:
+        DataError: it cannot be made or written.
+        RunError: another process still holds it after some seconds.
+    """
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "wb")  # noqa: SIM115  (held over the yield below)
+    with file:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                lock(file)
+                break
+            except HeldElsewhereError as error:
+                if time.monotonic() > deadline:
+                    raise RunError(
+                        f"{folder}: another process is packing into this folder; wait for it or stop it"
+                    ) from error
+                time.sleep(0.05)
+        yield
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -1,4 +1,8 @@
-"""Work shared among processes that end with the command, however it ends."""
+"""Work shared among processes that end with the command, however it ends.
+
+``concurrent.futures`` does not do: its workers outlive a parent that is killed, since each holds the pipe that they
+wait at, and it says neither which signal ended a worker nor which of several could not be started.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from shike_fast._util.files import HeldElsewhereError, lock
 from shike_fast._util.resources import is_out_of_memory, lacking
-from shike_fast.data.loaders.workers import STOP_SIGNALS, holding_stop_signals, how_ended
-from shike_fast.errors import DataError, RunError, ShikeError
+from shike_fast.errors import RunError, ShikeError
 
 Task = TypeVar("Task")
-Tell = Callable[[int, list[str]], None]  # how many more items are done, and lines for the user
+Tell = Callable[[int, list[str]], None]  # takes how many more items are done, and lines for the user
 
-LOCK = ".lock"  # file in a folder that one command at a time may write to
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_PATIENCE = 5.0  # seconds that the workers of a killed command may take to notice
 _HEARTBEAT = 0.5  # seconds after which a worker without work looks whether the command still runs
 _REPORTS = 0.1  # seconds between two reports of a worker
+
+
+@contextlib.contextmanager
+def holding_stop_signals() -> Iterator[None]:
+    """Delay the stop signals; processes forked meanwhile have them delayed from their first moment on."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def how_ended(process: ForkProcess) -> str:
+    """``by SIGKILL`` or ``with status 1``, of a process that has ended or is about to."""
+    process.join()
+    code = process.exitcode or 0
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
 
 
 def work(
@@ -43,10 +60,10 @@ def work(
     of a terminal, and end at the latest after the item at hand when this one has ended, by whatever signal.
 
     Args:
-        do: the work; ``tell`` is to be called after every item.
-        tasks: what there is to do; a process gets the next one when it is through with one.
+        do: the work; it calls ``tell`` after every item.
+        tasks: what there is to do; a process gets the next one when it has finished one.
         workers: the most processes.
-        report: makes, once they run, what is told of the progress of all.
+        report: makes, once they run, the function that receives the progress of all.
 
     Raises:
         ShikeError: the first one that a worker raised.
@@ -97,7 +114,7 @@ def _send(task: object, pipe: Connection, process: ForkProcess) -> None:
 def _start(do: Callable[[Task, Tell], None]) -> tuple[Connection, ForkProcess]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    with theirs:  # the only end that tells, by its end, of the end of the worker
+    with theirs:  # the only open end, so that it closes with the worker
         process = context.Process(target=_serve, args=(do, theirs, os.getpid()), daemon=True)
         try:
             # A signal between the fork and the worker's first line would be handled as in this process.
@@ -113,7 +130,7 @@ def _serve(do: Callable[[Task, Tell], None], pipe: Connection, parent: int) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
+    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that hold them
     torch.set_num_threads(1)  # the threads of the parent were not forked
     done, lines, last = 0, list[str](), time.monotonic()
 
@@ -143,7 +160,7 @@ def _serve(do: Callable[[Task, Tell], None], pipe: Connection, parent: int) -> N
             raise
         pipe.send(RunError("out of memory; use fewer --workers and repeat the command"))
     except (BrokenPipeError, ConnectionResetError):
-        os._exit(1)  # there is nobody to tell
+        os._exit(1)  # the command has gone
     except OSError as error:
         what = f"cannot use {error.filename}" if error.filename else "a worker process cannot go on"
         pipe.send(lacking(what, error))
@@ -160,7 +177,7 @@ def _tasks(pipe: Connection, parent: int) -> Iterator[Any]:
 
 
 def _check_parent(parent: int) -> None:
-    # Its pipe tells nothing: the workers that were forked later hold its end as well.
+    # Its pipe does not show it: the workers that were forked later hold its end as well.
     if os.getppid() != parent:
         os._exit(1)
 
@@ -170,42 +187,3 @@ def _ended(process: ForkProcess) -> RunError:
     return RunError(
         f"a worker process ended early, {how}; if memory ran out use fewer --workers, and repeat the command"
     )
-
-
-@contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Call it bad input when the first files or folders in a place cannot be made.
-
-    Raises:
-        DataError: that is so.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from packing into the same folder; it is made if need be.
-
-    Raises:
-        DataError: it cannot be made or written.
-        RunError: another one is at it.
-    """
-    with writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "wb")  # noqa: SIM115  (held over the yield below)
-    with file:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                lock(file)
-                break
-            except HeldElsewhereError as error:
-                if time.monotonic() > deadline:
-                    raise RunError(
-                        f"{folder}: another process is packing into this folder; wait for it or stop it"
-                    ) from error
-                time.sleep(0.05)
-        yield

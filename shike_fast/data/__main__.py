@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from shike_fast._util.cli import ArgumentParser, run_command
+from shike_fast._util.plugins import add_plugin_option, parse_with_plugins
 from shike_fast.data.commands import check, pack, synth
 
 _COMMANDS = {"check": check, "pack": pack, "synth": synth}
@@ -21,13 +22,15 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|pack|synth")
     for name, module in _COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__))
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        add_plugin_option(command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return run_command(lambda: _run(make_parser().parse_args(argv)))
+    return run_command(lambda: _run(argparse.Namespace(**parse_with_plugins(make_parser, argv))))
 
 
 def _run(arguments: argparse.Namespace) -> int:

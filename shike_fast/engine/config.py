@@ -3,216 +3,254 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from shike_fast import data, models
+from shike_fast import data, methods, models
 from shike_fast._util.cli import choose_device
-from shike_fast.data.longtail import SUBSETS
-from shike_fast.data.types import MOST_PIXELS_A_SIDE
-from shike_fast.engine.optimizer import OPTIMIZERS
+from shike_fast._util.options import Option, options_of
+from shike_fast._util.plugins import missing_plugins
+from shike_fast.data.types import DatasetInfo
+from shike_fast.engine.options import NO_WEIGHTS, Settings, method_options
 from shike_fast.engine.precision import AUTO, settle_amp
-from shike_fast.engine.recipes import recipe_of
 from shike_fast.engine.schedule import cosine_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.methods import Method
 
-Method = Literal["shike", "ce"]
-Amp = Literal["off", "bf16", "fp16"]
-LoaderKind = Literal["auto", "cpu", "gpu", "device"]
+NEEDS_PRETRAINED = "needs_pretrained"  # in a recipe: it begins with ImageNet weights
 
 # What a resumed run may change: none of it alters the trajectory that the checkpoint began, beyond the rounding of
 # another device.
-CHANGEABLE = frozenset(
-    {
-        "data_dir",
-        "workers",
-        "device",
-        "threads",
-        "save_every",
-        "download",
-        "verify",
-        "loader",
-        "strict",
-        "compile",
-        "cuda_graph",
-        "checkpoint_activations",
-        "channels_last",
-        "optimizer",
-    }
-)
+CHANGEABLE = frozenset(name for name, option in options_of(Settings).items() if option.changeable)
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of a run; made by :func:`resolve`, stored in ``config.json`` and in each checkpoint."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Every setting of a run; made by :func:`resolve`, stored in ``config.json`` and in each checkpoint.
 
-    dataset: str
-    method: Method
-    model: str
-    num_experts: int
-    epochs: int
-    stage2_epochs: int
-    batch_size: int
-    lr: float
-    stage2_lr: float
-    weight_decay: float
-    momentum: float
-    warmup_epochs: int
-    stage2_start_lr_factor: float
-    hardest_weight: float
-    mutual_weight: float
-    scale: float
-    kl_reduction: Literal["mean", "batchmean"]
-    imbalance_factor: float | None
-    augmentation: str
-    pretrained: str | None
-    amp: Amp
-    seed: int
-    deterministic: bool
-    data_dir: str | None
-    download: bool
-    verify: bool
-    workers: int | None
-    device: str | None
-    threads: int
-    save_every: int
-    loader: LoaderKind = "auto"
-    channels_last: bool = True
-    compile: bool = False
-    cuda_graph: bool | None = None  # None: where it pays
-    optimizer: Literal["sgd", "apex"] = "sgd"
-    accumulate: int = 1
-    sync_batch_norm: bool = False
-    checkpoint_activations: bool = False
-    image_size: int | None = None  # None: the data set's own
-    strict: bool = False
-    subset: str = "first"
+    The hyper-parameters of the run's method are fields of a subclass, which :func:`_config_class` makes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make, (dataclasses.asdict(self),)
+
+    @property
+    def stages(self) -> tuple[methods.Stage, ...]:
+        """The stages of the run's method."""
+        return methods.find_method(self.method).stages
+
+    @property
+    def stage_epochs(self) -> tuple[int, ...]:
+        """The number of epochs of each stage."""
+        lengths = [_length(stage, self) for stage in self.stages]
+        rest = self.epochs - sum(length for length in lengths if length is not None)
+        return tuple(rest if length is None else length for length in lengths)
 
     @property
     def stage1_epochs(self) -> int:
-        """Epochs before the classifiers are re-trained."""
-        return self.epochs - self.stage2_epochs
+        """Epochs of the first stage."""
+        return self.stage_epochs[0]
+
+    @property
+    def shown_epochs(self) -> str:
+        """The epochs of each stage, as in ``180+20``; of a single one as in ``200+0``."""
+        lengths = self.stage_epochs
+        return "+".join(map(str, lengths if len(lengths) > 1 else (*lengths, 0)))
 
     def stage_of(self, epoch: int) -> int:
-        """1 or 2: the stage that the 0-based ``epoch`` belongs to."""
-        return 1 if epoch < self.stage1_epochs else 2
+        """The stage that the 0-based ``epoch`` belongs to, counted from 1."""
+        return self._place(epoch)[0]
 
     def lr_of(self, epoch: int) -> float:
         """Learning rate of the 0-based ``epoch``; the warm-up takes at most half of a short stage."""
-        if self.stage_of(epoch) == 1:
-            epochs, base_lr, start_lr = self.stage1_epochs, self.lr, 0.0
-        else:
-            epochs, base_lr, start_lr = self.stage2_epochs, self.stage2_lr, self.stage2_start_lr_factor * self.stage2_lr
-            epoch -= self.stage1_epochs
+        number, epoch = self._place(epoch)
+        stage, epochs = self.stages[number - 1], self.stage_epochs[number - 1]
+        base_lr: float = getattr(self, stage.lr)
+        factor = stage.start_lr_factor
+        start_lr = (getattr(self, factor) if isinstance(factor, str) else factor) * base_lr
         warmup_epochs = min(self.warmup_epochs, epochs // 2)
         return cosine_with_warmup(epoch, epochs, base_lr=base_lr, warmup_epochs=warmup_epochs, start_lr=start_lr)
 
+    def _place(self, epoch: int) -> tuple[int, int]:
+        """Stage of an epoch, from 1, and its number within that, from 0."""
+        for number, epochs in enumerate(self.stage_epochs, start=1):
+            if epoch < epochs:
+                return number, epoch
+            epoch -= epochs
+        return number, epochs + epoch
+
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of ``models.create_model`` that the method implies: ``ce`` is the backbone as a plain network."""
-        if self.method == "ce":
-            return {"name": self.model, "num_experts": 1, "fusion": False, "classifier": "linear"}
-        return {"name": self.model, "num_experts": self.num_experts, "scale": self.scale}
+        """Arguments of ``models.create_model`` that the method implies."""
+        options = methods.find_method(self.method).model_options(self)
+        return {"name": self.model, "num_experts": self.num_experts, **options}
+
+    def create_method(self, class_counts: Tensor) -> Method:
+        """The run's method with its hyper-parameters.
+
+        Args:
+            class_counts: int64 [C], on the device of the run.
+        """
+        own = {name: getattr(self, name) for name in options_of(methods.find_method(self.method))}
+        return methods.create_method(self.method, class_counts=class_counts, num_experts=self.num_experts, **own)
 
 
-NO_WEIGHTS = "none"  # --pretrained
-_MOST_THREADS = 1024
-_DEFAULTS: dict[str, Any] = {
-    "dataset": "digits-lt",
-    "method": "shike",
-    "num_experts": 3,
-    "momentum": 0.9,
-    "kl_reduction": "mean",
-    "imbalance_factor": None,
-    "augmentation": None,
-    "pretrained": None,
-    "amp": "off",
-    "seed": 0,
-    "deterministic": False,
-    "data_dir": None,
-    "download": False,
-    "verify": True,
-    "workers": None,
-    "device": None,
-    "save_every": 0,
-}
+def _make(values: dict[str, Any]) -> TrainConfig:
+    method: Any = methods.find_method(values["method"])
+    return _config_class(method)(**values)
+
+
+@functools.cache
+def _config_class(method: type[Method]) -> type[TrainConfig]:
+    """:class:`TrainConfig` with the hyper-parameters of a method as fields."""
+    method_options()  # whose names they must not share
+    own = options_of(method)
+    settings = {*options_of(Settings), *own}
+    for stage in method.stages:
+        for used in (stage.epochs, stage.lr, stage.start_lr_factor):
+            if isinstance(used, str) and used not in settings:
+                raise ConfigError(
+                    f"method '{method.name}': its stage {stage.name} names the setting {used}, there is none"
+                )
+    fields = [
+        (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
+        for field in dataclasses.fields(method)
+        if field.name in own
+    ]
+    return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, kw_only=True)
+
+
+def options_for(method: str) -> dict[str, Option]:
+    """All settings of a run with this method, by name."""
+    return options_of(Settings) | options_of(methods.find_method(method))
 
 
 def resolve(given: dict[str, Any]) -> TrainConfig:
-    """Fill what the user left out from the data set's recipe and check every value.
+    """Fill what the user left out and check every value.
+
+    The data set's recipe comes before the defaults, the method's recipe for the data set before that, and what the
+    user named before all.
 
     Args:
-        given: fields of :class:`TrainConfig` that the user named.
+        given: settings that the user named.
 
     Raises:
         ConfigError: naming the first unusable value.
     """
-    unknown = given.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown:
-        raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}")
-    values = _DEFAULTS | given
-    if values["dataset"] not in data.datasets():
-        raise ConfigError(
-            f"--dataset: unknown data set '{values['dataset']}'; choose from {', '.join(data.datasets())}"
-        )
-    info = data.datasets()[values["dataset"]]
-    recipe = dataclasses.asdict(recipe_of(info))
+    method = _method_of(given)
+    options = options_for(method.name)
+    _require_known(given, method.name)
+    info = _find_dataset(given.get("dataset", options["dataset"].default))
+    recipe = {**info.recipe, **method.recipes.get(info.name, {})}
+    _require_settings(recipe, info.name)
+    usual = {name: one.default for name, one in options.items() if one.has_default} | dict(method.defaults)
+    usual |= {name: value for name, value in recipe.items() if name in options}
+    values = usual | given
     if values["imbalance_factor"] is None:
         values["imbalance_factor"] = info.default_imbalance_factor
     if values["augmentation"] is None:
         values["augmentation"] = info.augmentations[0]
-    needs_pretrained = recipe.pop("needs_pretrained")
-    _split_epochs(values, recipe)
-    values = recipe | values
-    if values["pretrained"] is None and needs_pretrained:
+    if values["pretrained"] is None and recipe.get(NEEDS_PRETRAINED):
         raise ConfigError(
             f"--pretrained: the recipe of {values['dataset']} begins with ImageNet weights of {recipe['model']}, as "
             "torchvision publishes them; name their file, or say 'none' to begin at random"
         )
     if values["pretrained"] == NO_WEIGHTS:
         values["pretrained"] = None
-    if values["method"] == "ce":
-        if given.get("num_experts", 1) != 1:
-            raise ConfigError(f"--experts: method 'ce' is a single plain network, got {given['num_experts']} experts")
-        values["num_experts"] = 1
+    if method.experts is not None:
+        values["num_experts"] = _fixed_experts(method, given.get("num_experts", method.experts))
     if values["threads"] is None:
         values["threads"] = torch.get_num_threads()  # a resumed run repeats the rounding of this one
+    for name, option in options.items():
+        values[name] = option.check(values[name])
+    _split_epochs(values, given, usual, method)
     if values["amp"] == AUTO:
         values["amp"], _ = settle_amp(AUTO, choose_device(values["device"]))
-    config = TrainConfig(**values)
-    _check(config)
+    config = _make(values)
+    _check_together(config)
     return config
 
 
-def _split_epochs(values: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """Choose the length of stage 2 where only the total was given: the recipe's share of it, at least one epoch."""
-    if values["method"] == "ce":
-        if values.setdefault("stage2_epochs", 0) != 0:
-            raise ConfigError(f"--stage2-epochs: method 'ce' has no second stage, got {values['stage2_epochs']}")
-    elif "stage2_epochs" not in values and "epochs" in values:
-        share = recipe["stage2_epochs"] / recipe["epochs"]
-        values["stage2_epochs"] = max(1, round(values["epochs"] * share)) if values["epochs"] > 1 else 0
+def _method_of(given: dict[str, Any]) -> type[Method]:
+    option = options_of(Settings)["method"]
+    return methods.find_method(option.check(given.get("method", option.default)))
+
+
+def _require_known(given: dict[str, Any], method: str) -> None:
+    """Refuse what is no setting, or one of other methods alone."""
+    unknown = given.keys() - options_of(Settings).keys() - method_options().keys()
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}")
+    for name in given.keys() - options_for(method).keys():
+        owners = method_options()[name]
+        others = ", ".join(f"'{owner}'" for owner, _ in owners)
+        raise ConfigError(f"{owners[0][1].label}: method '{method}' has no such setting, it belongs to {others}")
+
+
+def _require_settings(recipe: dict[str, Any], dataset: str) -> None:
+    unknown = recipe.keys() - options_of(Settings).keys() - method_options().keys() - {NEEDS_PRETRAINED}
+    if unknown:
+        raise ConfigError(f"--dataset: the recipe of {dataset} has the unknown setting {', '.join(sorted(unknown))}")
+
+
+def _fixed_experts(method: type[Method], given: int) -> int:
+    if given != method.experts:
+        is_single = "is a single plain network" if method.experts == 1 else f"has {method.experts} experts"
+        raise ConfigError(f"--experts: method '{method.name}' {is_single}, got {given} experts")
+    return given
+
+
+def _find_dataset(name: str) -> DatasetInfo:
+    if name not in data.datasets():
+        raise ConfigError(f"--dataset: unknown data set '{name}'; choose from {', '.join(data.datasets())}")
+    return data.datasets()[name]
+
+
+def _split_epochs(values: dict[str, Any], given: dict[str, Any], usual: dict[str, Any], method: type[Method]) -> None:
+    """Choose the lengths of stages where only the total was given: their usual share of it, at least one epoch."""
+    named = [stage.epochs for stage in method.stages if isinstance(stage.epochs, str)]
+    if "stage2_epochs" not in named:
+        if given.get("stage2_epochs", 0) != 0:
+            raise ConfigError(
+                f"--stage2-epochs: method '{method.name}' has no second stage, got {given['stage2_epochs']}"
+            )
+        values["stage2_epochs"] = 0
+    if "epochs" not in given:
+        return
+    left = values["epochs"] - 1 - sum(given.get(name, 0) for name in named)  # one for the stage that gets the rest
+    for name in named:
+        if name not in given:
+            share = usual[name] / usual["epochs"]
+            values[name] = max(0, min(max(1, round(values["epochs"] * share)), left))
+            left -= values[name]
+
+
+def _length(stage: methods.Stage, config: TrainConfig) -> int | None:
+    if isinstance(stage.epochs, float):
+        return round(stage.epochs * config.epochs)
+    return None if stage.epochs is None else getattr(config, stage.epochs)
 
 
 def _check(config: TrainConfig) -> None:
-    _one_of("--method", config.method, get_args(Method))
-    if config.amp not in get_args(Amp):  # "auto" was settled before
-        raise ConfigError(f"--amp: must be one of {', '.join((AUTO, *get_args(Amp)))}, got '{config.amp}'")
-    _one_of("--subset", config.subset, list(SUBSETS))
-    _one_of("--kl-reduction", config.kl_reduction, ("mean", "batchmean"))
-    _one_of("--model", config.model, models.list_models())
-    _at_least("--epochs", config.epochs, 1)
-    _at_least("--stage2-epochs", config.stage2_epochs, 0)
-    if config.stage2_epochs > config.epochs:
+    for name, option in options_for(config.method).items():
+        option.check(getattr(config, name))
+    _check_together(config)
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Check what the type and the range of a single value do not show."""
+    if min(config.stage_epochs) < 0:
+        options = options_for(config.method)
+        named = [options[stage.epochs] for stage in config.stages if isinstance(stage.epochs, str)]
         raise ConfigError(
-            f"--stage2-epochs: must be at most --epochs, which counts both stages ({config.epochs}), "
-            f"got {config.stage2_epochs}"
+            f"{', '.join(one.label for one in named)}: must be at most --epochs, which counts "
+            f"{'both' if len(config.stages) == 2 else 'all'} stages ({config.epochs}), "
+            f"got {sum(getattr(config, one.name) for one in named)}"
         )
-    _one_of("--loader", config.loader, get_args(LoaderKind))
-    _one_of("--optimizer", config.optimizer, OPTIMIZERS)
-    _at_least("--accumulate", config.accumulate, 1)
     if config.batch_size < 2 * config.accumulate:  # BatchNorm needs two values a channel
         per_pass = f" for each of --accumulate {config.accumulate}" if config.accumulate > 1 else ""
         raise ConfigError(f"--batch-size: must be at least 2{per_pass}, got {config.batch_size}")
@@ -225,63 +263,40 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--cuda-graph: does not record a step with --checkpoint-activations; leave that out, or use --no-cuda-graph"
         )
-    _at_least("--experts", config.num_experts, 1)
-    _at_least("--warmup-epochs", config.warmup_epochs, 0)
-    if config.image_size is not None and not 1 <= config.image_size <= MOST_PIXELS_A_SIDE:
-        raise ConfigError(f"--image-size: must be from 1 to {MOST_PIXELS_A_SIDE}, got {config.image_size}")
-    _at_least("--save-every", config.save_every, 0)
-    _at_least("--seed", config.seed, 0)
-    _at_least("--threads", config.threads, 1)
-    if config.threads > _MOST_THREADS:
-        raise ConfigError(f"--threads: must be at most {_MOST_THREADS}, got {config.threads}")
-    if config.workers is not None:
-        _at_least("--workers", config.workers, 0)
-    for flag, value in (("--lr", config.lr), ("--stage2-lr", config.stage2_lr), ("--scale", config.scale)):
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{flag}: must be a positive number, got {value}")
-    for flag, value in (
-        ("--weight-decay", config.weight_decay),
-        ("--hardest-weight", config.hardest_weight),
-        ("--mutual-weight", config.mutual_weight),
-    ):
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{flag}: must be a number of at least 0, got {value}")
-    if not 0 <= config.momentum < 1:
-        raise ConfigError(f"--momentum: must be in [0, 1), got {config.momentum}")
-
-
-def _one_of(flag: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{flag}: must be one of {', '.join(choices)}, got '{value}'")
-
-
-def _at_least(flag: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{flag}: must be at least {minimum}, got {value}")
 
 
 def stored_config(stored: dict[str, Any], source: str) -> TrainConfig:
-    """The settings that a checkpoint holds.
+    """The settings that a checkpoint holds; those of other methods, which version 0.1.0 stored too, are left out.
 
     Args:
         stored: the checkpoint's ``config``.
         source: the checkpoint file, for the error.
 
     Raises:
-        CheckpointError: if they are not those of this version, or of a model that is not registered here.
+        CheckpointError: if they are not those of this version, or of a model or method that is not registered here.
     """
-    model = stored.get("model")
-    if isinstance(model, str) and model not in models.list_models():
-        raise CheckpointError(
-            f"checkpoint {source} holds the network '{model}', which is not registered in this process; import the "
-            f"module that registers it first; there are {', '.join(models.list_models())}"
-        )
+    for kind, name, known in (
+        ("network", stored.get("model"), models.list_models()),
+        ("method", stored.get("method"), methods.list_methods()),
+    ):
+        if isinstance(name, str) and name not in known:
+            raise CheckpointError(
+                f"checkpoint {source} holds the {kind} '{name}', which is not registered in this process; "
+                f"{how_to_register(stored.get('plugins', ()))}; there are {', '.join(known)}"
+            )
     try:
-        config = TrainConfig(**stored)
+        foreign = method_options().keys() - options_for(stored["method"]).keys()
+        config = _make({name: value for name, value in stored.items() if name not in foreign})
         _check(config)
-    except (TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {source} was written by another version of shike_fast ({error})") from error
     return config
+
+
+def how_to_register(plugins: Iterable[str]) -> str:
+    """What to do where something is not registered that a run with these plugins had."""
+    missing = missing_plugins(plugins)
+    return f"add {missing}, as the run had" if missing else "import the module that registers it first"
 
 
 def replace_settings(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
@@ -300,7 +315,7 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
 
     Args:
         stored: the checkpoint's ``config``.
-        given: fields that the user named on the command line.
+        given: settings that the user named.
         source: the checkpoint file, for the error.
 
     Raises:
@@ -312,10 +327,13 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
         given = given | {"pretrained": None}
     if given.get("amp") == AUTO:
         given = given | {"amp": config.amp}  # what the run began with: another would alter it
-    for name, value in given.items():
-        if name not in CHANGEABLE and getattr(config, name) != value:
+    options = options_for(config.method)
+    for name, value in sorted(given.items(), key=lambda item: item[0] != "method"):
+        if name not in options:
+            _require_known({name: value}, config.method)
+        if not options[name].changeable and getattr(config, name) != value:
             raise CheckpointError(
                 f"checkpoint {source} belongs to another run: {name} is {getattr(config, name)!r}, the command line "
                 f"says {value!r}; leave the option out to go on with it, or start a new run in another --output-dir"
             )
-    return replace_settings(config, {name: value for name, value in given.items() if name in CHANGEABLE})
+    return replace_settings(config, {name: value for name, value in given.items() if options[name].changeable})

@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from shike_fast.engine.metrics import SHOTS
+from shike_fast.data.shots import SHOTS
 
 _LINE_EVERY = 60.0  # seconds between lines within an epoch where there is no terminal
 

@@ -29,7 +29,7 @@ _START = "start them with torchrun, or unset RANK and WORLD_SIZE to train in one
 _LEFT = "the first process has ended"
 
 
-class FailedElsewhere(RunError):
+class PeerFailed(RunError):
     """The run ends in all processes; the first one says why."""
 
     def __init__(self, message: str, exit_status: int = RunError.exit_status) -> None:
@@ -52,18 +52,18 @@ class Processes:
     local_rank: int = 0
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is process 0."""
         return self.rank == 0
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether there are others."""
         return self.world_size > 1
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of all processes' ``values``; a new tensor where there are several."""
-        if not self.several:
+        if not self.is_distributed:
             return values
         values = values.clone()
         dist.all_reduce(values)
@@ -71,7 +71,7 @@ class Processes:
 
     def gather(self, value: _T) -> list[_T]:
         """All processes' values, of whatever type, in the order of their ranks. Every process has to ask."""
-        if not self.several:
+        if not self.is_distributed:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
@@ -79,7 +79,7 @@ class Processes:
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of all processes' numbers. Every process has to ask."""
-        if not self.several:
+        if not self.is_distributed:
             return number
         numbers = torch.tensor(number, device=device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -87,18 +87,18 @@ class Processes:
 
     def send_buffers(self, module: nn.Module) -> None:
         """Give every process the first one's buffers: the running statistics that it took of its own images."""
-        if self.several:
+        if self.is_distributed:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
-    def together(self, work: Callable[[], _T]) -> _T:
+    def run_on_all(self, work: Callable[[], _T]) -> _T:
         """What ``work()`` returns here; if it fails in any process, all give up and the first one alone says why.
 
         Raises:
             ShikeError: in the first process, if ``work`` does here or, with the number of that process, elsewhere.
-            FailedElsewhere: in the others, then; with the same exit status.
+            PeerFailed: in the others, then; with the same exit status.
         """
-        if not self.several:
+        if not self.is_distributed:
             return work()
         result: _T | None = None
         own: ShikeError | None = None
@@ -111,27 +111,27 @@ class Processes:
         failures = [(rank, *failure) for rank, failure in enumerate(told) if failure is not None]
         if not failures:
             return result  # type: ignore[return-value]  # None only where work() says so
-        if own is not None and self.first:
+        if own is not None and self.is_main:
             raise own
         rank, message, status = failures[0]
-        if not self.first:
-            raise FailedElsewhere(message, status)
+        if not self.is_main:
+            raise PeerFailed(message, status)
         failure = RunError(f"process {rank}: {message}")
         failure.exit_status = status
         raise failure
 
-    def from_first(self, work: Callable[[], _T]) -> _T:
+    def broadcast_from_main(self, work: Callable[[], _T]) -> _T:
         """What ``work()`` returns in the first process, which alone calls it, handed to all by pickling.
 
         Raises:
             ShikeError: in the first process, if ``work`` does.
-            FailedElsewhere: in the others, then; with the same exit status.
+            PeerFailed: in the others, then; with the same exit status.
         """
-        if not self.several:
+        if not self.is_distributed:
             return work()
         box: list[Any] = [None, None]
         error: ShikeError | None = None
-        if self.first:
+        if self.is_main:
             try:
                 box[0] = work()
             except ShikeError as caught:
@@ -140,7 +140,7 @@ class Processes:
         if error is not None:
             raise error
         if box[1] is not None:
-            raise FailedElsewhere("the first process could not go on", box[1])
+            raise PeerFailed("the first process could not go on", box[1])
         return box[0]
 
 
@@ -156,19 +156,19 @@ def join(device: str | None) -> Iterator[Processes]:
         RunError: if the processes do not find each other.
     """
     processes = launched()
-    if not processes.several:
+    if not processes.is_distributed:
         yield processes
         return
     try:
         chosen = choose_device_of(processes, device)
-    except FailedElsewhere:
+    except PeerFailed:
         let_first_speak()
         raise
     store = _meet(processes, chosen)
     if threading.current_thread() is threading.main_thread():
         # Nothing has to be saved yet, and a process that waits for another never comes to call a handler.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if processes.first:
+    if processes.is_main:
         atexit.register(_leave, store)
     try:
         try:
@@ -177,7 +177,7 @@ def join(device: str | None) -> Iterator[Processes]:
             # What is left of the model holds the group, too, and freed as late as the interpreter's end it aborts that.
             gc.collect()
             dist.destroy_process_group()
-    except FailedElsewhere:
+    except PeerFailed:
         # At the end of this process torchrun stops the others, and the first one may not have said why yet.
         with contextlib.suppress(RuntimeError):
             store.wait([_LEFT], _PATIENCE)
@@ -269,8 +269,8 @@ def choose_device_of(processes: Processes, name: str | None) -> torch.device:
         if processes.local_rank == 0:
             raise
         # True of this whole machine, whose first process says so.
-        raise FailedElsewhere(str(error), error.exit_status) from error
-    if not processes.several or device.type == "cpu":
+        raise PeerFailed(str(error), error.exit_status) from error
+    if not processes.is_distributed or device.type == "cpu":
         return device
     if name is not None and ":" in name:
         raise ConfigError(
@@ -292,17 +292,15 @@ def _restarts() -> int:
 def launch() -> str:
     """A name for this launch of ``torchrun``, the same in all its restarts, as long as process 0 stays on its machine.
 
-    An empty name without ``torchrun``.
+    It is made of the run's id, the machine's name and the folder that ``torchrun`` makes for the logs of one launch,
+    which has a random name. It is empty without ``torchrun``.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:
         return ""
-    launcher = os.getppid()
-    try:
-        started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]  # in ticks since the boot
-    except OSError:  # not Linux
-        started = ""
-    return f"{run_id} {socket.gethostname()} {launcher} {started}"
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))  # FOLDER/attempt_N/RANK/error.json
+    folder = error_file.parents[2] if len(error_file.parents) > 2 else ""
+    return f"{run_id} {socket.gethostname()} {folder}"
 
 
 def restarted() -> bool:

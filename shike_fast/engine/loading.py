@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from shike_fast.data.loaders.gpu import GpuPhotoLoader
 from shike_fast.data.loaders.loader import EpochLoader
-from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine.distributed import Processes
 
 
@@ -19,12 +17,12 @@ def loader_metrics(train: EpochLoader, test: EpochLoader, processes: Processes, 
         ``loader_images_per_second``, what the training loader can deliver if nobody makes it wait, and
         ``unreadable_images``, how many files of either part could not be read since this process began.
     """
-    loaders = [loader for loader in (train, test) if isinstance(loader, PhotoLoader | GpuPhotoLoader)]
-    if not loaders:
+    found = [loader.broken for loader in (train, test) if loader.broken is not None]
+    if not found:
         return {}
-    speed = torch.tensor(loaders[0].images_per_second or 0.0, dtype=torch.float64, device=device)
+    speed = torch.tensor(train.images_per_second or 0.0, dtype=torch.float64, device=device)
     # In time every process meets the same files.
-    broken = sum(len(set().union(*processes.gather(sorted(loader.broken.messages)))) for loader in loaders)
+    broken = sum(len(set().union(*processes.gather(sorted(images.messages)))) for images in found)
     return {"loader_images_per_second": float(processes.total(speed)), "unreadable_images": broken}
 
 

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shike_fast.engine.graph import RecordedCalls
+from shike_fast.data.shots import shot_masks
+from shike_fast.engine.graph import CudaGraphRunner
 from shike_fast.errors import RunError
 
-MANY_SHOT_ABOVE = 100  # many: more than 100 training images
-FEW_SHOT_BELOW = 20  # few: fewer than 20; medium: what lies between, 20 to 100
 CALIBRATION_BINS = 15
-
-SHOTS = ("many", "medium", "few")
 
 
 class EvaluationInterrupted(Exception):
@@ -25,17 +22,6 @@ class EvaluationInterrupted(Exception):
 
 class NonFiniteLogitsError(RunError):
     """The model answers with NaN or infinite logits."""
-
-
-def shot_masks(class_counts: Tensor) -> dict[str, Tensor]:
-    """Boolean masks [C] of the many-, medium- and few-shot classes.
-
-    Args:
-        class_counts: int64 [C], training images of each class. Many > 100, medium 20 to 100, few < 20.
-    """
-    many = class_counts > MANY_SHOT_ABOVE
-    few = class_counts < FEW_SHOT_BELOW
-    return {"many": many, "medium": ~many & ~few, "few": few}
 
 
 @dataclass(frozen=True)
@@ -87,16 +73,22 @@ def _percent(part: Tensor | int, whole: Tensor | int) -> float:
     return 100.0 * int(part) / int(whole)
 
 
+def mean_logits(logits: Tensor) -> Tensor:
+    """The usual prediction of several experts, [K, B, C] -> [B, C]."""
+    return logits.mean(0)
+
+
 class Evaluator:
-    """Counts what a model classifies rightly by ``argmax_c mean_k z_k[c]``, without waiting for the device.
+    """Counts what a model classifies rightly, without waiting for the device.
 
     Args:
         model: called as ``model(images, stage=stage)`` -> logits [K, B, C]; its training mode is restored afterwards.
-        stage: which classifiers to use (1 or 2).
+        stage: which of the network's classifiers to use (1 or 2).
         class_counts: int64 [C], training images of each class.
         device: where the model lives.
         autocast: makes the context around each forward pass.
         record: record the work of a batch as a CUDA graph, and replay it for all batches of its shape.
+        scores: the prediction, logits [K, B, C] -> [B, C]: the class with the highest score.
     """
 
     def __init__(
@@ -108,8 +100,10 @@ class Evaluator:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         record: bool = False,
+        scores: Callable[[Tensor], Tensor] = mean_logits,
     ) -> None:
         self._model = model
+        self._scores = scores
         self._stage = stage
         self._class_counts = class_counts.cpu()
         self._device = device
@@ -120,7 +114,7 @@ class Evaluator:
         self._expert_correct: Tensor | None = None  # [K], once K is known
         self._run: Callable[[Tensor, Tensor], None] = self._add
         if record:
-            self._run = RecordedCalls(self._add, warm_up=1, stream=torch.cuda.Stream(device))
+            self._run = CudaGraphRunner(self._add, warm_up=1, stream=torch.cuda.Stream(device))
         self._observe: Callable[[Tensor, Tensor], None] | None = None
 
     @torch.no_grad()
@@ -136,7 +130,7 @@ class Evaluator:
 
         Args:
             batches: pairs of images [B, channels, H, W] and int64 labels [B].
-            calibration: also compute the expected calibration error of ``softmax(mean_k z_k)`` (torchmetrics), of these
+            calibration: also compute the expected calibration error of ``softmax(scores)`` (torchmetrics), of these
                 batches alone; not with ``record``.
             should_stop: asked before every batch.
             total: adds up counts over all processes, each of which holds a part of the batches; called once.
@@ -152,7 +146,7 @@ class Evaluator:
 
             classes = len(self._correct)
             calibration_error = MulticlassCalibrationError(classes, n_bins=CALIBRATION_BINS, norm="l1").to(self._device)
-            self._observe = lambda logits, labels: calibration_error.update(logits.softmax(-1), labels)
+            self._observe = lambda scores, labels: calibration_error.update(scores.softmax(-1), labels)
         for counts in (self._correct, self._support, self._bad, self._expert_correct):
             if counts is not None:
                 counts.zero_()
@@ -180,17 +174,17 @@ class Evaluator:
         with self._autocast():
             logits = self._model(images, stage=self._stage)  # [K, B, C]
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        mean_logits = logits.mean(0)  # [B, C]
+        scores = self._scores(logits)  # [B, C]
         # index_add_, not bincount, which would wait for the device
-        self._correct.index_add_(0, labels, (mean_logits.argmax(-1) == labels).long())
+        self._correct.index_add_(0, labels, (scores.argmax(-1) == labels).long())
         self._support.index_add_(0, labels, torch.ones_like(labels))
         hits = (logits.argmax(-1) == labels).sum(-1)  # [K]
         if self._expert_correct is None:
             self._expert_correct = torch.zeros_like(hits)
         self._expert_correct += hits
-        self._bad += ~mean_logits.isfinite().all()
+        self._bad += ~scores.isfinite().all()
         if self._observe is not None:
-            self._observe(mean_logits, labels)
+            self._observe(scores, labels)
 
 
 def evaluate(
@@ -201,9 +195,12 @@ def evaluate(
     class_counts: Tensor,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    scores: Callable[[Tensor], Tensor] = mean_logits,
     calibration: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Accuracy of ``argmax_c mean_k z_k[c]``: one call of an :class:`Evaluator`, whose arguments these are."""
-    evaluator = Evaluator(model, stage=stage, class_counts=class_counts, device=device, autocast=autocast)
+    """Accuracy: one call of an :class:`Evaluator`, whose arguments these are."""
+    evaluator = Evaluator(
+        model, stage=stage, class_counts=class_counts, device=device, autocast=autocast, scores=scores
+    )
     return evaluator(batches, calibration=calibration, should_stop=should_stop)

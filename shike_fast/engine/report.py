@@ -11,9 +11,10 @@ from typing import Any
 
 from shike_fast._util.files import atomic_write
 from shike_fast.data import LongTailData
+from shike_fast.data.shots import SHOTS, shot_masks
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
-from shike_fast.engine.metrics import SHOTS, Evaluation, shot_masks
+from shike_fast.engine.metrics import Evaluation
 
 CURVES = "curves.png"
 CLASS_ACCURACY = "accuracy_per_class.png"
@@ -22,6 +23,7 @@ CLASS_TABLE = "per_class.csv"
 _COLUMNS = ("class", "name", "train_images", "test_images", "correct", "accuracy", "shot")
 _MOST_NAMED_CLASSES = 10
 _WIDE, _WIDEST = 6, 2000  # between these ratios of an axis's ends, 1, 2 and 5 of every decade are named; then only 1
+_STYLES = ("-", "--", "-.", ":")  # of the stages' lines
 _SHOT_COLOURS = {"many": "tab:blue", "medium": "tab:orange", "few": "tab:red"}
 
 
@@ -142,23 +144,23 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
 
 
 def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw the training loss and the test accuracy of every epoch; stage 2, if any, begins at the dotted line."""
+    """Draw the training loss and the test accuracy of every epoch; dotted lines part the stages."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (loss_axes, accuracy_axes) = _subplots(2)
     epochs = [row["epoch"] for row in history]
-    for stage, style in ((1, "-"), (2, "--")):
+    stages = sorted({row["stage"] for row in history})
+    for stage in stages:
+        # the stages minimise different functions: one line each
         rows = [row for row in history if row["stage"] == stage]
-        if rows:
-            # the two stages minimise different functions: one line each
-            loss_axes.plot(
-                [row["epoch"] for row in rows],
-                [row["train_loss"] for row in rows],
-                style,
-                marker=".",
-                color="tab:gray",
-                label=f"stage {stage}",
-            )
+        loss_axes.plot(
+            [row["epoch"] for row in rows],
+            [row["train_loss"] for row in rows],
+            _STYLES[(stage - 1) % len(_STYLES)],
+            marker=".",
+            color="tab:gray",
+            label=f"stage {stage}",
+        )
     loss_axes.set_yscale("log")
     loss_axes.set_ylabel("training loss")
     loss_axes.legend()
@@ -171,12 +173,12 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
     accuracy_axes.set_ylim(-3, 103)
     accuracy_axes.set_ylabel("test accuracy (%)")
     accuracy_axes.legend()
-    second = [row["epoch"] for row in history if row["stage"] == 2]
+    begins = [min(row["epoch"] for row in history if row["stage"] == stage) for stage in stages[1:]]
     for axes in (loss_axes, accuracy_axes):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if second and second[0] > epochs[0]:
-            axes.axvline(second[0] - 0.5, color="gray", linestyle=":", linewidth=1)
+        for epoch in begins:
+            axes.axvline(epoch - 0.5, color="gray", linestyle=":", linewidth=1)
     figure.suptitle(title)
     _save(figure, path)
 

@@ -8,12 +8,9 @@ import torch
 
 from shike_fast import data
 from shike_fast._util.cli import cores, most_workers
-from shike_fast.data.images.arrays import ArrayDataset
-from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.gpu_decode import NoHardwareDecoderError
-from shike_fast.data.loaders.gpu import GpuPhotoLoader
+from shike_fast.data.loaders import choice
 from shike_fast.data.loaders.loader import EpochLoader
-from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes, local_world_size
 from shike_fast.engine.state import build_model
@@ -51,11 +48,12 @@ def make_loader(
         ConfigError: if ``--loader device`` is asked for images that are files, or ``gpu`` where none can decode.
     """
     source = dataset.train if train else dataset.test
-    files = isinstance(source, ImageDataset)
-    batch_size = config.batch_size if train else test_batch_size or (1 if files else 4) * config.batch_size
-    if config.loader == "device" and files:
+    wanted = "cpu" if config.loader == "auto" and config.workers is not None else config.loader
+    kind = choice.loader_class(source, wanted)
+    if kind is None:
         raise ConfigError(f"--loader: device holds images that fit in memory, {dataset.name} has files; use cpu or gpu")
-    workers = _workers(config, source, device)
+    batch_size = config.batch_size if train else test_batch_size or (1 if kind.decodes else 4) * config.batch_size
+    workers = _workers(config, source, decodes_for_gpu=kind.decodes and device.type != "cpu")
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": config.seed,
@@ -64,30 +62,19 @@ def make_loader(
         "world_size": processes.world_size,
     }
     try:
-        if isinstance(source, ArrayDataset) and (config.loader in ("device", "gpu") or _auto_device(config)):
-            return data.DeviceLoader(source, device=device, **settings)
-        if isinstance(source, ImageDataset):
-            if config.loader == "gpu":
-                return GpuPhotoLoader(source, device=device, num_workers=workers, **settings)
-            return PhotoLoader(source, device=device, num_workers=workers, **settings)
-        return data.Loader(source, num_workers=workers, pin_memory=device.type == "cuda", **settings)
+        return choice.make_loader(source, kind, device=device, num_workers=workers, **settings)
     except NoHardwareDecoderError as error:
         raise ConfigError(f"--loader: gpu cannot be used: {error}; use cpu or auto") from error
     except ValueError as error:
         raise ConfigError(f"--batch-size: {error}") from error
 
 
-def _workers(config: TrainConfig, source: data.BatchSource, device: torch.device) -> int:
+def _workers(config: TrainConfig, source: data.BatchSource, *, decodes_for_gpu: bool) -> int:
     if config.workers is not None:
         return min(config.workers, most_workers())  # a checkpoint may come from a larger machine
-    if not source.one_by_one:
+    if not source.wants_workers:
         return 0
-    decodes_for_gpu = isinstance(source, ImageDataset) and device.type != "cpu"
     return min(_MOST_DECODERS if decodes_for_gpu else _MOST_WORKERS, max(1, cores() // local_world_size()))
-
-
-def _auto_device(config: TrainConfig) -> bool:
-    return config.loader == "auto" and config.workers is None
 
 
 def records(config: TrainConfig, dataset: data.LongTailData, device: torch.device, processes: Processes) -> bool:
@@ -95,7 +82,7 @@ def records(config: TrainConfig, dataset: data.LongTailData, device: torch.devic
     if config.cuda_graph is not None:
         return config.cuda_graph
     launch_bound = dataset.image_size <= _SMALL_SIDE and not config.checkpoint_activations
-    return device.type == "cuda" and launch_bound and not processes.several and config.optimizer != "apex"
+    return device.type == "cuda" and launch_bound and not processes.is_distributed and config.optimizer != "apex"
 
 
 def check_setting(
@@ -142,13 +129,13 @@ def _check_last_batch(config: TrainConfig, dataset: data.LongTailData, processes
     last = min(config.batch_size, (images - 1) % config.batch_size + 1)
     if last < processes.world_size or fits(config.batch_size) or _normalises_one_image(config, dataset):
         return
-    shared = f" for {processes.world_size} processes" if processes.several else ""
+    shared = f" for {processes.world_size} processes" if processes.is_distributed else ""
     parts = f" with --accumulate {config.accumulate}" if config.accumulate > 1 else ""
     least = 2 * processes.world_size * config.accumulate
     near = sorted(range(least, 2 * config.batch_size + 1), key=lambda size: abs(size - config.batch_size))
     size = next(filter(fits, near), None)
     remedy = "add images" if size is None else f"use --batch-size {size}"
-    if processes.several:
+    if processes.is_distributed:
         remedy += ", or another number of processes"
     pixels = f"{dataset.image_size}x{dataset.image_size}"
     raise ConfigError(

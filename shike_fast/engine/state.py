@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from shike_fast import data, models
+from shike_fast import data, methods, models
 from shike_fast._version import __version__
-from shike_fast.engine.config import TrainConfig
+from shike_fast.engine.config import TrainConfig, how_to_register
 from shike_fast.errors import CheckpointError, ConfigError
-from shike_fast.models.registry import TRAINABLE
+from shike_fast.methods import Method
+from shike_fast.models.multi_expert import TRAINABLE
 
 _MOST_CHARACTERS = 400  # of torch's list of keys
 
@@ -25,8 +26,8 @@ def load_data(config: TrainConfig) -> data.LongTailData:
     """
     if config.dataset not in data.datasets():
         raise ConfigError(
-            f"the data set '{config.dataset}' is not registered in this process; import the module that registers it "
-            f"first; there are {', '.join(data.datasets())}"
+            f"the data set '{config.dataset}' is not registered in this process; {how_to_register(config.plugins)}; "
+            f"there are {', '.join(data.datasets())}"
         )
     return data.load_dataset(
         config.dataset,
@@ -42,7 +43,7 @@ def load_data(config: TrainConfig) -> data.LongTailData:
     )
 
 
-def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertResNet:
+def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertNetwork:
     """The network of a run, initialised at random; with ``pretrained`` also from the file ``config.pretrained``."""
     try:
         model = models.create_model(
@@ -62,13 +63,21 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
             f"--model: {config.model} needs images of at least {least}x{least}, {dataset.name} has {size}x{size}; "
             "use resnet8, resnet20 or resnet32"
         )
+    methods.find_method(config.method).extend_model(model, config)
     if pretrained and config.pretrained is not None:
         models.load_pretrained(model, Path(config.pretrained))
     return model
 
 
-def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiExpertResNet:
+def model_from_checkpoint(
+    state: dict[str, Any], source: Path, config: TrainConfig | None = None
+) -> models.MultiExpertNetwork:
     """The network that a checkpoint describes, with its weights.
+
+    Args:
+        state: the checkpoint.
+        source: its file, for errors.
+        config: the run's settings, where its method may have extended the network.
 
     Raises:
         CheckpointError: if the description or the weights do not make a model of this version.
@@ -79,11 +88,13 @@ def model_from_checkpoint(state: dict[str, Any], source: Path) -> models.MultiEx
         raise CheckpointError(
             f"checkpoint {source} describes no model of this version of shike_fast, nor one registered here ({error})"
         ) from error
+    if config is not None:
+        methods.find_method(config.method).extend_model(model, config)
     restore_model(state, model, source)
     return model
 
 
-def restore_model(state: dict[str, Any], model: models.MultiExpertResNet, source: Path) -> None:
+def restore_model(state: dict[str, Any], model: models.MultiExpertNetwork, source: Path) -> None:
     """Load the weights of the checkpoint read from ``source`` into ``model``.
 
     Raises:
@@ -101,6 +112,18 @@ def restore_model(state: dict[str, Any], model: models.MultiExpertResNet, source
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= _MOST_CHARACTERS else reason[:_MOST_CHARACTERS] + " ..."
         raise CheckpointError(f"{source}: the checkpoint's weights do not fit its model: {reason}") from error
+
+
+def check_stage(method: Method, stage: int, source: Path) -> None:
+    """Check that a method has the stage that a checkpoint, or ``--stage``, names by its number.
+
+    Raises:
+        CheckpointError: if it has not.
+    """
+    if not 1 <= stage <= len(method.stages):
+        raise CheckpointError(
+            f"--stage: checkpoint {source} was trained with method '{method.name}', which has no stage {stage}"
+        )
 
 
 def data_description(dataset: data.LongTailData) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shike_fast import models, ops
+from shike_fast import models
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes
-from shike_fast.engine.graph import RecordedCalls, aside
+from shike_fast.engine.graph import CudaGraphRunner, on_side_stream
 from shike_fast.engine.optimizer import load_optimizer_state, make_optimizer, optimizer_state
-from shike_fast.engine.totals import TERMS, Totals
+from shike_fast.engine.totals import Totals
+from shike_fast.errors import RunError
+from shike_fast.methods import Method
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WARM_UP = 3  # calls before a step is recorded: libraries choose their algorithms, buffers find their place
@@ -32,22 +35,22 @@ def make_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContex
 
 
 class StageNetwork(nn.Module):
-    """The model as a stage trains it: images [B, channels, H, W] -> logits [K, B, C].
+    """The model as a stage trains it: images [B, channels, H, W] -> what the method's ``forward`` makes of them.
 
-    In stage 2 the backbone is frozen; only its BatchNorm statistics move on, as published.
+    Args:
+        model: the network.
+        method: the run's method.
+        stage: one of its stages, counted from 1.
     """
 
-    def __init__(self, model: models.MultiExpertResNet, stage: int) -> None:
+    def __init__(self, model: models.MultiExpertNetwork, method: Method, stage: int) -> None:
         super().__init__()
         self.model = model
+        self.method = method
         self.stage = stage
 
-    def forward(self, images: Tensor) -> Tensor:
-        if self.stage == 1:
-            return self.model(images, stage=1)
-        with torch.no_grad():
-            features = self.model.features(images)
-        return self.model.classify(features, 2)
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        return self.method.forward(self.model, images, self.method.stages[self.stage - 1])
 
 
 class StageSteps:
@@ -59,16 +62,17 @@ class StageSteps:
     Args:
         model: the network, on its device; the parameters that the stage does not train are frozen here.
         config: the run's settings.
-        stage: 1 or 2.
+        stage: which one of the method's, counted from 1.
         class_counts: int64 [C], on the device.
         processes: who trains along; they get the mean of all gradients.
-        totals: what the steps add to.
+        totals: what the steps add to; begun anew here.
         record: record the step as a CUDA graph and replay it.
+        method: the run's method; default a new one, made by ``config``.
     """
 
     def __init__(
         self,
-        model: models.MultiExpertResNet,
+        model: models.MultiExpertNetwork,
         config: TrainConfig,
         stage: int,
         *,
@@ -76,17 +80,22 @@ class StageSteps:
         processes: Processes,
         totals: Totals,
         record: bool = False,
+        method: Method | None = None,
     ) -> None:
-        retrained = {id(parameter) for parameter in model.stage2_parameters()}
+        self.method = method or config.create_method(class_counts)
+        self.stage = self.method.stages[stage - 1]
+        trained = {id(parameter) for parameter in self.stage.trains(model)}
         for parameter in model.parameters():
-            parameter.requires_grad_((id(parameter) in retrained) == (stage == 2))
+            parameter.requires_grad_(id(parameter) in trained)
         model.checkpoint_activations = config.checkpoint_activations
-        self.stage = stage
+        totals.track(self.stage.terms, functools.partial(self.method.scores, stage=self.stage))
+        self.model = model
         self.config = config
         self.processes = processes
         self.totals = totals
-        self.class_counts = class_counts
         self.device = class_counts.device
+        self._phase = self.method.phase(0)
+        self._terms = set(self.stage.terms)
         self.autocast = make_autocast(config.amp, self.device)
         self.optimizer = make_optimizer(
             config.optimizer,
@@ -96,13 +105,13 @@ class StageSteps:
             changeable_lr=record,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.network: nn.Module = StageNetwork(model, stage)
+        self.network: nn.Module = StageNetwork(model, self.method, stage)
         self._distributed: DistributedDataParallel | None = None
         stream = torch.cuda.Stream(self.device) if record else None
-        if processes.several:
+        if processes.is_distributed:
             ids = [self.device] if self.device.type == "cuda" else None
             # It remembers the stream for the gradients, which has to be the one that will be recorded.
-            with aside(stream) if stream is not None else contextlib.nullcontext():
+            with on_side_stream(stream) if stream is not None else contextlib.nullcontext():
                 self._distributed = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
             # Only running statistics would be sent, before every forward; the trainer sends them when they are used.
             self._distributed.broadcast_buffers = False
@@ -111,8 +120,13 @@ class StageSteps:
             self.network.compile(dynamic=False)
         self._run: Callable[..., None] = self._step
         if stream is not None:
-            warm_up = _WARM_UP_SEVERAL if processes.several else _WARM_UP
-            self._run = RecordedCalls(self._step, warm_up=warm_up, stream=stream)
+            warm_up = _WARM_UP_SEVERAL if processes.is_distributed else _WARM_UP
+            self._run = CudaGraphRunner(self._step, warm_up=warm_up, stream=stream)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Prepare the method for the 0-based ``epoch`` of the run."""
+        self._phase = self.method.phase(epoch)
+        self.method.start_epoch(epoch, self.model, self.stage)
 
     def __call__(self, images: Tensor, labels: Tensor, of_all: int | None = None) -> None:
         """One optimizer step.
@@ -122,9 +136,9 @@ class StageSteps:
             labels: int64 [b].
             of_all: images of this step in all processes together.
         """
-        self._run(images, labels, of_all or len(labels))
+        self._run(images, labels, of_all or len(labels), self._phase)
 
-    def _step(self, images: Tensor, labels: Tensor, of_all: int) -> None:
+    def _step(self, images: Tensor, labels: Tensor, of_all: int, phase: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         # the same number in all processes, which exchange statistics in every part: what the smallest share allows
         parts = max(1, min(self.config.accumulate, of_all // self.processes.world_size))
@@ -132,14 +146,15 @@ class StageSteps:
         for number, (part, part_labels) in enumerate(pairs, start=1):
             with self._without_exchange(number < parts):
                 with self.autocast():
-                    logits = self.network(part)  # [K, b, C]
-                loss, terms = self._loss(logits, part_labels)
+                    output = self.network(part)
+                loss, terms, logits = self._loss(output, part_labels, phase)
                 # of the mean over all images; the gradients of the processes are averaged, hence world_size
                 share = len(part_labels) * self.processes.world_size / of_all
                 self.scaler.scale(loss if share == 1 else loss * share).backward()
             self.totals.add(loss, terms, logits, part_labels)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.method.after_step(self.model)
         self.totals.count()
 
     def _without_exchange(self, wanted: bool) -> AbstractContextManager[object]:
@@ -147,23 +162,19 @@ class StageSteps:
             return self._distributed.no_sync()
         return contextlib.nullcontext()
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of the stage and its three terms [3], zeros where it has none."""
-        config = self.config
-        if self.stage == 1 and config.method == "shike":
-            return ops.dkt_loss(
-                logits,
-                labels,
-                hardest_weight=config.hardest_weight,
-                mutual_weight=config.mutual_weight,
-                kl_reduction=config.kl_reduction,
-                return_terms=True,
+    def _loss(
+        self, output: Tensor | dict[str, Tensor], labels: Tensor, phase: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss of the stage, its terms, and the logits [K, b, C] among what the network returned."""
+        inputs = {} if isinstance(output, Tensor) else dict(output)
+        logits = output if isinstance(output, Tensor) else inputs.pop("logits")
+        loss, terms = self.method.loss(logits, labels, stage=self.stage, epoch=phase, **inputs)
+        if terms.keys() != self._terms:
+            raise RunError(
+                f"method '{self.method.name}': its loss has the terms {', '.join(terms) or 'none'}, its stage "
+                f"{self.stage.name} says {', '.join(self.stage.terms) or 'none'}"
             )
-        if self.stage == 1:
-            loss = ops.expert_cross_entropy(logits, labels)
-        else:
-            loss = ops.balanced_softmax_loss(logits, labels, self.class_counts)
-        return loss, loss.new_zeros(len(TERMS))
+        return loss, terms, logits
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs of the optimizer and the loss scaler."""

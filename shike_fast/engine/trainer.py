@@ -1,8 +1,9 @@
-"""Two-stage training: multi-expert knowledge transfer, then classifier re-training."""
+"""A run from its first epoch to its last: train, test, save, report."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import math
 import signal
@@ -16,18 +17,27 @@ from torch import Tensor
 from shike_fast import data
 from shike_fast._util.files import atomic_write, naming
 from shike_fast.data.loaders.loader import EpochLoader, LoadingStopped
+from shike_fast.data.shots import SHOTS
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.loading import loader_metrics, speed_note
-from shike_fast.engine.metrics import SHOTS, Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
+from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
 from shike_fast.engine.optimizer import set_lr
 from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
 from shike_fast.engine.setup import check_setting, make_loader, records
 from shike_fast.engine.signals import GracefulStop
-from shike_fast.engine.state import build_model, data_description, restore_data, restore_model, rng_state, set_rng_state
+from shike_fast.engine.state import (
+    build_model,
+    check_stage,
+    data_description,
+    restore_data,
+    restore_model,
+    rng_state,
+    set_rng_state,
+)
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
@@ -99,10 +109,10 @@ class Trainer:
         self.output_dir = output_dir
         self.device = device
         self.best_file = best_file
-        self.train_loader, self.test_loader = processes.together(self._checked_loaders)
+        self.train_loader, self.test_loader = processes.run_on_all(self._checked_loaders)
         self.batches = self.train_loader.batches_per_epoch
-        self.console = console or RunConsole(config.epochs, self.batches, quiet=not processes.first)
-        self.profile = Profile(output_dir, self.console, device) if profile and processes.first else None
+        self.console = console or RunConsole(config.epochs, self.batches, quiet=not processes.is_main)
+        self.profile = Profile(output_dir, self.console, device) if profile and processes.is_main else None
 
         state = state or {}
         torch.manual_seed(config.seed)
@@ -113,7 +123,7 @@ class Trainer:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(device)
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        if config.sync_batch_norm and processes.several:
+        if config.sync_batch_norm and processes.is_distributed:
             convert_sync_batchnorm(self.model)
         self.epoch: int = state.get("epoch", 0)  # epochs finished
         self.batch: int = state.get("batch", 0)  # batches finished in the present epoch
@@ -124,11 +134,15 @@ class Trainer:
         self.seconds: float = state.get("seconds", 0.0)  # that went into it before this process
         self._speed_told = False
         self.totals = Totals(device)
-        self.totals.begin(self.batch, state.get("sums") if processes.first else None)
+        self.method = config.create_method(dataset.class_counts.to(device))
+        if state:
+            check_stage(self.method, state["stage"], source)
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
             try:
+                self.totals.begin(self.batch, state["sums"] if processes.is_main else None)
                 self.steps.load_state(state)
+                self.method.load_state(state.get("method_state", {}))
                 set_rng_state(state["rng"], device)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise CheckpointError(
@@ -152,11 +166,11 @@ class Trainer:
         from torch.utils.tensorboard import SummaryWriter
 
         self._started = time.perf_counter() - self.seconds
-        new = self.processes.from_first(lambda: not (self.output_dir / checkpoint.LAST).exists())
+        new = self.processes.broadcast_from_main(lambda: not (self.output_dir / checkpoint.LAST).exists())
         if new:
             self._save()  # from the first moment on there is something to resume from
         writer = None
-        if self.processes.first:
+        if self.processes.is_main:
             self._adopt_best()
             rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
             rundir.write_metrics(self.output_dir, self.history)
@@ -165,7 +179,7 @@ class Trainer:
         try:
             with GracefulStop() as stop:
                 for loader in (self.train_loader, self.test_loader):
-                    loader.should_stop = lambda: stop.requested and not self.processes.several
+                    loader.should_stop = lambda: stop.requested and not self.processes.is_distributed
                 try:
                     while self.epoch < self.config.epochs:
                         self._train_epoch(stop)
@@ -188,7 +202,7 @@ class Trainer:
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
-        if self.processes.first:
+        if self.processes.is_main:
             told = (self.config, self.dataset, self.history, self.best, self.evaluation)
             write_report(self.output_dir, self.console, *told)
 
@@ -210,15 +224,16 @@ class Trainer:
             self._leave_stage()
             self._enter_stage(stage)
         set_lr(self.steps.optimizer, self.config.lr_of(self.epoch))
+        self.steps.start_epoch(self.epoch)
         self.model.train()
         self.console.start_epoch(self.epoch, stage, self.batch)
-        waits = self.device.type != "cpu" or self.processes.several
+        waits = self.device.type != "cpu" or self.processes.is_distributed
         read_every = _READ_EVERY if waits else 1
         started, first_batch, trained = time.perf_counter(), self.batch, 0
         if self.batch == self.batches:  # stopped while evaluating: nothing is left to train
             return
         for images, labels in self.train_loader.epoch(self.epoch, start_batch=self.batch):
-            if self.batch % (_READ_EVERY if self.processes.several else 1) == 0:
+            if self.batch % (_READ_EVERY if self.processes.is_distributed else 1) == 0:
                 self._stop_if_asked(stop)
             trained += self._images_of_step()
             self._step(
@@ -252,7 +267,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: if the loss of any step so far was NaN or infinite.
         """
-        means = Means(self.processes.total(self.totals.sums).tolist())
+        means = Means(self.processes.total(self.totals.sums).tolist(), self.totals.terms)
         if not math.isfinite(means.loss):
             step = self.processes.largest(int(self.totals.bad_step), self.device)
             raise self._not_finite("loss is", step)
@@ -283,10 +298,12 @@ class Trainer:
         if self.profile is not None:
             self.profile.between()
         self.processes.send_buffers(self.model)
+        if self.tested is not self.model:
+            self.processes.send_buffers(self.tested)
         try:
             self.evaluation = self.evaluator(
                 self.test_loader.epoch(0),
-                should_stop=lambda: stop.requested and not self.processes.several,
+                should_stop=lambda: stop.requested and not self.processes.is_distributed,
                 total=self.processes.total,
             )
         except EvaluationInterrupted:
@@ -295,7 +312,7 @@ class Trainer:
         except NonFiniteLogitsError as error:
             raise self._not_finite("logits on the test images are", self.batch) from error
         means = self._means()
-        row = {
+        return {
             "epoch": self.epoch + 1,
             "stage": self.stage,
             "lr": self.config.lr_of(self.epoch),
@@ -306,10 +323,8 @@ class Trainer:
             "images_per_second": self.images_per_second,
             "seconds": time.perf_counter() - self._started,
             **loader_metrics(self.train_loader, self.test_loader, self.processes, self.device),
+            **{f"train_{name}": value for name, value in means.terms.items()},
         }
-        if self.stage == 1 and self.config.method == "shike":
-            row |= {f"train_{name}": value for name, value in means.terms.items()}
-        return row
 
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""
@@ -320,7 +335,7 @@ class Trainer:
         self.totals.begin(0)
         if self.best is None or row["top1"] > self.best["top1"]:
             self.best = {name: row[name] for name in ("epoch", "stage", "top1", *SHOTS)}
-            if self.processes.first:
+            if self.processes.is_main:
                 best = self.output_dir / checkpoint.BEST
                 checkpoint.save_checkpoint(self._model_state(), best, keep_previous=False)
         self._save()
@@ -329,7 +344,7 @@ class Trainer:
         if note is not None and not self._speed_told:
             self.console.note(note)
             self._speed_told = True
-        if not self.processes.first:
+        if not self.processes.is_main:
             return
         rundir.append_metrics(self.output_dir, row)
         for name, value in row.items():
@@ -350,23 +365,25 @@ class Trainer:
         """Freeze what ``stage`` does not train and start its optimizer afresh."""
         self.stage = stage
         record = records(self.config, self.dataset, self.device, self.processes)
-        class_counts = self.dataset.class_counts.to(self.device)
         self.steps = StageSteps(
             self.model,
             self.config,
             stage,
-            class_counts=class_counts,
+            class_counts=self.method.class_counts,
             processes=self.processes,
             totals=self.totals,
             record=record,
+            method=self.method,
         )
+        self.tested = self.method.evaluated(self.model)
         self.evaluator = Evaluator(
-            self.model,
-            stage=stage,
-            class_counts=class_counts,
+            self.tested,
+            stage=self.steps.stage.classifiers,
+            class_counts=self.method.class_counts,
             device=self.device,
             autocast=self.steps.autocast,
             record=record,
+            scores=functools.partial(self.method.scores, stage=self.steps.stage),
         )
 
     def _stop_if_asked(self, stop: GracefulStop) -> None:
@@ -379,7 +396,7 @@ class Trainer:
     def _save(self) -> None:
         self._require_finite()
         sums = self.processes.total(self.totals.sums).tolist()
-        if not self.processes.first:
+        if not self.processes.is_main:
             return
         state = self._model_state() | {
             "batch": self.batch,
@@ -403,4 +420,4 @@ class Trainer:
             "stage": self.stage,
             "epoch": self.epoch,
             "best": self.best,
-        }
+        } | ({"method_state": state} if (state := self.method.state()) else {})

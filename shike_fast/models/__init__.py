@@ -2,19 +2,23 @@
 
 ``create_model("resnet32", num_classes=100)`` builds one, ``list_models()`` names them, ``register_model`` adds one.
 ``convert_reference_state_dict`` reads weights of the published code, ``load_pretrained`` torchvision-named ones.
+A backbone of your own subclasses ``MultiExpertNetwork``.
 """
 
 from shike_fast.models import zoo  # noqa: F401  (registers the networks)
-from shike_fast.models.pretrained import PretrainedReport, load_pretrained
-from shike_fast.models.reference import convert_reference_state_dict
+from shike_fast.models.multi_expert import FeatureMap, MultiExpertNetwork, ResidualBlock
 from shike_fast.models.registry import create_model, list_models, register_model
 from shike_fast.models.resnet import BasicBlock, Bottleneck, MultiExpertResNet
+from shike_fast.models.weights import PretrainedReport, convert_reference_state_dict, load_pretrained
 
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "FeatureMap",
+    "MultiExpertNetwork",
     "MultiExpertResNet",
     "PretrainedReport",
+    "ResidualBlock",
     "convert_reference_state_dict",
     "create_model",
     "list_models",

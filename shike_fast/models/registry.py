@@ -9,12 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from shike_fast.models.resnet import MultiExpertResNet
+from shike_fast.models.multi_expert import MultiExpertNetwork
 
-Builder = Callable[..., MultiExpertResNet]
-
-# What the engine uses of a network besides ``forward(images, stage=…)``; docs/models.md describes it.
-TRAINABLE = ("min_image_size", "features", "classify", "stage2_parameters", "checkpoint_activations")
+Builder = Callable[..., MultiExpertNetwork]
 
 _BUILDERS: dict[str, Builder] = {}
 
@@ -22,9 +19,39 @@ _BUILDERS: dict[str, Builder] = {}
 def register_model(builder: Builder) -> Builder:
     """Decorator: make ``builder`` available to :func:`create_model` under its function name.
 
-    ``builder(**options)`` gets the keyword arguments of :func:`create_model` and passes them on to
-    :class:`~shike_fast.models.MultiExpertResNet`, or makes any other module; one that the commands can train has what
-    :data:`TRAINABLE` names.
+    ``builder(**options)`` gets the keyword arguments of :func:`create_model` but the name, and returns a
+    :class:`~shike_fast.models.MultiExpertNetwork`, or any module with what
+    ``shike_fast.models.multi_expert.TRAINABLE`` names. A plain convolutional network as a backbone::
+
+        import torch
+        from shike_fast import models
+
+        def block(channels_in, channels_out, stride):
+            return torch.nn.Sequential(
+                torch.nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+                torch.nn.BatchNorm2d(channels_out),
+                torch.nn.ReLU(),
+            )
+
+        class PlainCNN(models.MultiExpertNetwork):
+            def __init__(self, **options):
+                super().__init__(min_image_size=4, **options)
+                self.fine = block(self.in_channels, 16, 1)
+                self.coarse = block(16, 32, 2)
+                branches = [block(32, 64, 2) for _ in range(self.num_experts)]
+                maps = {"fine": models.FeatureMap(16, halvings=2), "coarse": models.FeatureMap(32, halvings=1)}
+                self.add_experts(branches, 64, maps)
+
+            def feature_maps(self, images):
+                fine = self.run_stage(self.fine, images)
+                return {"fine": fine, "coarse": self.run_stage(self.coarse, fine)}
+
+        @models.register_model
+        def plain_cnn(**options):
+            return PlainCNN(**options)
+
+        model = models.create_model("plain_cnn", num_classes=10)
+        logits = model(torch.randn(8, 3, 32, 32))  # [3, 8, 10]
 
     Raises:
         ValueError: the name is taken.
@@ -50,7 +77,7 @@ def create_model(
     fusion: bool = True,
     classifier: str = "cosine",
     scale: float = 30.0,
-) -> MultiExpertResNet:
+) -> MultiExpertNetwork:
     """Build a multi-expert network by name, with new random weights.
 
     ``create_model(**model.description)`` rebuilds a network like ``model``; the description holds plain values only.

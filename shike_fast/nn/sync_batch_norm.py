@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shike_fast.ops import BatchNormArguments, _reference_dkf
-from shike_fast.ops._checks import FLOAT_DTYPES, accumulation_dtype, describe
-from shike_fast.ops._fused import cpu_missing
-from shike_fast.ops._fused_dkf import kernels_of, update_running, vectors_of
-from shike_fast.ops._library import differentiable_once, is_plain, materialised
-from shike_fast.ops._synced_statistics import synced_statistics
+from shike_fast.ops._checks import FLOAT_DTYPES, describe
+from shike_fast.ops._dispatch import cpu_missing
+from shike_fast.ops._distributed import normalise, plain_statistics
+from shike_fast.ops._dkf_arguments import BatchNormArguments
+from shike_fast.ops._fused_dkf import kernels_of
+from shike_fast.ops._guards import is_plain, materialised
 
 _TORCH: Any = nn.SyncBatchNorm  # its methods are borrowed: they ask for attributes only, not for the class
 
@@ -167,93 +167,10 @@ def arguments_of(norm: nn.Module) -> BatchNormArguments:
     )
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def _normalise(x: Tensor, norm: BatchNormArguments, group: dist.ProcessGroup) -> Tensor:
-    weight, bias = vectors_of([norm], accumulation_dtype(x.dtype))
-    y: Tensor = _Normalise.apply(group, norm, x, weight, bias)
-    return y
-
-
-class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        group: dist.ProcessGroup,
-        norm: BatchNormArguments,
-        x: Tensor,  # [B, C, ...]
-        weight: Tensor | None,  # [C] in the accumulation dtype
-        bias: Tensor | None,
-    ) -> Tensor:
-        x = materialised(x)
-        kernels = kernels_of("cpu") if cpu_missing() is None and is_plain(x) else _reference_dkf
-        normalisers, statistics, total = synced_statistics([_as_map(x)], kernels, [norm.eps], group)
-        if total.item() == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        if total.item() > 0:
-            update_running([norm], statistics)
-        mean, rest, rstd = normalisers[0]
-        ctx.save_for_backward(x, weight, mean, rest, rstd)
-        ctx.call = group, total.to(mean.dtype)
-        # γ (x − mean − rest)/σ + β, with the rest moved into the offset
-        scale = rstd if weight is None else weight * rstd
-        offset = -rest * scale if bias is None else bias - rest * scale
-        distance = x - _column(mean, x)
-        return torch.addcmul(_column(offset, x), distance, _column(scale, x), out=distance).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        x, weight, *normaliser = saved
-        group, total = ctx.call
-        needs = ctx.needs_input_grad[2:]
-        computed = _gradients(incoming, x, weight, normaliser, group, total, of_input=needs[0])
-        gradients = [gradient if needed else None for gradient, needed in zip(computed, needs, strict=True)]
-        if torch.is_grad_enabled():  # a graph of the backward is wanted
-            present = [tensor for tensor in saved if tensor is not None]
-            gradients = [
-                None if g is None else differentiable_once("SyncBatchNorm", g, incoming, *present) for g in gradients
-            ]
-        return None, None, *gradients
-
-
-@torch.no_grad()
-def _gradients(
-    incoming: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    normaliser: list[Tensor],
-    group: dist.ProcessGroup,
-    total: Tensor,
-    *,
-    of_input: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Of the input, where it is wanted, of weight and bias; the latter two from this process alone."""
-    mean, rest, rstd = normaliser
-    positions = [dim for dim in range(x.dim()) if dim != 1]
-    incoming = incoming.to(mean.dtype)
-    distance = x - _column(mean, x)
-    # dβ = Σ dy, dγ = Σ dy x̂ with x̂ = (x − mean − rest)/σ
-    d_bias = incoming.sum(positions)
-    d_weight = ((incoming * distance).sum(positions) - rest * d_bias) * rstd
-    if not of_input:
-        return None, d_weight, d_bias
-    everywhere = torch.stack([d_weight, d_bias])
-    dist.all_reduce(everywhere, group=group)
-    mean_weight, mean_bias = everywhere / total
-    # dx = γ/σ (dy − dβ/N − x̂ dγ/N), with dγ and dβ of all processes
-    scale = rstd if weight is None else weight * rstd
-    slope = -scale * rstd * mean_weight
-    offset = -scale * mean_bias - slope * rest
-    dx = torch.addcmul(_column(offset, x), distance, _column(slope, x), out=distance)
-    dx.addcmul_(incoming, _column(scale, x))
-    return dx.to(x.dtype), d_weight, d_bias
-
-
-def _as_map(x: Tensor) -> Tensor:
-    """[B, C, ...] as [B, C, H, W], without a copy where x is contiguous or channels-last."""
-    return x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, x.shape[2:].numel())
-
-
-def _column(vector: Tensor, x: Tensor) -> Tensor:
-    """[C] over the positions of x."""
-    return vector.view(-1, *[1] * (x.dim() - 2))
+    x = materialised(x)
+    native = cpu_missing() is None and is_plain(x)
+    statistics_of = kernels_of("cpu").dkf_statistics if native else plain_statistics
+    refusal = f"Expected more than 1 value per channel when training, got input size {x.shape}"
+    return normalise("SyncBatchNorm", [x], [norm], group, statistics_of, refusal)[0]

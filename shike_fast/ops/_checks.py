@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shike_fast.ops._library import PLAIN_TENSORS, holds_its_values
+from shike_fast.ops._guards import PLAIN_TENSORS, holds_its_values
 from shike_fast.ops._native import native, native_error
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,6 +49,17 @@ def check_logits(op: str, logits: Tensor | Sequence[Tensor]) -> tuple[Tensor, tu
 def stacked(logits: Tensor | Sequence[Tensor]) -> Tensor:
     """Checked logits as one tensor [K, B, C]; a copy where they came as a sequence."""
     return logits if isinstance(logits, Tensor) else torch.stack(list(logits))
+
+
+def as_list(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Checked logits as the fused kernels take them: a list of one tensor [K, B, C] or of K tensors [B, C]."""
+    return [logits] if isinstance(logits, Tensor) else list(logits)
+
+
+def gradient_like(logits: Sequence[Tensor]) -> Tensor:
+    """Uninitialised memory for the gradient [K, B, C]: laid out as one tensor of logits, contiguous for a sequence."""
+    first = logits[0]
+    return torch.empty_like(first) if first.dim() == 3 else first.new_empty((len(logits), *first.shape))
 
 
 def _check_sequence(op: str, logits: Sequence[Tensor]) -> tuple[Tensor, tuple[int, int, int]]:
@@ -147,7 +158,7 @@ def _has_tensor(value: object) -> bool:
 
 def check_finite(op: str, name: str, value: object) -> float:
     """Check a finite number (Python's, NumPy's or a tensor's or array's only element) and return it as a float."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):
         value = _number(op, name, value)
     # A number that changes between calls is symbolic to torch.compile, which cannot trace this test of its value.
     if not torch.compiler.is_compiling() and not math.isfinite(value):

@@ -1,69 +1,26 @@
-"""The fused kernels of depth-wise knowledge fusion as PyTorch operators, with their derivative.
+"""The fused kernels of depth-wise knowledge fusion.
 
-    shike_fast::dkf_fused(maps, vectors, normalisers?, ...) -> (f, sums, normalisers, statistics)
-    shike_fast::dkf_fused_backward(incoming, maps, vectors, sums, normalisers, ...) -> (gradients of maps, of vectors)
-
-As with the losses, eager calls on plain tensors go to the kernels directly, and whoever must see an operation (tracers,
-dispatch modes, functorch, subclasses) sees these operators. They change none of their inputs: running statistics are
-then updated from the ``statistics``.
+The operators change none of their inputs: running statistics are updated from the ``statistics`` that they return.
+Called directly, the kernels update them on the way.
 """
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shike_fast.ops import _fused, _native_dkf
+from shike_fast.ops import _dispatch, _native_dkf
+from shike_fast.ops._autograd import Fused
 from shike_fast.ops._checks import accumulation_dtype
 from shike_fast.ops._dkf_arguments import BatchNormArguments, DkfArguments
-from shike_fast.ops._library import (
-    define_opaque,
-    differentiable_once,
-    forbid_tangents,
-    is_plain,
-    materialised,
-    no_derivative,
-)
-
-_NAME = "dkf_fused"
-
-
-class _Options(NamedTuple):
-    """What is no tensor in a call."""
-
-    experts: int
-    norms: int
-    folded: bool
-    relu: list[bool]  # K
-    eps: list[float]  # n
-    backend: str
-    running: list[Tensor]  # 2n, updated in place by the kernels; or none
-    momentum: list[float]  # n
-
-    def arguments(self, tensors: Sequence[Tensor | None]) -> DkfArguments:
-        """The tensors, maps first, then weights and biases, in their places."""
-        k, n, tensors = self.experts, self.norms, list(tensors)
-        maps = 3 * k if self.folded else 2 * k
-        return DkfArguments(
-            tensors[:k],  # type: ignore[arg-type]
-            tensors[k : 2 * k],  # type: ignore[arg-type]
-            tensors[2 * k : maps],  # type: ignore[arg-type]
-            tensors[maps : maps + n],
-            tensors[maps + n :],
-            self.relu,
-        )
+from shike_fast.ops._guards import is_plain, materialised
 
 
 def kernels_of(backend: str) -> ModuleType:
     """The module with the backend's ``dkf_*`` functions."""
-    return _fused.kernels("dkf", backend, _native_dkf)
-
-
-# ---- the operators
-
-_MAPS = "Tensor[] deep, Tensor[] shallow, Tensor[] shortcut, Tensor?[] weight, Tensor?[] bias"
+    return _dispatch.kernels("dkf", backend, _native_dkf)
 
 
 def _forward(
@@ -72,227 +29,100 @@ def _forward(
     shortcut: list[Tensor],
     weight: list[Tensor | None],
     bias: list[Tensor | None],
-    normalisers: Tensor | None,
+    mean_rstd: Tensor | None,  # [n, 3, C]: mean, what its rounding left, 1/σ; None: training
     eps: list[float],
     relu: list[bool],
     backend: str,
+    running: Sequence[Tensor] = (),  # 2n: mean and variance of each norm, updated in place; or none
+    momentum: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f [K, B, C], statistics for the running ones [n, 2, C], sums for the backward [K, S, B, C], mean_rstd if new."""
     args = DkfArguments(deep, shallow, shortcut, weight, bias, relu)
-    f, sums, made, statistics = kernels_of(backend).dkf_forward(args, normalisers, eps, [], [0.0] * args.norms)
-    return f, sums, args.new(0, 3, made.shape[2]) if normalisers is not None else made, statistics
+    f, sums, new_mean_rstd, statistics = kernels_of(backend).dkf_forward(
+        args, mean_rstd, eps, running, momentum or [0.0] * args.norms
+    )
+    return f, statistics, sums, new_mean_rstd if mean_rstd is None else args.new(0, 3, new_mean_rstd.shape[2])
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    deep, shallow, shortcut, weight, bias, normalisers, _eps, relu, _backend = args
-    arguments = DkfArguments(deep, shallow, shortcut, weight, bias, relu)
-    return arguments.new_results(training=normalisers is None)
+    *tensors, mean_rstd, _eps, relu, _backend = args
+    f, sums, new_mean_rstd, statistics = DkfArguments._make((*tensors, relu)).new_results(training=mean_rstd is None)
+    return f, statistics, sums, new_mean_rstd
 
 
-def _backward(
-    incoming: Tensor,
-    deep: list[Tensor],
-    shallow: list[Tensor],
-    shortcut: list[Tensor],
-    weight: list[Tensor | None],
-    bias: list[Tensor | None],
-    sums: Tensor,
-    normalisers: Tensor,
-    training: bool,
-    relu: list[bool],
-    backend: str,
-) -> tuple[list[Tensor], Tensor]:
-    args, kernels = DkfArguments(deep, shallow, shortcut, weight, bias, relu), kernels_of(backend)
-    incoming = incoming.to(deep[0].dtype).contiguous()
-    vectors = kernels.dkf_vector_gradients(args, incoming, sums)
-    inverse_count = 1.0 / args.values if training else 0.0
-    return kernels.dkf_map_gradients(args, incoming, normalisers, vectors, inverse_count), vectors
+def _backward(grad_output: Tensor, *args: Any) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the maps, and of weights and biases [n, 2, C]."""
+    *tensors, mean_rstd, sums, new_mean_rstd, _eps, relu, backend = args
+    arguments, kernels = DkfArguments._make((*tensors, relu)), kernels_of(backend)
+    grad_output = grad_output.to(arguments.deep[0].dtype).contiguous()
+    vectors = kernels.dkf_vector_gradients(arguments, grad_output, sums)
+    used, inverse_count = (new_mean_rstd, 1.0 / arguments.values) if mean_rstd is None else (mean_rstd, 0.0)
+    return kernels.dkf_map_gradients(arguments, grad_output, used, vectors, inverse_count), vectors
 
 
-def _fake_backward(incoming: Tensor, *args: Any) -> tuple[list[Tensor], Tensor]:
-    deep, shallow, shortcut, weight, bias, _sums, _normalisers, _training, relu, _backend = args
-    arguments = DkfArguments(deep, shallow, shortcut, weight, bias, relu)
-    return arguments.new_gradients(), arguments.new(arguments.norms, 2, incoming.shape[2])
+def _fake_backward(grad_output: Tensor, *args: Any) -> tuple[list[Tensor], Tensor]:
+    *tensors, _mean_rstd, _sums, _new_mean_rstd, _eps, relu, _backend = args
+    arguments = DkfArguments._make((*tensors, relu))
+    return arguments.new_gradients(), arguments.new(arguments.norms, 2, grad_output.shape[2])
 
 
-# ---- the derivative
+def gradients_of_maps_and_vectors(computed: tuple[list[Tensor], Tensor], _dims: int) -> list[Tensor]:
+    """One list: maps, weights, biases."""
+    maps, vectors = computed
+    return [*maps, *vectors[:, 0].unbind(0), *vectors[:, 1].unbind(0)]
 
 
-class _Fusion(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, options: _Options, beside: list[Tensor] | None, normalisers: Tensor | None, *tensors: Tensor | None
-    ) -> Tensor | tuple[Tensor, ...]:
-        out = _run(options, beside is not None, normalisers, tensors)
-        _keep(ctx, options, normalisers, tensors, out)
-        if beside is not None:  # called directly: what is not differentiable need not pass through autograd
-            beside.append(out[3])
-            return out[0]
-        ctx.mark_non_differentiable(*out[1:])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        options: _Options = ctx.options
-        *tensors, sums, normalisers = ctx.saved_tensors
-        if incoming is None:
-            return (None,) * (3 + len(tensors))
-        args = options.arguments(tensors)
-        present = [tensor for tensor in tensors if tensor is not None]
-        run = _backward if is_plain(incoming, *present, sums, normalisers) else _backward_op
-        maps, vectors = run(incoming, *args[:-1], sums, normalisers, ctx.training, options.relu, options.backend)
-        of_vectors = [*vectors.unbind(0)] if options.norms > 0 else []
-        gradients = [
-            *maps,
-            *(None if w is None else pair[0] for w, pair in zip(args.weight, of_vectors, strict=True)),
-            *(None if b is None else pair[1] for b, pair in zip(args.bias, of_vectors, strict=True)),
-        ]
-        if torch.is_grad_enabled():  # a graph of the backward is wanted
-            gradients = [
-                None if gradient is None else differentiable_once(_NAME, gradient, incoming, *present)
-                for gradient in gradients
-            ]
-        return None, None, None, *gradients
-
-
-class _TransformedFusion(_Fusion):
-    """The same for torch.func, which wants the context set apart from the forward; that costs time otherwise."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        options, _, normalisers, *tensors = args
-        return _run(options, is_plain(normalisers, *tensors), normalisers, tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        options, _, normalisers, *tensors = inputs
-        _keep(ctx, options, normalisers, tensors, output)
-        ctx.mark_non_differentiable(*output[1:])
-
-
-def _run(
-    options: _Options, direct: bool, normalisers: Tensor | None, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """f, sums, normalisers that were made, statistics."""
-    args = options.arguments(tensors)
-    if direct:
-        f, sums, kept, statistics = kernels_of(options.backend).dkf_forward(
-            args, normalisers, options.eps, options.running, options.momentum
-        )
-        return f, sums, kept if normalisers is None else sums.new_empty(0), statistics
-    with torch._C._AutoDispatchBelowAutograd():
-        out: tuple[Tensor, ...] = _op(*args[:-1], normalisers, options.eps, options.relu, options.backend)
-    return out
-
-
-def _keep(
-    ctx: Any,
-    options: _Options,
-    normalisers: Tensor | None,
-    tensors: Sequence[Tensor | None],
-    out: Sequence[Tensor],
-) -> None:
-    ctx.options, ctx.training = options, normalisers is None
-    ctx.save_for_backward(*tensors, out[1], out[2] if normalisers is None else normalisers)
-    ctx.set_materialize_grads(False)
-
-
-def _with_autograd(
-    deep: list[Tensor],
-    shallow: list[Tensor],
-    shortcut: list[Tensor],
-    weight: list[Tensor | None],
-    bias: list[Tensor | None],
-    normalisers: Tensor | None,
-    eps: list[float],
-    relu: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    tensors = [*deep, *shallow, *shortcut, *weight, *bias]
-    forbid_tangents(_NAME, normalisers, *tensors)
-    options = _Options(len(deep), len(weight), len(shortcut) > 0, relu, eps, backend, [], [0.0] * len(weight))
-    if not _needs_gradient(tensors):
-        return _run(options, False, normalisers, tensors)
-    out: tuple[Tensor, ...] = _Fusion.apply(options, None, normalisers, *tensors)
-    return out
-
-
-_op = define_opaque(
-    f"{_NAME}({_MAPS}, Tensor? normalisers, float[] eps, bool[] relu, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-    _with_autograd,
+FUSED = Fused(
+    "dkf_fused",
+    forward=_forward,
+    backward=_backward,
+    gradients=gradients_of_maps_and_vectors,
+    differentiable=5,
+    shown=1,
+).register(
+    "Tensor[] deep, Tensor[] shallow, Tensor[] shortcut, Tensor?[] weight, Tensor?[] bias, Tensor? mean_rstd",
+    "float[] eps, bool[] relu, str backend",
+    "Tensor sums, Tensor new_mean_rstd",
+    results="(Tensor, Tensor, Tensor, Tensor)",
+    gradients="(Tensor[], Tensor)",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
 )
-_backward_op = define_opaque(
-    f"{_NAME}_backward(Tensor incoming, {_MAPS}, Tensor sums, Tensor normalisers, bool training, bool[] relu, "
-    "str backend) -> (Tensor[], Tensor)",
-    _backward,
-    _fake_backward,
-    no_derivative(_NAME, lambda *args: getattr(torch.ops.shike_fast, f"{_NAME}_backward").default(*args)),
-)
-
-
-def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-# ---- what the public functions call
 
 
 def fuse(
+    backend: str,
     deep: list[Tensor],
     shallow: list[Tensor],
     shortcut: list[Tensor],
     norms: list[BatchNormArguments],  # none, K or 2K: those of the shallow maps, then those of the deep ones
     relu: list[bool],
-    backend: str,
 ) -> Tensor:
     """f [K, B, C] of K experts; all norms train, or none does."""
     dtype = accumulation_dtype(deep[0].dtype)
     training = len(norms) > 0 and norms[0].training
-    tensors = [*deep, *shallow, *shortcut, *vectors_of(norms, dtype)]
-    kept = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None] if training else []
+    vectors = vectors_of(norms, dtype)
     if training:
-        normalisers = None
-    elif norms:
-        normalisers = running_normalisers(norms, dtype)
+        mean_rstd, kept = None, [t for norm in norms for t in norm[2:4] if t is not None]
     else:
-        normalisers = deep[0].new_empty((0, 3, deep[0].shape[1]), dtype=dtype)
-    plain = is_plain(normalisers, *tensors, *kept)
-    # The kernels update running statistics that look as they need them and that no two normalisations share.
-    in_kernel = plain and len(kept) == 2 * len(norms) and all(_fits(t, dtype) for t in kept)
-    in_kernel = in_kernel and len({t.data_ptr() for t in kept}) == len(kept)
-    options = _Options(
-        len(deep),
-        len(norms),
-        len(shortcut) > 0,
-        relu,
-        [norm.eps for norm in norms],
-        backend,
-        kept if in_kernel else [],
-        [norm.momentum for norm in norms],
-    )
-    if plain:
-        if _needs_gradient(tensors):
-            beside: list[Tensor] = []
-            f, statistics = _Fusion.apply(options, beside, normalisers, *tensors), *beside
-        else:
-            f, _, _, statistics = _run(options, True, normalisers, tensors)
-    elif torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
-        f, _, _, statistics = _TransformedFusion.apply(options, None, normalisers, *tensors)
+        mean_rstd, kept = _running_mean_rstd(norms, dtype, deep[0]), []
+    groups = deep, shallow, shortcut, vectors[: len(norms)], vectors[len(norms) :], mean_rstd
+    options = [norm.eps for norm in norms], relu, backend
+    if is_plain(*deep, *shallow, *shortcut, *vectors, mean_rstd, *kept):
+        # The kernels update running statistics that look as they need them and that no two normalisations share.
+        in_kernel = len(kept) == 2 * len(norms) and all(t.dtype == dtype and t.is_contiguous() for t in kept)
+        in_kernel = in_kernel and len({t.data_ptr() for t in kept}) == len(kept)
+        running = kept if in_kernel else []
+        f, statistics = FUSED.direct(groups, options, (running, [norm.momentum for norm in norms]))[:2]
     else:
-        args = options.arguments(tensors)
-        f, _, _, statistics = _op(*args[:-1], normalisers, options.eps, relu, backend)
-    if kept and not in_kernel:
+        running = []
+        f, statistics = FUSED.dispatched(groups, options)[:2]
+    if kept and not running:
         update_running(norms, statistics)
-    for tensor in options.running:
+    for tensor in running:
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
-    result: Tensor = f
-    return result
-
-
-def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype == dtype and tensor.is_contiguous()
+    return f
 
 
 def vectors_of(norms: Sequence[BatchNormArguments], dtype: torch.dtype) -> list[Tensor | None]:
@@ -303,8 +133,10 @@ def vectors_of(norms: Sequence[BatchNormArguments], dtype: torch.dtype) -> list[
     ]
 
 
-def running_normalisers(norms: Sequence[BatchNormArguments], dtype: torch.dtype) -> Tensor:
+def _running_mean_rstd(norms: Sequence[BatchNormArguments], dtype: torch.dtype, map_: Tensor) -> Tensor:
     """[n, 3, C] from running statistics: the mean, no rest, 1 / sqrt(var + eps)."""
+    if not norms:
+        return map_.new_empty((0, 3, map_.shape[1]), dtype=dtype)
     rows = []
     for norm in norms:
         assert norm.running_mean is not None and norm.running_var is not None

@@ -1,6 +1,7 @@
 """Depth-wise knowledge fusion in the compiled library, on the CPU and on CUDA devices.
 
-The functions have the signatures that ``shike_fast.kernels.dkf`` has in Triton. ``csrc/dkf.h`` says what they compute.
+The functions have the signatures that ``shike_fast.kernels.fusion.dkf`` has in Triton. ``csrc/fusion/call.h`` says what
+they compute.
 """
 
 from typing import Any
@@ -10,28 +11,38 @@ from torch import Tensor
 
 from shike_fast.ops._dkf_arguments import DkfArguments
 from shike_fast.ops._native import native
-from shike_fast.ops._native_loss import DTYPES, address, stream
+from shike_fast.ops._native_loss import DTYPES, queue_of
 
 
 def dkf_forward(
     args: DkfArguments,
-    normalisers: Tensor | None,  # [n, 3, C]; None: training
+    mean_rstd: Tensor | None,  # [n, 3, C]; None: training
     eps: list[float],  # n
     running: list[Tensor],  # 2n: mean and variance of each normalisation, updated in place; or none
     momentum: list[float],  # n
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f [K, B, C], sums [K, S, B, C], normalisers [n, 3, C] and, in training, statistics [n, 2, C]."""
-    training = normalisers is None
-    f, sums, new_normalisers, statistics = args.new_results(training)
-    kept = new_normalisers if normalisers is None else normalisers
-    common = _common(args, eps, running, momentum)
-    call = (common, training, f.data_ptr(), (sums.data_ptr(), kept.data_ptr()), statistics.data_ptr())
+    """f [K, B, C], sums [K, S, B, C], mean and rstd [n, 3, C] and, in training, statistics [n, 2, C]."""
+    training = mean_rstd is None
+    f, sums, new_mean_rstd, statistics = args.new_results(training)
+    kept = new_mean_rstd if mean_rstd is None else mean_rstd
+    common = _common(args)
+    call = {
+        **common,
+        "running_mean": running[::2],
+        "running_var": running[1::2],
+        "momentum": momentum,
+        "eps": eps,
+        "training": training,
+        "f": f,
+        "sums": sums,
+        "mean_rstd": kept,
+        "statistics": statistics,
+    }
     if f.device.type == "cpu":
-        native().cpu_dkf_forward(*call, torch.get_num_threads())
+        native().cpu_dkf_forward(**call, threads=torch.get_num_threads())
     else:
-        device = f.device.index
-        workspace = args.new(native().cuda_dkf_workspace(common, training, device))
-        native().cuda_dkf_forward(*call, workspace.data_ptr(), device, stream(device))
+        size = native().cuda_dkf_workspace(**common, training=training, device=f.device.index)
+        native().cuda_dkf_forward(**call, workspace=args.new(size), **queue_of(f))
     return f, sums, kept, statistics
 
 
@@ -40,63 +51,60 @@ def dkf_statistics(maps: list[Tensor]) -> Tensor:
     first = maps[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     statistics = first.new_empty((len(maps), 3, first.shape[1]), dtype=dtype)
-    call = (_shape(first), _layouts(maps))
+    call = {"dtype": DTYPES[first.dtype], "shape": first.shape, "maps": maps}
     if first.device.type == "cpu":
-        native().cpu_dkf_statistics(*call, statistics.data_ptr(), torch.get_num_threads())
+        native().cpu_dkf_statistics(**call, statistics=statistics, threads=torch.get_num_threads())
     else:
-        device = first.device.index
-        workspace = statistics.new_empty(native().cuda_dkf_statistics_workspace(*call, device))
-        native().cuda_dkf_statistics(*call, statistics.data_ptr(), workspace.data_ptr(), device, stream(device))
+        size = native().cuda_dkf_statistics_workspace(**call, device=first.device.index)
+        workspace = statistics.new_empty(size)
+        native().cuda_dkf_statistics(**call, statistics=statistics, workspace=workspace, **queue_of(first))
     return statistics
 
 
-def dkf_vector_gradients(args: DkfArguments, incoming: Tensor, sums: Tensor) -> Tensor:
-    """Gradients of weights and biases [n, 2, C]; ``incoming`` is [K, B, C], contiguous, in the maps' dtype."""
+def dkf_vector_gradients(args: DkfArguments, grad_output: Tensor, sums: Tensor) -> Tensor:
+    """Gradients of weights and biases [n, 2, C]; ``grad_output`` is [K, B, C], contiguous, in the maps' dtype."""
     vectors = args.new(args.norms, 2, sums.shape[3])
-    call = (_common(args), incoming.data_ptr(), sums.data_ptr(), vectors.data_ptr())
+    call = {**_common(args), "grad_output": grad_output, "sums": sums, "vectors": vectors}
     if vectors.device.type == "cpu":
-        native().cpu_dkf_vector_gradients(*call, torch.get_num_threads())
+        native().cpu_dkf_vector_gradients(**call, threads=torch.get_num_threads())
     else:
-        native().cuda_dkf_vector_gradients(*call, vectors.device.index, stream(vectors.device.index))
+        native().cuda_dkf_vector_gradients(**call, **queue_of(vectors))
     return vectors
 
 
 def dkf_map_gradients(
-    args: DkfArguments, incoming: Tensor, normalisers: Tensor, vectors: Tensor, inverse_count: float
+    args: DkfArguments, grad_output: Tensor, mean_rstd: Tensor, vectors: Tensor, inverse_count: float
 ) -> list[Tensor]:
     """Gradients of the maps, in the order of ``args.maps``."""
     gradients = args.new_gradients()
-    call = (
-        _common(args),
-        (0, normalisers.data_ptr()),
-        incoming.data_ptr(),
-        _layouts(gradients),
-        vectors.data_ptr(),
-        inverse_count,
-    )
-    if incoming.device.type == "cpu":
-        native().cpu_dkf_map_gradients(*call, torch.get_num_threads())
+    experts = args.experts
+    call = {
+        **_common(args),
+        "mean_rstd": mean_rstd,
+        "grad_output": grad_output,
+        "vectors": vectors,
+        "inverse_count": inverse_count,
+        "grad_deep": gradients[:experts],
+        "grad_shallow": gradients[experts : 2 * experts],
+        "grad_shortcut": gradients[2 * experts :],
+    }
+    if grad_output.device.type == "cpu":
+        native().cpu_dkf_map_gradients(**call, threads=torch.get_num_threads())
     else:
-        native().cuda_dkf_map_gradients(*call, incoming.device.index, stream(incoming.device.index))
+        native().cuda_dkf_map_gradients(**call, **queue_of(grad_output))
     return gradients
 
 
-def _common(
-    args: DkfArguments, eps: list[float] | None = None, running: list[Tensor] | None = None, momentum: Any = None
-) -> tuple[Any, ...]:
-    """What every call begins with: Common of csrc/dkf.cpp."""
-    vectors, numbers = [], []
-    for i, (weight, bias) in enumerate(zip(args.weight, args.bias, strict=True)):
-        kept = [tensor.data_ptr() for tensor in running[2 * i : 2 * i + 2]] if running else [0, 0]
-        vectors += [address(weight), address(bias), *kept]
-        numbers += [momentum[i], eps[i]] if eps is not None else [0.0, 1.0]
-    return _shape(args.deep[0]), _layouts(args.maps), vectors, numbers, args.relu
-
-
-def _shape(map_: Tensor) -> tuple[int, ...]:
-    return DTYPES[map_.dtype], *map_.shape
-
-
-def _layouts(maps: list[Tensor]) -> list[int]:
-    """Address and strides of each map."""
-    return [number for map_ in maps for number in (map_.data_ptr(), *map_.stride())]
+def _common(args: DkfArguments) -> dict[str, Any]:
+    """What every call takes: Fusion of csrc/fusion/call.h."""
+    first = args.deep[0]
+    return {
+        "dtype": DTYPES[first.dtype],
+        "shape": first.shape,
+        "relu": args.relu,
+        "deep": args.deep,
+        "shallow": args.shallow,
+        "shortcut": args.shortcut,
+        "weight": args.weight,
+        "bias": args.bias,
+    }

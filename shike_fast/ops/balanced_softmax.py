@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shike_fast.ops import _backend, _fused
 from shike_fast.ops._checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
+    as_list,
     as_tensor,
     check_dense,
     check_device,
     check_logits,
     check_target,
     describe,
-    stacked,
     values_are_readable,
 )
-from shike_fast.ops._library import define_composite, has_tangent
+from shike_fast.ops._guards import has_tangent
+from shike_fast.ops._losses import loss_operator
 from shike_fast.ops.cross_entropy import composite_cross_entropy, fused_cross_entropy
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def balanced_softmax_loss(
     first, shape = check_logits(_NAME, logits)
     check_target(_NAME, target, first, shape)
     counts = _checked_counts(as_tensor(class_counts, first.device), first, shape[2])
-    loss: Tensor = _backend.run(_NAME, backend, logits, target, counts)
+    loss: Tensor = _OPERATOR.run(backend, logits, target, counts)
     return loss
 
 
@@ -109,18 +109,15 @@ def _composite(logits: Tensor, target: Tensor, class_counts: Tensor) -> Tensor:
     return composite_cross_entropy(logits, target, log_counts(class_counts, logits.dtype), 0.0)
 
 
-_op = define_composite(f"{_NAME}(Tensor logits, Tensor target, Tensor class_counts) -> Tensor", _composite)
+def _fused(backend: str, logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor) -> Tensor:
+    bias = log_counts(class_counts, as_list(logits)[0].dtype)
+    return fused_cross_entropy(backend, logits, target, bias, 0.0)
 
 
-def _reference(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor) -> Tensor:
-    loss: Tensor = _op(stacked(logits), target, class_counts)
-    return loss
-
-
-def _fused_loss(logits: Tensor | Sequence[Tensor], target: Tensor, class_counts: Tensor, backend: str) -> Tensor:
-    experts = _fused.as_list(logits)
-    return fused_cross_entropy(logits, target, log_counts(class_counts, experts[0].dtype), 0.0, backend)
-
-
-_backend.register(_NAME, "reference", _reference)
-_fused.register_fused_loss(_NAME, _fused_loss, any_number_of_experts=True)
+_OPERATOR = loss_operator(
+    _NAME,
+    "(Tensor logits, Tensor target, Tensor class_counts) -> Tensor",
+    _composite,
+    fused=_fused,
+    any_number_of_experts=True,
+)

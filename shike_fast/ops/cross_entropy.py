@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shike_fast.ops import _backend, _fused, _native_loss
+from shike_fast.ops import _native_loss
 from shike_fast.ops._checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
     accumulation_dtype,
+    as_list,
     as_tensor,
     check_dense,
     check_device,
@@ -18,9 +19,10 @@ from shike_fast.ops._checks import (
     check_logits,
     check_target,
     describe,
-    stacked,
 )
-from shike_fast.ops._library import define_composite, define_fused_loss, materialised
+from shike_fast.ops._dispatch import MAX_EXPERTS, kernels
+from shike_fast.ops._guards import materialised
+from shike_fast.ops._losses import fused_loss, loss_operator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +75,7 @@ def expert_cross_entropy(
     smoothing = check_finite(_NAME, "label_smoothing", label_smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
-    loss: Tensor = _backend.run(_NAME, backend, logits, target, checked_bias, smoothing)
+    loss: Tensor = _OPERATOR.run(backend, logits, target, checked_bias, smoothing)
     return loss
 
 
@@ -90,6 +92,9 @@ def _checked_bias(bias: object, first: Tensor, shape: tuple[int, int, int]) -> T
         raise ValueError(f"{_NAME}: bias must be {expected}, got {describe(bias)}")
     check_device(_NAME, "bias", bias, first, "logits")
     return bias
+
+
+# ---- the reference
 
 
 def composite_cross_entropy(
@@ -112,48 +117,36 @@ def composite_cross_entropy(
     return loss / max(batch, 1)  # an empty batch sums to 0
 
 
-_op = define_composite(
-    f"{_NAME}(Tensor logits, Tensor target, Tensor? bias, float label_smoothing) -> Tensor", composite_cross_entropy
-)
+# ---- the fused kernels
 
-_fused_op = define_fused_loss(
+_FUSED = fused_loss(
     f"{_NAME}_fused",
     "Tensor target, Tensor? bias",
     "float label_smoothing",
-    2,
-    forward=lambda *args: _fused.kernels("cross_entropy", args[-1], _native_loss).cross_entropy_forward(*args[:-1]),
-    backward=lambda *args: _fused.kernels("cross_entropy", args[-1], _native_loss).cross_entropy_backward(*args[:-1]),
+    forward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_forward(*args[:-1]),
+    backward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_backward(*args[:-1]),
     fake_forward=_native_loss.new_cross_entropy_results,
 )
 
 
-def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> Tensor:
-    loss: Tensor = _op(stacked(logits), *args)
-    return loss
-
-
 def fused_cross_entropy(
-    logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float, backend: str
+    backend: str, logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
 ) -> Tensor:
     """The fused computation, also behind ``balanced_softmax_loss``; the bias counts as a constant.
 
     The kernels take eight experts at most, so more go in groups: the loss is a sum over the experts.
     """
-    experts = _fused.as_list(logits)
+    experts, options = as_list(logits), (label_smoothing, backend)
     if bias is not None:
         bias = materialised(bias.to(accumulation_dtype(experts[0].dtype))).contiguous()
-    most = _fused.MAX_EXPERTS
-    if len(logits) <= most:
-        return _fused_op(experts, target, bias, label_smoothing, backend)[0]
+    if len(logits) <= MAX_EXPERTS:
+        return _FUSED((experts, target, bias), options)[0]
     if isinstance(logits, Tensor):
-        groups = [[group] for group in logits.split(most)]  # whose derivative joins the gradients in one copy
+        groups = [[group] for group in logits.split(MAX_EXPERTS)]  # whose derivative joins the gradients in one copy
     else:
-        groups = [experts[i : i + most] for i in range(0, len(experts), most)]
-    biases = bias.split(most) if bias is not None and bias.dim() == 2 else [bias] * len(groups)
-    losses = [
-        _fused_op(group, target, of_group, label_smoothing, backend)[0]
-        for group, of_group in zip(groups, biases, strict=True)
-    ]
+        groups = [experts[i : i + MAX_EXPERTS] for i in range(0, len(experts), MAX_EXPERTS)]
+    biases = bias.split(MAX_EXPERTS) if bias is not None and bias.dim() == 2 else [bias] * len(groups)
+    losses = [_FUSED((group, target, of_group), options)[0] for group, of_group in zip(groups, biases, strict=True)]
     return torch.stack(losses).sum()
 
 
@@ -165,5 +158,13 @@ def _refuses(
     return None
 
 
-_backend.register(_NAME, "reference", _reference)
-_fused.register_fused_loss(_NAME, fused_cross_entropy, _refuses, any_number_of_experts=True)
+# ---- the record
+
+_OPERATOR = loss_operator(
+    _NAME,
+    "(Tensor logits, Tensor target, Tensor? bias, float label_smoothing) -> Tensor",
+    composite_cross_entropy,
+    fused=fused_cross_entropy,
+    refuses=_refuses,
+    any_number_of_experts=True,
+)

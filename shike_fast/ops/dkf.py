@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shike_fast.ops import _backend, _fused
+from shike_fast.ops import _dispatch
 from shike_fast.ops._checks import accumulation_dtype, check_channel_vector, check_finite, check_maps, describe
+from shike_fast.ops._dispatch import Operator
+from shike_fast.ops._distributed import fuse_synced
 from shike_fast.ops._dkf_arguments import BatchNormArguments
 from shike_fast.ops._fused_dkf import fuse
-from shike_fast.ops._library import define_composite, has_tangent, materialised
+from shike_fast.ops._guards import has_tangent, is_transformed, materialised
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_POOL = "dkf_pool"
-_BN_POOL = "dkf_bn_pool"
-_EXPERTS = "dkf_experts"
 
 
 def dkf_pool(deep: Tensor, shallow: Tensor, *, backend: str | None = None) -> Tensor:
@@ -45,8 +43,8 @@ def dkf_pool(deep: Tensor, shallow: Tensor, *, backend: str | None = None) -> Te
 
     Source: SHIKE (CVPR 2023), section 3.2, depth-wise knowledge fusion.
     """
-    check_maps(_POOL, deep, shallow)
-    pooled: Tensor = _backend.run(_POOL, backend, deep, shallow)
+    check_maps("dkf_pool", deep, shallow)
+    pooled: Tensor = _POOL.run(backend, [deep], [shallow], [], [], [False])
     return pooled
 
 
@@ -105,13 +103,10 @@ def dkf_bn_pool(
 
     Source: SHIKE (CVPR 2023), section 3.2; Ioffe and Szegedy, "Batch Normalization", 2015.
     """
-    check_maps(_BN_POOL, deep, shallow)
+    check_maps("dkf_bn_pool", deep, shallow)
     norm = BatchNormArguments(weight, bias, running_mean, running_var, training, momentum, eps)
-    norm = _checked_norm(_BN_POOL, "", norm, shallow, process_group)
-    if process_group is not None and training:
-        return _synced(_BN_POOL, backend, [deep], [shallow], [], [norm], [relu], process_group)[0]
-    pooled: Tensor = _backend.run(_BN_POOL, backend, deep, shallow, *norm, relu)
-    return pooled
+    norm = _checked_norm("dkf_bn_pool", "", norm, shallow, process_group)
+    return _run(_BN_POOL, backend, [deep], [shallow], [], [norm], [relu], process_group)
 
 
 def dkf_experts(
@@ -154,23 +149,38 @@ def dkf_experts(
     Source: SHIKE (CVPR 2023), section 3.2; the residual block of He et al., 2016.
     """
     maps = _checked_maps(deep, shallow, shortcut, deep_norms)
-    all_norms = [*norms, *(deep_norms or ())]
     for name, members in (("norms", norms), ("relu", relu), ("deep_norms", deep_norms)):
         if members is not None and len(members) != len(deep):
-            raise ValueError(f"{_EXPERTS}: {name} must have K={len(deep)} members, got {len(members)}")
+            raise ValueError(f"dkf_experts: {name} must have K={len(deep)} members, got {len(members)}")
     all_norms = [
-        _checked_norm(
-            _EXPERTS, f"{'deep_' if i >= len(deep) else ''}norms[{i % len(deep)}].", norm, maps[1][0], process_group
-        )
-        for i, norm in enumerate(all_norms)
+        _checked_norm("dkf_experts", f"{name}[{k}].", norm, maps[1][0], process_group)
+        for name, members in (("norms", norms), ("deep_norms", deep_norms or ()))
+        for k, norm in enumerate(members)
     ]
-    flags = [bool(flag) for flag in relu]
-    if process_group is not None and all(norm.training for norm in all_norms):
-        return _synced(_EXPERTS, backend, *maps, all_norms, flags, process_group)
-    if process_group is not None and any(norm.training for norm in all_norms):
-        raise ValueError(f"{_EXPERTS}: process_group needs norms that all train, or none")
-    fused: Tensor = _backend.run(_EXPERTS, backend, *maps, all_norms, flags)
-    return fused
+    if process_group is not None and len({norm.training for norm in all_norms}) > 1:
+        raise ValueError("dkf_experts: process_group needs norms that all train, or none")
+    return _run(_EXPERTS, backend, *maps, all_norms, [bool(flag) for flag in relu], process_group)
+
+
+def _run(
+    operator: Operator,
+    backend: str | None,
+    deep: list[Tensor],
+    shallow: list[Tensor],
+    shortcut: list[Tensor],
+    norms: list[BatchNormArguments],
+    relu: list[bool],
+    group: "ProcessGroup | None",
+) -> Tensor:
+    """f, with the statistics of this process or, in training, of a group."""
+    arguments = deep, shallow, shortcut, norms, relu
+    if group is None or not norms[0].training:
+        fused: Tensor = operator.run(backend, *arguments)
+        return fused
+    # A process without samples has to take part whatever backend is named, but runs no kernel.
+    chosen = "reference" if deep[0].shape[0] == 0 else operator.choose(backend, *arguments)
+    f = fuse_synced(operator.name, *arguments, group, chosen)
+    return f if operator is _EXPERTS else f.squeeze(0)
 
 
 # ---- checks
@@ -184,20 +194,20 @@ def _checked_maps(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     if (shortcut is None) != (deep_norms is None):
         missing = "shortcut" if shortcut is None else "deep_norms"
-        raise ValueError(f"{_EXPERTS}: shortcut and deep_norms must both be given or both be None, got no {missing}")
+        raise ValueError(f"dkf_experts: shortcut and deep_norms must both be given or both be None, got no {missing}")
     for name, maps in (("deep", deep), ("shallow", shallow), ("shortcut", shortcut or [])):
         if not isinstance(maps, list | tuple):
             kind = type(maps).__name__
-            raise TypeError(f"{_EXPERTS}: {name} must be a list or tuple of K tensors [B, C, H, W], got {kind}")
+            raise TypeError(f"dkf_experts: {name} must be a list or tuple of K tensors [B, C, H, W], got {kind}")
     if len(deep) == 0:
-        raise ValueError(f"{_EXPERTS}: deep must have K >= 1 members, got none")
+        raise ValueError("dkf_experts: deep must have K >= 1 members, got none")
     for name, members in (("shallow", shallow), ("shortcut", shortcut)):
         if members is not None and len(members) != len(deep):
-            raise ValueError(f"{_EXPERTS}: {name} must have K={len(deep)} members, got {len(members)}")
-    check_maps(_EXPERTS, deep[0], deep[0], ("deep[0]", "deep[0]"))
+            raise ValueError(f"dkf_experts: {name} must have K={len(deep)} members, got {len(members)}")
+    check_maps("dkf_experts", deep[0], deep[0], ("deep[0]", "deep[0]"))
     for name, maps in (("deep", deep), ("shallow", shallow), ("shortcut", shortcut or [])):
         for k, map_ in enumerate(maps):
-            check_maps(_EXPERTS, deep[0], map_, ("deep[0]", f"{name}[{k}]"))
+            check_maps("dkf_experts", deep[0], map_, ("deep[0]", f"{name}[{k}]"))
     return list(deep), list(shallow), list(shortcut or [])
 
 
@@ -288,22 +298,13 @@ def _composite_bn_pool(
     return (deep.to(dtype) * activated).mean((2, 3)).to(result)
 
 
-_pool_op = define_composite(f"{_POOL}(Tensor deep, Tensor shallow) -> Tensor", _composite_pool)
-_bn_pool_op = define_composite(
-    f"{_BN_POOL}(Tensor deep, Tensor shallow, Tensor? weight, Tensor? bias, "
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu) -> Tensor",
-    _composite_bn_pool,
-)
-
-
 def _reference_bn_pool(*args: Any) -> Tensor:
     # an operator that changes some of its arguments in place is closed to torch.func.vmap and torch.func.functionalize
-    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
-    pooled: Tensor = (_composite_bn_pool if transformed else _bn_pool_op)(*args)
+    pooled: Tensor = (_composite_bn_pool if is_transformed() else _BN_POOL.op)(*args)
     return pooled
 
 
-def _reference_experts(
+def _reference(
     deep: list[Tensor],
     shallow: list[Tensor],
     shortcut: list[Tensor],
@@ -314,32 +315,14 @@ def _reference_experts(
     for map_ in (*deep, *shallow, *shortcut):
         result = torch.promote_types(result, map_.dtype)
     dtype, pooled = accumulation_dtype(result), []
-    for k, (map_, norm) in enumerate(zip(deep, norms, strict=False)):
+    for k, map_ in enumerate(deep):
         if shortcut:
             map_ = (_batch_norm(map_, *norms[len(deep) + k], dtype) + shortcut[k].to(dtype)).relu()
-        pooled.append(_reference_bn_pool(map_, shallow[k], *norm, relu[k]).to(result))
+        pooled.append(_reference_bn_pool(map_, shallow[k], *norms[k], relu[k]).to(result))
     return torch.stack(pooled)
 
 
 # ---- the fused kernels
-
-
-def _synced(
-    op: str,
-    backend: str | None,
-    deep: list[Tensor],
-    shallow: list[Tensor],
-    shortcut: list[Tensor],
-    norms: list[BatchNormArguments],
-    relu: list[bool],
-    group: "ProcessGroup",
-) -> Tensor:
-    from shike_fast.ops._synced_dkf import fuse_synced  # a PyTorch without torch.distributed has no groups either
-
-    # A process without samples has to take part whatever backend is named, but runs no kernel.
-    empty = deep[0].shape[0] == 0
-    chosen = "reference" if empty else _backend.choose(_EXPERTS, backend, deep, shallow, shortcut, norms, relu)
-    return fuse_synced(op, deep, shallow, shortcut, norms, relu, group, chosen)
 
 
 def _refuses(
@@ -351,13 +334,13 @@ def _refuses(
     relu: list[bool],
 ) -> str | None:
     for map_ in (*deep, *shallow, *shortcut):
-        if (reason := _fused.refuses_tensor(backend, map_, "the maps are")) is not None:
+        if (reason := _dispatch.refuses_tensor(backend, map_, "the maps are")) is not None:
             return reason
         if map_.dtype != deep[0].dtype:
             return f"it takes maps of one dtype, got {describe(deep[0])} and {describe(map_)}"
-    if len(deep) > _fused.MAX_EXPERTS:
-        return f"it takes at most {_fused.MAX_EXPERTS} experts, got {len(deep)}"
-    if (reason := _fused.refuses_transforms(deep, shallow, shortcut, *norms)) is not None:
+    if len(deep) > _dispatch.MAX_EXPERTS:
+        return f"it takes at most {_dispatch.MAX_EXPERTS} experts, got {len(deep)}"
+    if (reason := _dispatch.refuses_transforms(deep, shallow, shortcut, *norms)) is not None:
         return reason
     if any(norm.training != norms[0].training for norm in norms):
         return "some normalisations train and some do not"
@@ -366,21 +349,22 @@ def _refuses(
     return None
 
 
-def _norms(arguments: Sequence[object]) -> list[BatchNormArguments]:
-    return [BatchNormArguments(*arguments)]  # type: ignore[arg-type]
+# ---- the records: dkf_pool and dkf_bn_pool are dkf_experts with one expert, without and with a normalisation
 
-
-_backend.register(_POOL, "reference", _pool_op)
-_backend.register(_BN_POOL, "reference", _reference_bn_pool)
-_backend.register(_EXPERTS, "reference", _reference_experts)
-_fused.register_fused(
-    _POOL,
-    lambda deep, shallow, backend: fuse([deep], [shallow], [], [], [False], backend)[0],
-    lambda backend, deep, shallow: _refuses(backend, [deep], [shallow], [], [], [False]),
+_POOL = Operator("dkf_pool", "(Tensor deep, Tensor shallow) -> Tensor", _composite_pool)
+_BN_POOL = Operator(
+    "dkf_bn_pool",
+    "(Tensor deep, Tensor shallow, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "bool training, float momentum, float eps, bool relu) -> Tensor",
+    _composite_bn_pool,
 )
-_fused.register_fused(
-    _BN_POOL,
-    lambda deep, shallow, *rest: fuse([deep], [shallow], [], _norms(rest[:-2]), [rest[-2]], rest[-1]).squeeze(0),
-    lambda backend, deep, shallow, *rest: _refuses(backend, [deep], [shallow], [], _norms(rest[:-1]), [rest[-1]]),
+_EXPERTS = Operator("dkf_experts")
+_POOL.add("reference", lambda deep, shallow, *_: _POOL.op(deep[0], shallow[0]))
+_BN_POOL.add(
+    "reference",
+    lambda deep, shallow, _, norms, relu: _reference_bn_pool(deep[0], shallow[0], *norms[0], relu[0]),
 )
-_fused.register_fused(_EXPERTS, fuse, _refuses)
+_EXPERTS.add("reference", _reference)
+for _operator in (_POOL, _BN_POOL):
+    _operator.add_fused(lambda *args: fuse(*args).squeeze(0), _refuses)
+_EXPERTS.add_fused(fuse, _refuses)

@@ -1,14 +1,15 @@
 """Dynamic knowledge transfer: the stage-1 objective over K experts."""
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from shike_fast.ops import _backend, _fused, _native_loss
-from shike_fast.ops._checks import accumulation_dtype, check_finite, check_logits, check_target, stacked
-from shike_fast.ops._library import define_composite, define_fused_loss
+from shike_fast.ops import _native_loss
+from shike_fast.ops._checks import accumulation_dtype, as_list, check_finite, check_logits, check_target
+from shike_fast.ops._dispatch import kernels
+from shike_fast.ops._losses import fused_loss, loss_operator
 
 _NAME = "dkt_loss"
 
@@ -99,8 +100,7 @@ def dkt_loss(
     check_target(_NAME, target, first, shape)
     if kl_reduction not in ("mean", "batchmean"):
         raise ValueError(f"{_NAME}: kl_reduction must be 'mean' or 'batchmean', got {kl_reduction!r}")
-    loss, terms = _backend.run(
-        _NAME,
+    loss, terms = _OPERATOR.run(
         backend,
         logits,
         target,
@@ -112,6 +112,14 @@ def dkt_loss(
         detach_teacher,
     )
     return (loss, terms) if return_terms else loss
+
+
+def _divisor(kl_reduction: str, classes: int) -> int:
+    """Of the divergences, beside B."""
+    return classes if kl_reduction == "mean" else 1
+
+
+# ---- the reference
 
 
 def _composite(
@@ -129,7 +137,7 @@ def _composite(
     z = logits.to(accumulation_dtype(logits.dtype))
     experts, batch, classes = z.shape
     rows = max(batch, 1)  # an empty batch sums to 0
-    divergence_scale = 1.0 / (rows * classes if kl_reduction == "mean" else rows)
+    divergence_scale = 1.0 / (rows * _divisor(kl_reduction, classes))
     y = target.unsqueeze(1)  # [B, 1]
     y_of_experts = y.expand(experts, -1, -1)  # [K, B, 1]
 
@@ -165,46 +173,49 @@ def _reformed_teacher(z: Tensor, y: Tensor, target_logit: float) -> Tensor:
     return strongest.scatter(1, hardest, mean_at_hardest).scatter(1, y, target_logit)
 
 
+# ---- the fused kernels
+
 # The weights are Scalars because torch.compile keeps those symbolic where it sees what becomes of them: a schedule of
 # weights does not recompile. Numbers that go into an opaque op are constants to it, hence the tensor of factors.
-_OPTIONS = (
-    "Scalar hardest_weight, Scalar mutual_weight, str kl_reduction, "
-    "float teacher_target_logit, float student_target_logit, bool detach_teacher"
-)
-_op = define_composite(f"{_NAME}(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)", _composite)
-_fused_op = define_fused_loss(
+_FUSED = fused_loss(
     f"{_NAME}_fused",
     "Tensor target, Tensor? factors",  # float64 [2], factors of the two weights
-    _OPTIONS,
-    3,
-    forward=lambda *args: _fused.kernels("dkt", args[-1], _native_loss).dkt_forward(*args[:-1]),
-    backward=lambda *args: _fused.kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:-1]),
-    fake_forward=_native_loss.new_dkt_results,
+    "Scalar hardest_weight, Scalar mutual_weight, float teacher_target_logit, float student_target_logit, "
+    "bool detach_teacher",
+    shown=1,
+    # the kernels divide by B; what else divides is in the weights
+    forward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_forward(*args[:-1]),
+    backward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:-1]),
     both=lambda *args: _native_loss.dkt_both(*args[:-1]) if args[-1] == "cpu" else None,
+    fake_forward=_native_loss.new_dkt_results,
 )
 
 
-def _reference(logits: Tensor | Sequence[Tensor], *args: object) -> tuple[Tensor, Tensor]:
-    loss, terms = _op(stacked(logits), *args)
-    return loss, terms
-
-
-def _fused_loss(
+def _fused(
+    backend: str,
     logits: Tensor | Sequence[Tensor],
     target: Tensor,
     hardest_weight: float,
     mutual_weight: float,
-    *options: object,
-) -> tuple[Tensor, Tensor]:
-    experts = _fused.as_list(logits)
-    factors = None
-    if torch.compiler.is_compiling():
+    kl_reduction: str,
+    *options: Any,
+) -> Sequence[Tensor]:
+    experts = as_list(logits)
+    factors, divisor = None, _divisor(kl_reduction, experts[0].shape[-1])
+    hardest_weight, mutual_weight = hardest_weight / divisor, mutual_weight / divisor
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         one = experts[0].new_ones((), dtype=torch.float64)
         factors = torch.stack([one * hardest_weight, one * mutual_weight])
         hardest_weight = mutual_weight = 1.0
-    loss, terms, *_ = _fused_op(experts, target, factors, hardest_weight, mutual_weight, *options)
-    return loss, terms
+    return _FUSED((experts, target, factors), (hardest_weight, mutual_weight, *options, backend))[:2]
 
 
-_backend.register(_NAME, "reference", _reference)
-_fused.register_fused_loss(_NAME, _fused_loss)
+# ---- the record
+
+_OPERATOR = loss_operator(
+    _NAME,
+    "(Tensor logits, Tensor target, Scalar hardest_weight, Scalar mutual_weight, str kl_reduction, "
+    "float teacher_target_logit, float student_target_logit, bool detach_teacher) -> (Tensor, Tensor)",
+    _composite,
+    fused=_fused,
+)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from shike_fast.data import datasets, load_dataset
-from shike_fast.data.types import DatasetInfo, fingerprint, register_dataset
+from shike_fast.data.registry import register_dataset
+from shike_fast.data.types import DatasetInfo, fingerprint
 
 
 def test_the_registry_describes_every_data_set():

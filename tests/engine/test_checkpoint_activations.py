@@ -14,15 +14,15 @@ from shike_fast.engine.state import load_data
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Totals
 from shike_fast.errors import ConfigError
-from shike_fast.models import _recompute
+from shike_fast.models import recompute
 from shike_fast.nn import convert_sync_batchnorm
 
 
 @pytest.fixture
 def recomputations(monkeypatch):
     calls = []
-    plain = _recompute.checkpoint
-    monkeypatch.setattr(_recompute, "checkpoint", lambda *args, **options: calls.append(0) or plain(*args, **options))
+    plain = recompute.checkpoint
+    monkeypatch.setattr(recompute, "checkpoint", lambda *args, **options: calls.append(0) or plain(*args, **options))
     return calls
 
 

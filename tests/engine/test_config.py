@@ -3,16 +3,15 @@ import dataclasses
 import pytest
 import torch
 
+from shike_fast import data
 from shike_fast.engine.config import resolve, resume_config
-from shike_fast.engine.recipes import RECIPES
 from shike_fast.errors import CheckpointError, ConfigError
 
 
 def test_defaults_are_the_recipe():
     config = resolve({})
-    recipe = dataclasses.asdict(RECIPES["digits-lt"])
+    recipe = data.datasets()["digits-lt"].recipe
     assert recipe["threads"] == 1
-    assert recipe.pop("needs_pretrained") is False
     assert config.dataset == "digits-lt"
     assert config.method == "shike"
     assert config.num_experts == 3
@@ -36,9 +35,8 @@ def test_the_recipes_of_the_large_data_sets():
 
 
 def test_every_data_set_has_a_recipe():
-    from shike_fast import data
-
-    assert RECIPES.keys() == data.datasets().keys()
+    for info in data.datasets().values():
+        assert info.recipe.keys() >= {"model", "epochs", "stage2_epochs", "batch_size", "lr", "stage2_lr"}
 
 
 def test_data_settings_are_those_of_the_data_set():
@@ -84,7 +82,7 @@ def test_a_warmup_never_fills_a_short_stage():
 
 def test_ce_is_one_plain_network_without_a_second_stage():
     config = resolve({"method": "ce"})
-    assert (config.num_experts, config.stage2_epochs, config.epochs) == (1, 0, RECIPES["digits-lt"].epochs)
+    assert (config.num_experts, config.stage2_epochs, config.epochs) == (1, 0, resolve({}).epochs)
     assert config.model_arguments() == {
         "name": config.model,
         "num_experts": 1,

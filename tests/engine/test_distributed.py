@@ -1,33 +1,22 @@
 """Several processes: the same weights as one, shares of the data, the command under torchrun, a killed worker."""
 
-import contextlib
-import csv
-import functools
-import json
-import os
-import re
-import signal
 import socket
-import sys
 from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from programs import descendants
 
 from shike_fast import models
-from shike_fast.data.loaders.loader import share as share_of
+from shike_fast.data.loaders.loader import shard as share_of
 from shike_fast.engine.config import resolve
-from shike_fast.engine.distributed import FailedElsewhere, Processes, choose_device_of, join, launch, launched
+from shike_fast.engine.distributed import PeerFailed, Processes, choose_device_of, join, launched
 from shike_fast.engine.optimizer import set_lr
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Totals
 from shike_fast.errors import ConfigError, RunError
-from shike_fast.evaluate import main as evaluate_command
 from shike_fast.nn import convert_sync_batchnorm
-from shike_fast.train import _MUST, _plan
 
 GLOBAL_BATCHES = (12, 13)
 
@@ -38,7 +27,7 @@ def ten_steps(images_of_all, processes, accumulate=1):
     model = models.create_model("resnet8", num_classes=5).double().train()
     images = torch.randn(images_of_all, 3, 16, 16, dtype=torch.float64)
     labels = torch.randint(5, (images_of_all,))
-    if processes.several:
+    if processes.is_distributed:
         convert_sync_batchnorm(model)
     share = share_of(np.arange(images_of_all), processes.rank, processes.world_size)
     totals = Totals(torch.device("cpu"))
@@ -62,15 +51,15 @@ def agreements_here():
     results = {
         "largest": processes.largest(10 * processes.rank, torch.device("cpu")),
         "total": processes.total(torch.tensor([1.0, processes.rank])).tolist(),
-        "said": processes.from_first(lambda: f"said by {processes.rank}"),
+        "said": processes.broadcast_from_main(lambda: f"said by {processes.rank}"),
     }
 
     def fail():
         raise ConfigError("no")
 
     try:
-        processes.from_first(fail)
-    except (ConfigError, FailedElsewhere) as error:
+        processes.broadcast_from_main(fail)
+    except (ConfigError, PeerFailed) as error:
         results["failure"] = (type(error).__name__, error.exit_status)
     for failing in ([0], [1], [0, 1]):
 
@@ -80,10 +69,10 @@ def agreements_here():
             return processes.rank
 
         try:
-            processes.together(fail_there)
+            processes.run_on_all(fail_there)
         except (ConfigError, RunError) as error:
             results["together", *failing] = (type(error).__name__, error.exit_status, str(error))
-    results["together"] = processes.together(lambda: processes.rank)
+    results["together"] = processes.run_on_all(lambda: processes.rank)
     model = torch.nn.BatchNorm2d(2)
     model.running_mean.fill_(float(processes.rank + 1))
     processes.send_buffers(model)
@@ -121,19 +110,19 @@ def test_processes_agree(two_processes):
     assert first["largest"] == second["largest"] == 10
     assert first["total"] == second["total"] == [2.0, 1.0]
     assert first["said"] == second["said"] == "said by 0"
-    assert (first["failure"], second["failure"]) == (("ConfigError", 2), ("FailedElsewhere", 2))
+    assert (first["failure"], second["failure"]) == (("ConfigError", 2), ("PeerFailed", 2))
     assert (first["together"], second["together"]) == (0, 1)
     assert first["together", 0] == first["together", 0, 1] == ("ConfigError", 2, "no, says 0")
     assert first["together", 1] == ("RunError", 2, "process 1: no, says 1")
-    assert all(second[("together", *failing)][:2] == ("FailedElsewhere", 2) for failing in ([0], [1], [0, 1]))
+    assert all(second[("together", *failing)][:2] == ("PeerFailed", 2) for failing in ([0], [1], [0, 1]))
     assert first["buffers"] == second["buffers"] == [1.0, 1.0]
 
 
 def test_a_process_alone_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(None) as processes:
-        assert processes == Processes() and not processes.several and processes.first
-        assert processes.from_first(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
+        assert processes == Processes() and not processes.is_distributed and processes.is_main
+        assert processes.broadcast_from_main(lambda: 3) == 3 and processes.largest(4, torch.device("cpu")) == 4
     assert not dist.is_initialized()
 
 
@@ -214,7 +203,7 @@ def test_every_process_takes_a_device(monkeypatch):
     assert choose_device_of(Processes(3, 4, 1), "cuda") == torch.device("cuda", 1)
     assert choose_device_of(Processes(3, 4, 1), "cpu") == torch.device("cpu")
     assert choose_device_of(Processes(), "cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(FailedElsewhere):  # told by the first process of this machine
+    with pytest.raises(PeerFailed):  # told by the first process of this machine
         choose_device_of(Processes(3, 4, 1), "cuda:7")
     with pytest.raises(ConfigError, match="'cuda:7' is not on this machine"):
         choose_device_of(Processes(2, 4, 0), "cuda:7")
@@ -224,213 +213,3 @@ def test_every_process_takes_a_device(monkeypatch):
         ConfigError, match="process 2 of this machine has no GPU left, there are 2; start torchrun with"
     ):
         choose_device_of(Processes(2, 4, 2), "cuda")
-
-
-class Torchrun:
-    """The training command in two processes."""
-
-    def __init__(self, programs, folder, *arguments, restarts=0, program=("-m", "shike_fast.train")):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        launcher += ["--max-restarts", restarts, "--local-addr", "localhost"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.programs = programs
-        self.process = programs.start([*launcher, *program, *arguments], cwd=folder, env=environment)
-
-    def wait_for(self, condition):
-        self.programs.wait_until(condition, self.process)
-
-    def finish(self):
-        done = self.programs.finish(self.process)
-        return done.returncode, done.stdout, done.stderr
-
-    def workers(self):
-        """Process numbers by rank."""
-        ranks = {}
-        for pid in descendants(self.process.pid):
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                found = re.search(rb"(?:^|\0)RANK=(\d+)", file.read())
-            if found:
-                ranks.setdefault(int(found[1]), pid)  # not a process that it started
-        return ranks
-
-
-@pytest.fixture
-def torchrun(programs, tmp_path):
-    return functools.partial(Torchrun, programs, tmp_path)
-
-
-SMALL = ["--model", "resnet8", "--batch-size", "64", "--epochs", "4", "--stage2-epochs", "1", "--sync-batch-norm"]
-
-
-def test_the_command_in_two_processes(torchrun, runs, tmp_path):
-    status, output, errors = torchrun(*SMALL, "--output-dir", tmp_path / "two", "--accumulate", 2).finish()
-    assert status == 0, errors
-    assert output.count("writing to") == 1 and "2 processes on cpu" in output
-    rows = runs.metrics(tmp_path / "two")
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    last = runs.checkpoint(tmp_path / "two" / "last.pt")
-    assert not [name for name in last["model"] if "module" in name]
-    assert sum(last["evaluation"]["support"]) == 600  # every test image once
-    config = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert config["accumulate"] == 2 and config["sync_batch_norm"] is True
-
-
-def test_all_processes_test_the_model_that_is_saved(torchrun, runs, tmp_path):
-    """Without synchronised statistics each has statistics of its own; the first one's are the model's."""
-    arguments = [option for option in SMALL if option != "--sync-batch-norm"]
-    arguments += ["--batch-size", 16, "--epochs", 5, "--stage2-epochs", 0, "--output-dir", tmp_path / "two"]
-    status, _, errors = torchrun(*arguments).finish()
-    assert status == 0, errors
-    state = runs.checkpoint(tmp_path / "two" / "last.pt")
-    assert evaluate_command(["--checkpoint", str(tmp_path / "two" / "last.pt"), "--csv", str(tmp_path / "a.csv")]) == 0
-    with open(tmp_path / "a.csv", newline="") as file:
-        correct = [int(row["correct"]) for row in csv.DictReader(file)]
-    assert correct == state["evaluation"]["correct"].tolist()
-    assert sum(correct) > 600 // 4  # enough that other statistics classify otherwise
-
-
-def test_two_processes_train_like_one(torchrun, runs, tmp_path):
-    # More threads, or larger steps, would magnify the rounding.
-    arguments = [*SMALL, "--epochs", 1, "--stage2-epochs", 0, "--threads", 1, "--lr", 0.001]
-    status, _, errors = torchrun(*arguments, "--output-dir", tmp_path / "two").finish()
-    assert status == 0, errors
-    assert runs.train(*arguments, "--output-dir", tmp_path / "one") == 0
-    (two,), (one,) = runs.metrics(tmp_path / "two"), runs.metrics(tmp_path / "one")
-    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(torchrun, runs, tmp_path, rank):
-    directory = tmp_path / "run"
-    launched = torchrun(
-        *SMALL, "--epochs", 12, "--stage2-epochs", 2, "--output-dir", directory, "--threads", 1, restarts=2
-    )
-    launched.wait_for(lambda: runs.epochs(directory) >= 1)
-    workers = launched.workers()
-    launched.wait_for(lambda: runs.epochs(directory) >= 3)
-    os.kill(workers[rank], signal.SIGKILL)
-    status, output, errors = launched.finish()
-    assert status == 0, errors[-3000:]
-    assert re.search(r"going on after epoch \d+", output)
-    rows = runs.metrics(directory)
-    assert [row["epoch"] for row in rows] == list(range(1, 13))
-    state = runs.checkpoint(directory / "last.pt")
-    assert state["epoch"] == 12 and [row["epoch"] for row in state["history"]] == list(range(1, 13))
-
-
-def test_sigterm_saves_and_ends_all(torchrun, runs, tmp_path):
-    directory = tmp_path / "run"
-    launched = torchrun(*SMALL, "--epochs", 400, "--output-dir", directory)
-    launched.wait_for(lambda: runs.epochs(directory))
-    os.kill(launched.workers()[1], signal.SIGTERM)
-    status, _, errors = launched.finish()
-    assert status != 0
-    assert errors.count("stopped by SIGTERM; state saved in") == 1, errors[-3000:]
-    assert runs.checkpoint(directory / "last.pt")["epoch"] >= 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset", "nothing"], "error: --dataset: unknown data set 'nothing'"),
-        (["--bogus"], "error: unrecognized arguments: --bogus"),
-        ([*SMALL, "--batch-size", 382], "error: --batch-size: "),
-        ([*SMALL, "--lr", 1e30], "error: the loss is not finite at step "),
-    ],
-)
-def test_an_error_in_two_processes_is_told_once(torchrun, arguments, message):
-    status, _, errors = torchrun(*arguments).finish()
-    assert status != 0
-    assert errors.count(message) == errors.count("error: ") == 1, errors
-
-
-_SLOW_TO_TELL = """
-import gc, os, sys, time
-from shike_fast.train import main
-if os.environ["RANK"] == "0":
-    if "--bogus" in sys.argv:
-        time.sleep(1)
-    collect = gc.collect  # the first of what is done before the message is printed
-    gc.collect = lambda: (time.sleep(3), collect())
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset", "nothing"], "error: --dataset: unknown data set 'nothing'"),
-        (["--bogus"], "error: unrecognized arguments: --bogus"),
-    ],
-)
-def test_others_wait_until_the_first_process_has_told(torchrun, tmp_path, arguments, message):
-    """At the end of one process torchrun stops the others, half a second later at the latest."""
-    (tmp_path / "slow.py").write_text(_SLOW_TO_TELL)
-    status, _, errors = torchrun(*arguments, program=[tmp_path / "slow.py"]).finish()
-    assert status != 0
-    assert errors.count(message) == errors.count("error: ") == 1, errors
-
-
-def test_a_start_that_is_refused_stays_refused_when_restarted(torchrun, runs, tmp_path):
-    """torchrun starts anew whatever ended with an error: the second time must not take over what the first may not."""
-    directory = tmp_path / "old"
-    assert runs.train(*runs.small, "--output-dir", directory) == 0
-    before = {path: path.read_bytes() for path in directory.iterdir()}
-    status, _, errors = torchrun(*SMALL, "--output-dir", directory, restarts=1).finish()
-    assert status != 0
-    assert errors.count(f"error: --output-dir: {directory} is not empty; add --resume") == 2  # once each time
-    assert {path: path.read_bytes() for path in directory.iterdir()} == before
-
-
-@pytest.fixture
-def restarted(monkeypatch):
-    """As if torchrun had started this process for the second time."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some run")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-
-
-@pytest.mark.usefixtures("restarted")
-def test_a_restart_before_the_first_checkpoint_is_like_the_start(finished, tmp_path):
-    with contextlib.ExitStack() as held:
-        plan = _plan({"resume": str(finished / "last.pt"), "output_dir": tmp_path / "new"}, held)
-        assert plan.state is not None and plan.config.epochs == 3 and plan.new_directory
-        with pytest.raises(ConfigError, match=r"--resume: .* holds no checkpoint"):
-            _plan({"resume": _MUST, "output_dir": tmp_path / "new"}, held)
-
-
-@pytest.mark.usefixtures("restarted")
-def test_a_restart_goes_on_with_the_run_of_its_own_launch(runs, tmp_path, monkeypatch):
-    directory = tmp_path / "run"
-    assert runs.train(*runs.small, "--output-dir", directory) == 0  # signs it
-    for run_id, goes_on in (("some run", True), ("another", False)):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-        with contextlib.ExitStack() as held:
-            if goes_on:
-                plan = _plan({"output_dir": directory}, held)
-                assert plan.state["epoch"] == 3 and not plan.new_directory
-            else:
-                with pytest.raises(ConfigError, match="is not empty; add --resume"):
-                    _plan({"output_dir": directory}, held)
-
-
-def test_a_launch_has_a_name(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert launch() == ""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert launch() == launch() and launch().startswith("x ") and str(os.getppid()) in launch().split()
-
-
-def test_restarts_need_a_directory(torchrun):
-    status, _, errors = torchrun(*SMALL, restarts=1).finish()
-    assert status != 0
-    assert "error: --output-dir: name it, so that processes that torchrun restarts find what they had saved" in errors
-
-
-def test_a_batch_too_small_for_its_processes(torchrun, tmp_path):
-    status, _, errors = torchrun(*SMALL, "--accumulate", 20, "--output-dir", tmp_path / "run").finish()
-    assert status != 0
-    assert (
-        "--batch-size: counts the images of all processes; 2 processes with --accumulate 20 need at least 80" in errors
-    )
-    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shike_fast.engine.graph import RecordedCalls, aside
+from shike_fast.engine.graph import CudaGraphRunner, on_side_stream
 from shike_fast.errors import RunError
 
 
@@ -23,7 +23,7 @@ class StandIn:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """``graphs(function)``: a RecordedCalls of it that works without a device."""
+    """``graphs(function)``: a CudaGraphRunner of it that works without a device."""
     StandIn.recordings = StandIn.replays = 0
     stream = SimpleNamespace(wait_stream=lambda other: None, device=torch.device("cuda", 0))
     for name, value in {
@@ -53,7 +53,7 @@ def graphs(monkeypatch):
             else:
                 function(*arguments)
 
-        return RecordedCalls(call, warm_up=2, stream=stream)
+        return CudaGraphRunner(call, warm_up=2, stream=stream)
 
     return make
 
@@ -67,12 +67,12 @@ def test_streams_and_waits_are_those_of_the_stream_s_device(graphs, monkeypatch)
 
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=first: stand_in(f"current of {device}", device))
-    with aside(stand_in("side", second)):
+    with on_side_stream(stand_in("side", second)):
         pass
     assert waits == [("side", "current of cuda:1"), ("current of cuda:1", "side")]
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(devices.append(device)))
-    calls = RecordedCalls(lambda: None, warm_up=0, stream=stand_in("side", second))
+    calls = CudaGraphRunner(lambda: None, warm_up=0, stream=stand_in("side", second))
     monkeypatch.setattr(StandIn, "replay", lambda self: None)
     calls()
     assert devices == [second]
@@ -142,10 +142,10 @@ def test_what_cannot_be_recorded_is_told_in_a_line(graphs, monkeypatch, error):
 
 WAITING = """
 import torch
-from shike_fast.engine.graph import RecordedCalls
+from shike_fast.engine.graph import CudaGraphRunner
 from shike_fast.errors import RunError
 
-calls = RecordedCalls(lambda x: x.sum().item(), warm_up=1, stream=torch.cuda.Stream())
+calls = CudaGraphRunner(lambda x: x.sum().item(), warm_up=1, stream=torch.cuda.Stream())
 x = torch.ones(3, device="cuda")
 calls(x)
 try:
@@ -169,7 +169,7 @@ def test_on_a_device():
     def add(x, factor):
         total.add_((x * factor).sum())
 
-    calls = RecordedCalls(add, warm_up=3, stream=torch.cuda.Stream())
+    calls = CudaGraphRunner(add, warm_up=3, stream=torch.cuda.Stream())
     for k in range(10):
         calls(torch.full((5,), float(k), device="cuda"), 2)
         calls(torch.full((3,), float(k), device="cuda"), 1)

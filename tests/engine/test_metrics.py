@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from shike_fast.engine.metrics import EvaluationInterrupted, evaluate, shot_masks
+from shike_fast.engine.metrics import EvaluationInterrupted, evaluate
 from shike_fast.errors import RunError
 
 
@@ -18,13 +18,6 @@ def batches(logits, labels, size=2):
 
 
 CPU = torch.device("cpu")
-
-
-def test_shots_follow_the_training_counts():
-    masks = shot_masks(torch.tensor([500, 101, 100, 20, 19, 1]))
-    assert masks["many"].tolist() == [True, True, False, False, False, False]
-    assert masks["medium"].tolist() == [False, False, True, True, False, False]
-    assert masks["few"].tolist() == [False, False, False, False, True, True]
 
 
 def test_accuracy_is_that_of_the_mean_logits():

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from shike_fast import data, models
-from shike_fast.data import types as base
+from shike_fast.data import registry as base
+from shike_fast.data.recipes import PHOTOGRAPHS, SMALL_IMAGES
 from shike_fast.engine.config import resolve
-from shike_fast.engine.recipes import RECIPES, recipe_of
+from shike_fast.errors import ConfigError
 from shike_fast.evaluate import main as evaluate
 from shike_fast.models import registry
-from shike_fast.models.registry import TRAINABLE
+from shike_fast.models.multi_expert import TRAINABLE
 from shike_fast.predict import main as predict
 
 OWN = ["--model", "pixels", "--epochs", 2, "--stage2-epochs", 1, "--batch-size", 64, "--output-dir"]
@@ -54,7 +55,7 @@ def own(monkeypatch):
 
     digits = data.datasets()["digits-lt"]
 
-    @base.register_dataset(dataclasses.replace(digits, name="mine"))
+    @base.register_dataset(dataclasses.replace(digits, name="mine", recipe={}))
     def load(info, options):
         return dataclasses.replace(base._REGISTRY["digits-lt"][1](digits, options), name="mine")
 
@@ -93,7 +94,21 @@ def test_what_a_network_lacks_is_named(runs, tmp_path, monkeypatch, capsys, name
 @pytest.mark.usefixtures("own")
 def test_the_recipe_of_a_data_set_of_ones_own():
     info = data.datasets()["mine"]
-    assert recipe_of(info) == RECIPES["cifar100-lt"]
-    assert recipe_of(dataclasses.replace(info, resizable=True)) == RECIPES["imagefolder"]
-    assert recipe_of(data.datasets()["digits-lt"]) == RECIPES["digits-lt"]
-    assert resolve({"dataset": "mine"}).model == "resnet32"
+    assert info.recipe == data.datasets()["cifar100-lt"].recipe == SMALL_IMAGES
+    data.register_dataset(dataclasses.replace(info, name="photographs", resizable=True, recipe={}))(lambda *_: None)
+    photographs = data.datasets()["photographs"]
+    assert photographs.recipe == data.datasets()["imagefolder"].recipe == PHOTOGRAPHS
+    data.register_dataset(dataclasses.replace(info, name="own", recipe={"epochs": 30, "scale": 16.0}))(lambda *_: None)
+    assert data.datasets()["own"].recipe == SMALL_IMAGES | {"epochs": 30, "scale": 16.0}
+    config = resolve({"dataset": "mine"})
+    assert (config.model, config.hardest_weight, config.scale, config.warmup_epochs) == ("resnet32", 10.0, 30.0, 5)
+    config = resolve({"dataset": "own"})
+    assert (config.model, config.epochs, config.scale, config.stage2_start_lr_factor) == ("resnet32", 30, 16.0, 0.25)
+
+
+@pytest.mark.usefixtures("own")
+def test_an_unknown_setting_in_a_recipe_is_named():
+    info = dataclasses.replace(data.datasets()["mine"], name="misspelt", recipe={"epoch": 3})
+    data.register_dataset(info)(lambda *_: None)
+    with pytest.raises(ConfigError, match="--dataset: the recipe of misspelt has the unknown setting epoch"):
+        resolve({"dataset": "misspelt"})

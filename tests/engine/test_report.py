@@ -92,7 +92,7 @@ def test_sizes_of_classes_can_be_read(tmp_path, monkeypatch, most, least):
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
-@pytest.mark.parametrize("stages", [(1, 1, 2), (1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("stages", [(1, 1, 2), (1, 1, 1), (2, 2, 2), (1, 2, 3)])
 def test_curves(tmp_path, stages):
     history = [row(epoch + 1, stage, few=None) for epoch, stage in enumerate(stages)]
     report.plot_curves(tmp_path / "curves.png", history, "title")

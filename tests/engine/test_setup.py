@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from shike_fast import data
-from shike_fast.data.loaders.loader import share as share_of
+from shike_fast.data.loaders.loader import shard as share_of
 from shike_fast.engine import steps as steps_module
 from shike_fast.engine.config import CHANGEABLE, resolve
 from shike_fast.engine.distributed import Processes
@@ -216,10 +216,10 @@ def test_layout_of_weights_and_images(runs, tmp_path, monkeypatch, switch):
     seen = []
     step = steps_module.StageSteps._step
 
-    def watch(self, images, labels, of_all):
+    def watch(self, images, *others):
         weight = self.network.model.layer2[0].conv2.weight
         seen.append(tuple(t.is_contiguous(memory_format=torch.channels_last) for t in (images, weight)))
-        step(self, images, labels, of_all)
+        step(self, images, *others)
 
     monkeypatch.setattr(steps_module.StageSteps, "_step", watch)
     # one channel is in either layout at once, hence images of three

@@ -201,11 +201,16 @@ def test_a_batch_smaller_than_its_parts(small):
 def test_totals_add_up_what_the_steps_saw():
     totals = Totals(torch.device("cpu"))
     logits = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [2.0, 1.0]]])
-    totals.add(torch.tensor(2.0), torch.tensor([1.0, 0.5, 0.5]), logits, torch.tensor([0, 1, 1]))
+    totals.track(("cross_entropy", "hardest", "mutual"))
+
+    def terms(*values):  # in another order
+        return dict(zip(("mutual", "cross_entropy", "hardest"), map(torch.tensor, values), strict=True))
+
+    totals.add(torch.tensor(2.0), terms(0.5, 1.0, 0.5), logits, torch.tensor([0, 1, 1]))
     totals.count()
-    totals.add(torch.tensor(4.0), torch.tensor([4.0, 0.0, 0.0]), logits[:, :1], torch.tensor([0]))
+    totals.add(torch.tensor(4.0), terms(0.0, 4.0, 0.0), logits[:, :1], torch.tensor([0]))
     totals.count()
-    means = Means(totals.sums.tolist())
+    means = Means(totals.sums.tolist(), totals.terms)
     assert means.loss == pytest.approx((3 * 2 + 4) / 4)
     assert means.accuracy == pytest.approx(75.0)
     assert means.terms == pytest.approx({"cross_entropy": 7 / 4, "hardest": 1.5 / 4, "mutual": 1.5 / 4})
@@ -215,9 +220,9 @@ def test_totals_add_up_what_the_steps_saw():
 def test_totals_remember_the_first_bad_step():
     totals = Totals(torch.device("cpu"))
     totals.begin(4)
-    zeros, label = torch.zeros(3), torch.tensor([0])
+    label = torch.tensor([0])
     for loss in (1.0, float("nan"), 1.0, float("inf")):
-        totals.add(torch.tensor(loss), zeros, torch.zeros(1, 1, 2), label)
+        totals.add(torch.tensor(loss), {}, torch.zeros(1, 1, 2), label)
         totals.count()
     assert (int(totals.bad_step), int(totals.steps)) == (6, 8)
     totals.begin(0)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
 from triton.runtime.jit import JITFunction
 
-from shike_fast.kernels import _rows, cross_entropy, dkt
+from shike_fast.kernels.losses import _rows, cross_entropy, dkt
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets its kernels in this process"
@@ -31,7 +31,7 @@ KERNELS = [
 @pytest.mark.parametrize(("experts", "classes"), SHAPES)
 def test_compiles_without_spilling(experts, classes, dtype, target, launches, compiled, registers, record_property):
     logits, labels = [torch.zeros(experts, 128, classes, dtype=dtype)], torch.zeros(128, dtype=torch.int64)
-    options = (10.0, 1.0, "mean", 0.0, -30.0, False)
+    options = (10.0, 1.0, 0.0, -30.0, False)
     one, bias = torch.ones(()), torch.zeros(classes)
     factors = torch.ones(2, dtype=torch.float64) if dtype == torch.float32 else None
     _, _, state = dkt.dkt_forward(logits, labels, factors, *options)
@@ -53,7 +53,7 @@ def test_other_layouts_compile(target, launches, compiled):
     transposed = torch.zeros(16, 8142, 3, dtype=torch.float16).permute(2, 0, 1)
     apart = [torch.zeros(16, 8143, dtype=torch.float16)[:, 1:] for _ in range(2)]  # not aligned to 16 bytes
     labels = torch.zeros(32, dtype=torch.int64)[::2]
-    options, one = (10.0, 1.0, "batchmean", 0.0, -30.0, True), torch.ones(())
+    options, one = (10.0, 1.0, 0.0, -30.0, True), torch.ones(())
     for logits in ([transposed], apart):
         _, _, state = dkt.dkt_forward(logits, labels, None, *options)
         dkt.dkt_backward(one, logits, labels, None, state, *options)
@@ -66,7 +66,7 @@ def test_other_layouts_compile(target, launches, compiled):
 def test_wide_loads_of_odd_rows(launches, compiled):
     # Rows of 100 classes start at multiples of 8 bytes in bfloat16: a thread loads four classes at once.
     logits, labels = [torch.zeros(3, 8, 100, dtype=torch.bfloat16)], torch.zeros(8, dtype=torch.int64)
-    dkt.dkt_forward(logits, labels, None, 10.0, 1.0, "mean", 0.0, -30.0, False)
+    dkt.dkt_forward(logits, labels, None, 10.0, 1.0, 0.0, -30.0, False)
     ptx = compiled(*launches[0], "sm_90").asm["ptx"]
     assert len(re.findall(r"ld\.global\.v2\.b32", ptx)) == 3
 
@@ -74,7 +74,7 @@ def test_wide_loads_of_odd_rows(launches, compiled):
 def test_unused_terms_cost_nothing(launches, compiled):
     logits, labels = [torch.zeros(3, 8, 100)], torch.zeros(8, dtype=torch.int64)
     for weights in ((10.0, 1.0), (10.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
-        dkt.dkt_forward(logits, labels, None, *weights, "mean", 0.0, -30.0, False)
+        dkt.dkt_forward(logits, labels, None, *weights, 0.0, -30.0, False)
     sizes = [
         compiled(*launch, "sm_90").asm["ptx"].count("\n") for launch in launches if launch[0] is dkt._forward_kernel
     ]
@@ -88,7 +88,7 @@ def test_distances_between_experts_do_not_choose_a_kernel(launches):
     from triton.runtime.jit import create_function_from_signature
 
     logits, labels = [torch.zeros(2, 8) for _ in range(2)], torch.zeros(2, dtype=torch.int64)
-    dkt.dkt_forward(logits, labels, None, 10.0, 1.0, "mean", 0.0, -30.0, False)
+    dkt.dkt_forward(logits, labels, None, 10.0, 1.0, 0.0, -30.0, False)
     kernel, args, kwargs = launches[0]
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     types = []

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 # The interpreter computes in NumPy, which warns of the infinities and NaN that some checks are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
-from shike_fast.kernels import _dkf_backward, _dkf_maps, _dkf_statistics  # noqa: E402
-from shike_fast.kernels.dkf import (  # noqa: E402
+from shike_fast.kernels.fusion import _backward, _maps, _statistics  # noqa: E402
+from shike_fast.kernels.fusion.dkf import (  # noqa: E402
     dkf_forward,
     dkf_map_gradients,
     dkf_statistics,
@@ -102,7 +102,7 @@ def reference_normalised(x, weight, bias, eps, normaliser):
     return normal, a if bias is None else a + bias[:, None, None], torch.stack((mean, rstd))
 
 
-def reference(args, incoming, eps, normalisers):
+def reference(args, grad_output, eps, mean_rstd):
     """f, sums, mean and rstd, gradients of the norms' vectors and of the maps: autograd's in float64."""
     double = [map_.double().requires_grad_() for map_ in args.maps]
     vectors = [
@@ -112,7 +112,7 @@ def reference(args, incoming, eps, normalisers):
     ]
     vectors = [vector.requires_grad_() for vector in vectors]
     experts = len(args.deep)
-    given = [None] * len(args.weight) if normalisers is None else list(normalisers.double())
+    given = [None] * len(args.weight) if mean_rstd is None else list(mean_rstd.double())
     results, sums, used = [], [], []
     for k in range(experts):
         deep, a = double[k], double[experts + k]
@@ -132,7 +132,7 @@ def reference(args, incoming, eps, normalisers):
         sums.append(torch.stack([term.sum((2, 3)) for term in terms]) if terms else deep.new_empty(0))
         results.append((deep * a).mean((2, 3)))
     f = torch.stack(results)
-    (f * incoming.double()).sum().backward()
+    (f * grad_output.double()).sum().backward()
     scales = torch.stack([scale for _, scale in sorted(used, key=lambda pair: pair[0])]) if used else None
     return (
         f.detach(),
@@ -154,25 +154,25 @@ def assert_close(actual, expected, tolerance, name):
 
 
 def run_and_compare(case, given):
-    """Forward and backward against the reference; with normalisers that are given, or in training."""
+    """Forward and backward against the reference; with mean_rstd that are given, or in training."""
     args, norms, experts = case.arguments(), case.count, len(case.relu)
     batch, channels, height, width = case.shape
     values, rounded, exact = batch * height * width, TOLERANCE[case.dtype], TOLERANCE[torch.float32]
     eps, momentum = [1e-5 * (1 + i) for i in range(norms)], [0.1 + 0.2 * i for i in range(norms)]
     running = [torch.rand(channels) for _ in range(2 * norms)]
     before = [vector.clone() for vector in running]
-    incoming = torch.randn(experts, batch, channels).to(case.dtype)
-    normalisers = None
+    grad_output = torch.randn(experts, batch, channels).to(case.dtype)
+    mean_rstd = None
     if given:
         mean = torch.randn(norms, channels) + case.mean
         rest, rstd = 1e-8 * mean * torch.rand(norms, channels), torch.rand(norms, channels) + 0.5
-        normalisers = torch.stack((mean, rest, rstd), 1)
-    f, sums, used, statistics = dkf_forward(args, normalisers, eps, running, momentum)
-    vectors = dkf_vector_gradients(args, incoming, sums)
-    gradients = dkf_map_gradients(args, incoming, used, vectors, 0.0 if given else 1 / values)
+        mean_rstd = torch.stack((mean, rest, rstd), 1)
+    f, sums, used, statistics = dkf_forward(args, mean_rstd, eps, running, momentum)
+    vectors = dkf_vector_gradients(args, grad_output, sums)
+    gradients = dkf_map_gradients(args, grad_output, used, vectors, 0.0 if given else 1 / values)
 
     expected_f, expected_sums, scales, expected_vectors, expected_gradients = reference(
-        args, incoming, eps, normalisers
+        args, grad_output, eps, mean_rstd
     )
     assert f.dtype == case.dtype and {t.dtype for t in (sums, used, statistics, vectors)} == {torch.float32}
     assert_close(f, expected_f, rounded, "f")
@@ -189,7 +189,7 @@ def run_and_compare(case, given):
         return
     assert_close(sums, expected_sums, exact, "sums")
     if given:
-        assert used is normalisers and statistics.shape == (0, 2, channels)
+        assert used is mean_rstd and statistics.shape == (0, 2, channels)
         assert all(torch.equal(*pair) for pair in zip(running, before, strict=True))
         return
     maps = [*args.shallow, *(args.deep if case.folded else [])]
@@ -208,11 +208,11 @@ def run_and_compare(case, given):
 def small_tiles():
     """Within this context samples need several tiles, chunks take several samples, and merges need several tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_dkf_maps, "VALUES", 64)
-        patch.setattr(_dkf_statistics, "PROGRAMS", 1)
-        patch.setattr(_dkf_backward, "_BLOCKS_IN_PART", 2)
-        for module in (_dkf_statistics, _dkf_backward):
-            patch.setattr(module, "row_tile", lambda rows: _dkf_maps.RowTile(min(rows, 2), 16))
+        patch.setattr(_maps, "VALUES", 64)
+        patch.setattr(_statistics, "PROGRAMS", 1)
+        patch.setattr(_backward, "_BLOCKS_IN_PART", 2)
+        for module in (_statistics, _backward):
+            patch.setattr(module, "row_tile", lambda rows: _maps.RowTile(min(rows, 2), 16))
         yield
 
 
@@ -296,14 +296,14 @@ def check_constant_channels_are_exact():
 
 def check_runs_are_identical():
     case = Case((5, 18, 3, 5), relu=(True, False))
-    incoming = torch.randn(2, 5, 18)
+    grad_output = torch.randn(2, 5, 18)
     results = []
     for _ in range(2):
         args = case.arguments()
         with small_tiles():
             forward = dkf_forward(args, None, [1e-5] * 2, [], [0.1] * 2)
-            vectors = dkf_vector_gradients(args, incoming, forward[1])
-            results.append([*forward, vectors, *dkf_map_gradients(args, incoming, forward[2], vectors, 0.1)])
+            vectors = dkf_vector_gradients(args, grad_output, forward[1])
+            results.append([*forward, vectors, *dkf_map_gradients(args, grad_output, forward[2], vectors, 0.1)])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
@@ -311,7 +311,7 @@ def check_runs_are_identical():
 def check_gradients_have_strides_of_their_own(folded, monkeypatch):
     """... and nothing is written between their values."""
     case = Case((2, 5, 3, 3), layouts=("channels last", "NCHW"), relu=(True, False), folded=folded)
-    incoming, original = torch.randn(2, 2, 5), DkfArguments.new_gradients
+    grad_output, original = torch.randn(2, 2, 5), DkfArguments.new_gradients
     guarded = []
 
     def new_gradients(args):
@@ -323,10 +323,10 @@ def check_gradients_have_strides_of_their_own(folded, monkeypatch):
 
     args = case.arguments()
     _, sums, used, _ = dkf_forward(args, None, [1e-5] * case.count, [], [0.1] * case.count)
-    vectors = dkf_vector_gradients(args, incoming, sums)
-    expected = dkf_map_gradients(args, incoming, used, vectors, 0.05)
+    vectors = dkf_vector_gradients(args, grad_output, sums)
+    expected = dkf_map_gradients(args, grad_output, used, vectors, 0.05)
     monkeypatch.setattr(DkfArguments, "new_gradients", new_gradients)
-    actual = dkf_map_gradients(args, incoming, used, vectors, 0.05)
+    actual = dkf_map_gradients(args, grad_output, used, vectors, 0.05)
     for ours, theirs, (memory, view) in zip(actual, expected, guarded, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         view.fill_(42.0)
@@ -350,8 +350,8 @@ def check_offsets_beyond_32_bits():
 def check_nan_is_not_swallowed(relu, training):
     args = Case((2, 4, 3, 3), relu=(relu,)).arguments()
     args.shallow[0][1, 3, 2, 2] = torch.nan
-    normalisers = None if training else torch.ones(1, 3, 4)
-    f, sums, _, _ = dkf_forward(args, normalisers, [1e-5], [], [0.1])
+    mean_rstd = None if training else torch.ones(1, 3, 4)
+    f, sums, _, _ = dkf_forward(args, mean_rstd, [1e-5], [], [0.1])
     assert f[0, 1, 3].isnan() and sums[0, 0, 1, 3].isnan()
     assert f.isnan().sum() == (2 if training else 1)
 

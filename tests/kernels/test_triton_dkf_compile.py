@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
 from triton.runtime.jit import JITFunction
 
-from shike_fast.kernels import _dkf_backward, _dkf_statistics, dkf
+from shike_fast.kernels.fusion import _backward, _statistics, dkf
 from shike_fast.ops._dkf_arguments import DkfArguments
 
 pytestmark = pytest.mark.skipif(
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 KERNELS = [
     value
-    for module in (_dkf_backward, _dkf_statistics, dkf)
+    for module in (_backward, _statistics, dkf)
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 ]
@@ -38,10 +38,10 @@ def run(args, running=True):
     """Launch everything there is, in training."""
     norms, (batch, channels, height, width) = args.norms, args.deep[0].shape
     kept = [torch.ones(channels) for _ in range(2 * norms)] if running else []
-    _, sums, normalisers, _ = dkf.dkf_forward(args, None, [1e-5] * norms, kept, [0.1] * norms)
-    incoming = torch.zeros(args.experts, batch, channels, dtype=args.deep[0].dtype)
-    vectors = dkf.dkf_vector_gradients(args, incoming, sums)
-    dkf.dkf_map_gradients(args, incoming, normalisers, vectors, 1 / (batch * height * width))
+    _, sums, mean_rstd, _ = dkf.dkf_forward(args, None, [1e-5] * norms, kept, [0.1] * norms)
+    grad_output = torch.zeros(args.experts, batch, channels, dtype=args.deep[0].dtype)
+    vectors = dkf.dkf_vector_gradients(args, grad_output, sums)
+    dkf.dkf_map_gradients(args, grad_output, mean_rstd, vectors, 1 / (batch * height * width))
 
 
 LAUNCHES = [  # of experts with these ReLUs, folded, normalised: launches forward, backward
@@ -140,7 +140,7 @@ def test_lanes_agree_about_a_sum(memory_format, launches, compiled):
     for shape in [(2, 8, 3, 3), (1, 40, 4, 4), (3, 3, 7, 7)]:
         run(arguments(shape, torch.float32, (False,), memory_format=memory_format))
     for launch in launches:
-        if launch[0] is not _dkf_statistics._partial_kernel:
+        if launch[0] is not _statistics._partial_kernel:
             continue
         ptx = compiled(*launch, "sm_90").asm["ptx"]
         shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 # The interpreter computes in NumPy, which warns of the infinities and NaN that some checks are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
-from shike_fast.kernels import _rows  # noqa: E402
-from shike_fast.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward  # noqa: E402
-from shike_fast.kernels.dkt import dkt_backward, dkt_forward  # noqa: E402
+from shike_fast.kernels.losses import _rows  # noqa: E402
+from shike_fast.kernels.losses.cross_entropy import cross_entropy_backward, cross_entropy_forward  # noqa: E402
+from shike_fast.kernels.losses.dkt import dkt_backward, dkt_forward  # noqa: E402
 from shike_fast.ops import balanced_softmax_loss, dkt_loss, expert_cross_entropy  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -40,12 +40,14 @@ def test_in_the_interpreter(interpret):
     interpret(__file__, [name for name in globals() if name.startswith("check_")])
 
 
-def dkt(logits, target, incoming=1.0, factors=None, **options):
-    """Loss, terms and gradient of the kernels."""
-    arguments = {**DEFAULTS, **options}.values()
+def dkt(logits, target, grad_output=1.0, factors=None, **options):
+    """Loss, terms and gradient of the kernels, which leave the divisor that ``kl_reduction`` names to their callers."""
+    given = {**DEFAULTS, **options}
+    divisor = logits[0].shape[-1] if given.pop("kl_reduction") == "mean" else 1
+    arguments = (given.pop("hardest_weight") / divisor, given.pop("mutual_weight") / divisor, *given.values())
     loss, terms, state = dkt_forward(logits, target, factors, *arguments)
     assert loss.dtype == terms.dtype == state.dtype == torch.float32 and loss.shape == () and terms.shape == (3,)
-    return loss, terms, dkt_backward(torch.tensor(incoming), logits, target, factors, state, *arguments)
+    return loss, terms, dkt_backward(torch.tensor(grad_output), logits, target, factors, state, *arguments)
 
 
 def cross_entropy(logits, target, bias=None, label_smoothing=0.0):
@@ -246,7 +248,7 @@ def check_two_runs_are_identical():
 def check_incoming_gradient_scales():
     logits, target = torch.randn(3, 2, 7), torch.tensor([6, 2])
     _, _, gradient = dkt([logits], target)
-    _, _, scaled = dkt([logits], target, incoming=-2.5)
+    _, _, scaled = dkt([logits], target, grad_output=-2.5)
     torch.testing.assert_close(scaled, -2.5 * gradient)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shike_fast import models, ops
+from shike_fast.nn import DepthwiseKnowledgeFusion
 
 BOTTLENECK = {"blocks": (1, 1, 2), "width": 4, "large_stem": False, "num_classes": 5}
 NETWORKS = {
@@ -153,7 +154,7 @@ class ShiftedStage(nn.Sequential):
         return super().forward(x) + 1
 
 
-class ShiftedFusion(models.resnet.DepthwiseKnowledgeFusion):
+class ShiftedFusion(DepthwiseKnowledgeFusion):
     def forward(self, shallow, deep):
         return super().forward(shallow, deep) + 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shike_fast import models, ops
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import OPERATORS
 from shike_fast.ops._native import native
 
 OPS = ("dkt_loss", "balanced_softmax_loss", "expert_cross_entropy", "dkf_pool", "dkf_bn_pool", "dkf_experts")
@@ -15,10 +15,9 @@ OPS = ("dkt_loss", "balanced_softmax_loss", "expert_cross_entropy", "dkf_pool", 
 
 def only(monkeypatch, backend):
     """Let every op run on this backend and on no other."""
-    implementations = {
-        op: {backend: dataclasses.replace(_backend._implementations[op][backend], verified=True)} for op in OPS
-    }
-    monkeypatch.setattr(_backend, "_implementations", implementations)
+    for op in OPS:
+        implementation = dataclasses.replace(OPERATORS[op].backends[backend], verified=True)
+        monkeypatch.setattr(OPERATORS[op], "backends", {backend: implementation})
 
 
 @pytest.fixture(

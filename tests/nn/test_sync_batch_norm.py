@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import shike_fast.nn as shike_nn
 from shike_fast import models, ops
 from shike_fast.nn import SyncBatchNorm, convert_sync_batchnorm, sync_batch_norm
+from shike_fast.nn.fusion import is_batch_norm
+from shike_fast.nn.sync_batch_norm import process_group_of
 
 BATCH, CHANNELS = 6, 5
 SPLITS = {"halves": 3, "unequal": 4, "empty": 6}  # examples of the first process
@@ -342,9 +343,9 @@ def test_a_converted_network_keeps_its_fused_operators(processes):
     for process in processes:
         assert process["network_here"]["fused with the group"] == [(True, True)] * 3
     norm = SyncBatchNorm(3)
-    assert shike_nn.is_batch_norm(norm) and shike_nn._process_group(norm) is None
+    assert is_batch_norm(norm) and process_group_of(norm) is None
     norm.register_forward_hook(lambda *_: None)
-    assert not shike_nn.is_batch_norm(norm)
+    assert not is_batch_norm(norm)
 
 
 # ---- conversion

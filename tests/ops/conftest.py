@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from shike_fast.ops import _backend
+from shike_fast.ops._dispatch import OPERATORS
 from shike_fast.ops._native import native
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -28,7 +28,7 @@ def _parametrize_backend_and_device(metafunc: pytest.Metafunc) -> None:
     """Every backend of the op that the module names as ``OP``, on every device that it serves."""
     pairs = [
         pytest.param(backend, torch.device(device), marks=[pytest.mark.gpu] if device == "cuda" else [])
-        for backend in _backend._implementations[metafunc.module.OP]
+        for backend in OPERATORS[metafunc.module.OP].backends
         for device in DEVICES[backend]
     ]
     metafunc.parametrize(("backend", "device"), pairs, ids=lambda value: str(value))

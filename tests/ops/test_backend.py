@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from shike_fast import ops
-from shike_fast.ops import _backend, _fused
+from shike_fast.ops import _dispatch
 
 LOGITS, TARGET = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64)
 
 
 @pytest.fixture
 def registry(monkeypatch):
-    """The registry with the reference implementations only, restored after the test."""
-    references = {op: {"reference": known["reference"]} for op, known in _backend._implementations.items()}
-    monkeypatch.setattr(_backend, "_implementations", references)
-    monkeypatch.setattr(_backend, "_missing", {})
-    return _backend
+    """The records with the reference implementations only, restored after the test."""
+    for operator in _dispatch.OPERATORS.values():
+        monkeypatch.setattr(operator, "backends", {"reference": operator.backends["reference"]})
+    return _dispatch.OPERATORS
 
 
 def result(value):
@@ -33,68 +32,64 @@ def test_backends_and_reasons_cover_every_name():
 
 
 def test_the_fastest_backend_that_accepts_runs(registry):
-    registry.register("expert_cross_entropy", "cpu", result(1.0))
-    registry.register(
-        "expert_cross_entropy", "cuda", result(2.0), refuses=lambda *args: f"it needs a GPU, not {args[0].device}"
+    registry["expert_cross_entropy"].add("cpu", result(1.0))
+    registry["expert_cross_entropy"].add(
+        "cuda", result(2.0), refuses=lambda logits, *_: f"it needs a GPU, not {logits.device}"
     )
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 1.0
-    registry.register("expert_cross_entropy", "cuda", result(3.0), refuses=lambda *args: None)
+    registry["expert_cross_entropy"].add("cuda", result(3.0), refuses=lambda *args: None)
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 3.0
     assert ops.expert_cross_entropy(LOGITS, TARGET, backend="cpu").item() == 1.0
     assert ops.expert_cross_entropy(LOGITS, TARGET, backend="reference").item() == pytest.approx(2 * 1.3862944)
 
 
 def test_the_order_of_registration_does_not_matter(registry):
-    registry.register("expert_cross_entropy", "cuda", result(2.0))
-    registry.register("expert_cross_entropy", "cpu", result(1.0))
+    registry["expert_cross_entropy"].add("cuda", result(2.0))
+    registry["expert_cross_entropy"].add("cpu", result(1.0))
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 2.0
 
 
 def test_an_unverified_backend_runs_only_by_name(registry):
-    registry.register("expert_cross_entropy", "triton", result(1.0), verified=False)
+    registry["expert_cross_entropy"].add("triton", result(1.0), verified=False)
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() != 1.0
     assert ops.expert_cross_entropy(LOGITS, TARGET, backend="triton").item() == 1.0
 
 
 def test_a_refusal_says_why(registry):
-    registry.register("expert_cross_entropy", "cuda", result(2.0), refuses=lambda *args: "the logits are on the CPU")
+    registry["expert_cross_entropy"].add("cuda", result(2.0), refuses=lambda *args: "the logits are on the CPU")
     with pytest.raises(RuntimeError) as caught:
         ops.expert_cross_entropy(LOGITS, TARGET, backend="cuda")
     assert str(caught.value) == "expert_cross_entropy: backend 'cuda' cannot run: the logits are on the CPU"
 
 
-def test_a_missing_backend_says_why(registry):
-    registry.register_missing("triton", lambda: "the package triton is not installed")
-    registry.register_missing("cpu", lambda: None)
+def test_a_missing_backend_says_why(monkeypatch):
+    missing = {"triton": lambda: "the package triton is not installed", "cpu": lambda: None}
+    monkeypatch.setattr(_dispatch, "_MISSING", missing)
     assert ops.backends() == {"reference": True, "cpu": True, "triton": False, "cuda": True}
     assert ops.backend_reasons() == {"triton": "the package triton is not installed"}
 
 
 def test_a_backend_of_other_ops_says_so(registry):
-    registry.register("expert_cross_entropy", "cpu", result(1.0))
+    registry["expert_cross_entropy"].add("cpu", result(1.0))
     with pytest.raises(RuntimeError, match=r"^dkt_loss: backend 'cpu' cannot run: it does not implement this op$"):
         ops.dkt_loss(LOGITS, TARGET, backend="cpu")
 
 
 def test_no_backend_at_all(registry):
-    registry.register("expert_cross_entropy", "reference", result(1.0), verified=False)
+    registry["expert_cross_entropy"].add("reference", result(1.0), verified=False)
     with pytest.raises(RuntimeError, match=r"^expert_cross_entropy: no backend can run with these arguments$"):
         ops.expert_cross_entropy(LOGITS, TARGET)
 
 
-@pytest.mark.parametrize("call", ["register", "register_missing"])
-def test_names_are_checked(registry, call):
-    with pytest.raises(ValueError, match=rf"^{call}: backend must be None or one of .*, got 'gpu'$"):
-        if call == "register":
-            registry.register("dkt_loss", "gpu", result(1.0))
-        else:
-            registry.register_missing("gpu", lambda: None)
+def test_names_are_checked(registry):
+    with pytest.raises(ValueError, match=r"^dkt_loss: backend must be None or one of .*, got 'gpu'$"):
+        registry["dkt_loss"].add("gpu", result(1.0))
 
 
 def test_unverified_backends_are_listed(registry):
-    registry.register("dkt_loss", "cuda", result(1.0), verified=False)
-    registry.register("expert_cross_entropy", "cuda", result(1.0))
-    assert registry.unverified("cuda") == ["dkt_loss"] and registry.unverified("reference") == []
+    registry["dkt_loss"].add("cuda", result(1.0), verified=False)
+    registry["expert_cross_entropy"].add("cuda", result(1.0))
+    assert _dispatch.unverified("cuda") == ["dkt_loss"] and _dispatch.unverified("reference") == []
 
 
 LOSSES = {
@@ -141,9 +136,9 @@ def gpus(monkeypatch):
         if index == 1:
             raise RuntimeError("no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(_fused, "_CUDA_BUILD_MISSING", None)
-    monkeypatch.setattr(_fused, "_self_tests", {})
-    monkeypatch.setattr(_fused, "native", lambda: SimpleNamespace(cuda_self_test=self_test))
+    monkeypatch.setattr(_dispatch, "_CUDA_BUILD_MISSING", None)
+    monkeypatch.setattr(_dispatch, "_self_tests", {})
+    monkeypatch.setattr(_dispatch, "native", lambda: SimpleNamespace(cuda_self_test=self_test))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -155,26 +150,26 @@ REFUSED = "the compiled library does not run on cuda:1: no kernel image is avail
 
 def test_a_gpu_on_which_the_library_does_not_run_is_refused_with_the_reason(gpus, monkeypatch):
     for _ in range(2):  # tried once
-        assert _fused.cuda_missing(torch.device("cuda", 0)) is None
-        assert _fused.cuda_missing(torch.device("cuda", 1)) == REFUSED
-        assert _fused.cuda_missing() == REFUSED
+        assert _dispatch.cuda_missing(torch.device("cuda", 0)) is None
+        assert _dispatch.cuda_missing(torch.device("cuda", 1)) == REFUSED
+        assert _dispatch.cuda_missing() == REFUSED
     assert gpus == [0, 1]
     logits = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
-    assert _fused.refuses_tensor("cuda", logits, "the logits are") == REFUSED
+    assert _dispatch.refuses_tensor("cuda", logits, "the logits are") == REFUSED
 
 
 def test_a_gpu_is_not_tried_within_a_recording(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert _fused.cuda_missing(torch.device("cuda", 1)) is None and gpus == []
+    assert _dispatch.cuda_missing(torch.device("cuda", 1)) is None and gpus == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert _fused.cuda_missing(torch.device("cuda", 1)) == REFUSED
+    assert _dispatch.cuda_missing(torch.device("cuda", 1)) == REFUSED
 
 
 def test_a_compiled_function_knows_the_reason_as_a_constant(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler asks as well
 
     def function(x):
-        return x + 1 if _fused._failed_self_test(1) is None else x - 1
+        return x + 1 if _dispatch._failed_self_test(1) is None else x - 1
 
     torch._dynamo.reset()
     assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(())).item() == -1

@@ -300,15 +300,15 @@ def test_opcheck(dtype, folded, training):
         [None, *(torch.rand(6) for _ in range(norms - 1))],
     )
     tensors = [[t.requires_grad_() for t in group] for group in (deep, shallow, shortcut)]
-    normalisers = None if training else torch.rand(norms, 3, 6)
+    mean_rstd = None if training else torch.rand(norms, 3, 6)
     options = ([1e-5] * norms, RELU, "cpu")
     op = torch.ops.shike_fast.dkf_fused.default
-    results = torch.library.opcheck(op, (*tensors, weight, bias, normalisers, *options))
+    results = torch.library.opcheck(op, (*tensors, weight, bias, mean_rstd, *options))
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
-    _, sums, made, _ = op(*tensors, weight, bias, normalisers, *options)
+    _, _, sums, new_mean_rstd = op(*tensors, weight, bias, mean_rstd, *options)
     plain = [[None if t is None else t.detach() for t in group] for group in (*tensors, weight, bias)]
     backward = torch.ops.shike_fast.dkf_fused_backward.default
-    incoming = torch.randn(2, 4, 6, dtype=dtype)
-    made = made.detach() if training else normalisers
-    results = torch.library.opcheck(backward, (incoming, *plain, sums.detach(), made, training, RELU, "cpu"))
+    grad_output = torch.randn(2, 4, 6, dtype=dtype)
+    saved = sums.detach(), new_mean_rstd.detach()
+    results = torch.library.opcheck(backward, (grad_output, *plain, mean_rstd, *saved, *options))
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4

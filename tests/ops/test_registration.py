@@ -237,7 +237,7 @@ def test_fake_tensors():
 
 def fused_cases():
     """Arguments of the fused ops and of their backward ops: one tensor and a sequence, with every optional tensor."""
-    dkt = (TARGET, None, 10.0, 1.0, "mean", 0.0, -30.0, False, "cpu")
+    dkt = (TARGET, None, 10.0, 1.0, 0.0, -30.0, False, "cpu")
     dkt_with_factors = (TARGET, torch.tensor([2.0, 0.5], dtype=torch.float64), *dkt[2:])
     cross_entropy = (TARGET, torch.randn(7), 0.1, "cpu")
     for name, rest in (("dkt_loss", dkt), ("dkt_loss", dkt_with_factors), ("expert_cross_entropy", cross_entropy)):

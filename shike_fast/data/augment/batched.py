@@ -1,38 +1,25 @@
-"""The training augmentations of :mod:`.augment` and :mod:`.photo_augment` on uint8 tensors of any device, with the same
-results.
+"""Training augmentation: steps that work on a batch of uint8 images, on any device, with the same results everywhere.
 
 Everything that depends on random words is decided on the host: the words are a pure function of seed, epoch and
-index, so no device is asked. A *plan* is the list of integer arrays that say it; they travel to the device in one copy,
-and the device then works through a small number of launches, whatever the number of images, with no synchronisation.
+index, so the device is never asked. A *plan* is the list of integer arrays that says it; the plans travel to the device
+in one copy, and the device then works through a small number of launches, however many images there are, without
+synchronisation.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shike_fast.data.augment import photo, small
-from shike_fast.data.augment.autoaugment import CIFAR10_POLICY
-from shike_fast.data.augment.operations import (
-    BRIGHTNESS,
-    COLOR,
-    CONTRAST,
-    OPERATORS,
-    RAND_OPERATORS,
-    SIGNS,
-    VARIANTS,
-    Operator,
-    Shape,
-    Variant,
-    variant_of,
-)
-from shike_fast.data.augment.photo import RAND_AUGMENT, RAND_OPERATIONS
-from shike_fast.data.augment.small import Augmentation, Normalise, Words
+from shike_fast.data.augment.operations import Operator, Shape
+from shike_fast.data.random import STREAM_AUGMENTATION, draw_words, integers
 
+Words = NDArray[np.uint32]  # [B, words], the random words of each sample
+Positions = NDArray[np.int64]
 Plan = list[NDArray[np.int64]]
 
 # Bytes of images that an operation takes on at a time. Its temporary results are up to fifty times as large. A CPU
@@ -85,55 +72,30 @@ class BatchedStep(ABC):
         """Do it to images [B, C, H, W] that belong to the caller, in place where that is convenient."""
 
 
-class RandomCrop(BatchedStep):
-    """:func:`shike_fast.data.augment.small.random_crop`."""
+class Flip(BatchedStep):
+    """Mirror left to right with probability 1/2, whatever the layout of the images.
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        channels, self._height, self._width = shape
-        self._pad_y, self._pad_x = (small.padding_of(side) for side in shape[1:])
-        # Pixels of a row, a channel and an image that is padded.
-        self._row = self._width + 2 * self._pad_x
-        channel = self._row * (self._height + 2 * self._pad_y)
-        self._image = channels * channel
-        planes, rows = (torch.arange(count, device=device) for count in (channels, self._height))
-        # Where the rows of a window start that lies in the corner of such an image, [C·H].
-        self._starts = (planes[:, None] * channel + rows * self._row).flatten()
+    Attributes:
+        word: the random word of a sample that decides it.
+    """
 
-    def plan(self, words: Words) -> Plan:
-        top, left = small.crop_corners(words, self._height, self._width)
-        return [np.arange(len(words)) * self._image + top * self._row + left]
-
-    def __call__(self, images: Tensor, plan: list[Tensor]) -> Tensor:
-        padded = F.pad(images, (self._pad_x, self._pad_x, self._pad_y, self._pad_y)).flatten()
-        # Every run of W pixels, as overlapping rows of a view: one index a row then says what an index a pixel would.
-        runs = padded.as_strided((max(0, len(padded) - self._width + 1), self._width), (1, 1))
-        return runs.index_select(0, (plan[0][:, None] + self._starts).flatten()).view_as(images)
-
-
-class RandomFlip(BatchedStep):
-    """:func:`shike_fast.data.augment.small.random_flip`."""
-
-    _flips = staticmethod(small.flips)
+    any_layout = True
+    word: int
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         pass
 
+    @classmethod
+    def flips(cls, words: Words) -> NDArray[np.bool_]:
+        """Which samples are mirrored, [B]."""
+        return integers(words[:, cls.word], 2) == 1
+
     def plan(self, words: Words) -> Plan:
-        return [np.flatnonzero(self._flips(words))]
-
-    def __call__(self, images: Tensor, plan: list[Tensor]) -> Tensor:
-        return put(images, plan[0], images.index_select(0, plan[0]).flip(3))
-
-
-class PhotoFlip(RandomFlip):
-    """:func:`shike_fast.data.augment.photo.random_flip`."""
-
-    any_layout = True
-    _flips = staticmethod(photo.flips)
+        return [np.flatnonzero(self.flips(words))]
 
     def __call__(self, images: Tensor, plan: list[Tensor]) -> Tensor:
         if images.is_contiguous():
-            return super().__call__(images, plan)
+            return put(images, plan[0], images.index_select(0, plan[0]).flip(3))
         interleaved = images.permute(0, 2, 3, 1)
         put(interleaved, plan[0], interleaved.index_select(0, plan[0]).flip(2))
         return images
@@ -146,6 +108,7 @@ class Operations(BatchedStep):
     """
 
     _operators: tuple[Operator, ...]
+    _tables: list[Tensor]
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         if shape[0] not in (1, 3):
@@ -156,14 +119,14 @@ class Operations(BatchedStep):
 
         Args:
             operators: number of the operator that serves each image, [B]; -1 for none.
-            variants: what it is told, [B].
+            variants: which variant of its operations, or which other number, each image has, [B].
         """
         groups = [np.flatnonzero(operators == number) for number in range(len(self._operators))]
         return [array for positions in groups for array in (positions, variants[positions])]
 
-    @abstractmethod
     def _variants(self, number: int, variants: Tensor) -> Tensor:
-        """What operator ``number`` takes, of that which a plan says of a group of images."""
+        """What operator ``number`` takes for a group of images: by default the rows of its table that a plan names."""
+        return self._tables[number].index_select(0, variants)
 
     def __call__(self, images: Tensor, plan: list[Tensor]) -> Tensor:
         chunk = images_at_a_time(images.device, images.shape[1:].numel())
@@ -176,127 +139,45 @@ class Operations(BatchedStep):
         return images
 
 
-class AutoAugment(Operations):
-    """:func:`shike_fast.data.augment.small.auto_augment`: the first step of the sub-policies, and then the second."""
+class Normalise:
+    """uint8 pixels to float32: (pixel / 255 − mean) / std for each channel.
 
-    _operators = OPERATORS
+    Attributes:
+        scale, shift: float32 [C, 1, 1]; the result is pixel · scale + shift, rounded after either operation.
+    """
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        super().__init__(shape, device)
-        numbers = {
-            operation: (number, k * VARIANTS)
-            for number, operator in enumerate(OPERATORS)
-            for k, operation in enumerate(operator.operations)
-        }
-        steps = [step for steps in CIFAR10_POLICY for step in steps]
-        self._numbers = np.array([numbers[step.operation][0] for step in steps]).reshape(-1, 2)
-        # [sub-policies, 2, signs]
-        rows = [[numbers[s.operation][1] + variant_of(s.level, sign) for sign in SIGNS] for s in steps]
-        self._rows = np.array(rows).reshape(-1, 2, 2)
-        self._tables = [operator.prepare(shape, device) for operator in OPERATORS]
-
-    def plan(self, words: Words) -> Plan:
-        draws = small.policy_draws(words)
-        result = []
-        for k in range(2):
-            operators = np.where(draws.applied[:, k], self._numbers[draws.policies, k], -1)
-            result += self._round(operators, self._rows[draws.policies, k, (draws.signs[:, k] > 0).astype(int)])
-        return result
-
-    def _variants(self, number: int, variants: Tensor) -> Tensor:
-        return self._tables[number].index_select(0, variants)
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        centre = torch.tensor(mean, dtype=torch.float64)[:, None, None]
+        spread = torch.tensor(std, dtype=torch.float64)[:, None, None]
+        self.scale = (1 / (255 * spread)).float()
+        self.shift = (-centre / spread).float()
 
 
-class RandAugment(Operations):
-    """:func:`shike_fast.data.augment.photo.rand_augment`; images are left alone by operations that change none."""
+@dataclass(frozen=True)
+class Augmentation:
+    """A chain of steps on uint8 pixels, which normalisation follows.
 
-    _operators = RAND_OPERATORS
+    Attributes:
+        words: random words used per sample.
+        steps: applied in order.
+        slow: takes so long that worker processes pay off.
+    """
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        super().__init__(shape, device)
-        number_of = {operation: n for n, operator in enumerate(RAND_OPERATORS) for operation in operator.operations}
-        # Only what can be drawn has rows in the tables: a row of a translation has a number for each pixel.
-        variants: list[list[Variant]] = [[] for _ in RAND_OPERATORS]
-        self._numbers = np.full(len(RAND_AUGMENT), -1)
-        self._rows = np.zeros((len(RAND_AUGMENT), len(SIGNS)), np.int64)
-        for k, (operation, magnitude, signed) in enumerate(RAND_AUGMENT):
-            if RAND_AUGMENT[k].changes:
-                known = variants[number_of[operation]]
-                self._numbers[k] = number_of[operation]
-                self._rows[k] = len(known) + np.arange(len(SIGNS)) * signed
-                known += [Variant(operation, sign * magnitude, 1) for sign in (SIGNS if signed else (1,))]
-        self._tables = [
-            operator.tabulate(known, shape, device) for operator, known in zip(RAND_OPERATORS, variants, strict=True)
-        ]
+    words: int
+    steps: tuple[type[BatchedStep], ...] = ()
+    slow: bool = False
 
-    def plan(self, words: Words) -> Plan:
-        draws = photo.rand_draws(words)
-        result = []
-        for k in range(RAND_OPERATIONS):
-            operations, plus = draws.operations[:, k], (draws.signs[:, k] > 0).astype(int)
-            result += self._round(self._numbers[operations], self._rows[operations, plus])
-        return result
-
-    def _variants(self, number: int, variants: Tensor) -> Tensor:
-        return self._tables[number].index_select(0, variants)
-
-
-class ColourJitter(Operations):
-    """:func:`shike_fast.data.augment.photo.colour_jitter`; the factors travel as the bits of float32 numbers."""
-
-    _operators = (BRIGHTNESS, CONTRAST, COLOR)
-
-    def plan(self, words: Words) -> Plan:
-        order, factors = photo.jitter_draws(words)
-        bits = factors.astype(np.float32).view(np.int32).astype(np.int64)
-        rows = np.arange(len(words))
-        return [array for k in range(3) for array in self._round(order[:, k], bits[rows, order[:, k]])]
-
-    def _variants(self, number: int, variants: Tensor) -> Tensor:
-        return variants.to(torch.int32).view(torch.float32)
-
-
-class Cutout(BatchedStep):
-    """:func:`shike_fast.data.augment.small.cutout`."""
-
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self._sides = shape[1:]
-        # For each place of its centre the rows, or columns, that a hole keeps: all bits set, none in those it covers.
-        self._kept_rows, self._kept_columns = (
-            torch.from_numpy(~small.span(np.arange(side) - small.cutout_of(side) // 2, side))
-            .to(torch.uint8)
-            .neg_()
-            .to(device)
-            for side in self._sides
-        )  # [H, H] and [W, W]
-
-    def plan(self, words: Words) -> Plan:
-        corners = small.hole_corners(words, *self._sides)
-        return [corner + small.cutout_of(side) // 2 for corner, side in zip(corners, self._sides, strict=True)]
-
-    def __call__(self, images: Tensor, plan: list[Tensor]) -> Tensor:
-        rows, columns = self._kept_rows.index_select(0, plan[0]), self._kept_columns.index_select(0, plan[1])
-        # On a CPU this is several times as fast as masked_fill_.
-        return images.bitwise_and_((rows[:, :, None] | columns[:, None])[:, None])
-
-
-_STEPS: dict[Callable, type[BatchedStep]] = {
-    small.random_crop: RandomCrop,
-    small.random_flip: RandomFlip,
-    small.auto_augment: AutoAugment,
-    small.cutout: Cutout,
-    photo.random_flip: PhotoFlip,
-    photo.colour_jitter: ColourJitter,
-    photo.rand_augment: RandAugment,
-}
+    def draw(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> Words:
+        """The random words of samples ``indices`` in an epoch, uint32 [B, words]."""
+        return draw_words(seed, epoch, indices, self.words, STREAM_AUGMENTATION)
 
 
 class BatchedAugmentation:
     """An augmentation and the normalisation that follows it, on images of one shape and one device.
 
     Args:
-        augmentation: one of :data:`shike_fast.data.augment.small.AUGMENTATIONS` or of
-            :data:`shike_fast.data.augment.photo.PHOTO_AUGMENTATIONS`.
+        augmentation: a value of ``AUGMENTATIONS`` in :mod:`shike_fast.data.augment.small`, or of
+            ``PHOTO_AUGMENTATIONS`` in :mod:`shike_fast.data.augment.photo`.
         normalise: of as many channels as the images have, or of one for all.
         shape: C, H, W of the images; C is 1 or 3 where the augmentation holds AutoAugment, RandAugment or
             colour jitter.
@@ -311,7 +192,7 @@ class BatchedAugmentation:
 
     def __init__(self, augmentation: Augmentation, normalise: Normalise, shape: Shape, device: torch.device) -> None:
         self._device = device
-        self._steps = [_STEPS[step](shape, device) for step in augmentation.steps]
+        self._steps = [step(shape, device) for step in augmentation.steps]
         self.any_layout = all(step.any_layout for step in self._steps)
         # A value for every entry of an interleaved row, [W·C]: one for a channel would make short inner loops.
         self._scale, self._shift = (
@@ -360,7 +241,7 @@ class BatchedAugmentation:
         return result
 
     def __call__(self, images: Tensor, words: Words) -> Tensor:
-        """Augment and normalise a batch, as :class:`shike_fast.data.augment.small.Augmentation` does.
+        """Augment and normalise a batch.
 
         Args:
             images: uint8 [B, C, H, W] on the device, contiguous; may be overwritten.

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from shike_fast.data.augment.autoaugment import FILL, MAGNITUDES, apply_operation
+from shike_fast.data.augment.autoaugment import FILL, MAGNITUDES
 
 LEVELS = 10
 SIGNS = (-1, 1)
@@ -32,14 +32,34 @@ Values = NDArray | np.generic
 
 
 class Variant(NamedTuple):
-    """An operation with the magnitude and the sign that ``apply_operation`` takes."""
+    """An operation, its magnitude in the units of :data:`MAGNITUDES`, and the direction of a signed operation."""
 
     operation: str
     magnitude: float
     sign: int
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return apply_operation(image, *self)
+
+def _translate(image: Image.Image, x: float, y: float) -> Image.Image:
+    matrix = (1, 0, x, 0, 1, y)  # output to input coordinates
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=FILL)
+
+
+# What tables are made of: operations on grey images, of a magnitude and a sign.
+_TABULATED: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
+    "translate_x": lambda i, m, sign: _translate(i, m * i.width * sign, 0),
+    "translate_y": lambda i, m, sign: _translate(i, 0, m * i.height * sign),
+    "rotate": lambda i, m, _: i.rotate(m, Image.Resampling.NEAREST, fillcolor=FILL),
+    "brightness": lambda i, m, sign: ImageEnhance.Brightness(i).enhance(1 + m * sign),
+    "posterize": lambda i, m, _: ImageOps.posterize(i, int(m)),
+    "solarize": lambda i, m, _: ImageOps.solarize(i, int(np.ceil(m))),  # pixel < m is pixel < ceil(m)
+    "invert": lambda i, _m, _s: ImageOps.invert(i),
+}
+
+
+def _apply(variant: Variant, pixels: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """A variant of a tabulated operation on a grey image [H, W]."""
+    image = Image.fromarray(pixels.astype(np.uint8))
+    return np.asarray(_TABULATED[variant.operation](image, variant.magnitude, variant.sign))
 
 
 def variant_of(level: int, sign: int) -> int:
@@ -106,7 +126,7 @@ class Recolour(Operator):
     """Operations that map each value by itself, the same way in every image: one table of 256 values a variant."""
 
     def _row(self, variant: Variant, shape: Shape) -> NDArray[np.uint8]:
-        return np.asarray(variant(Image.fromarray(np.arange(256, dtype=np.uint8)[None])))[0]
+        return _apply(variant, np.arange(256)[None])[0]
 
     def __call__(self, images: Tensor, variants: Tensor) -> Tensor:
         return variants.gather(1, images.flatten(1).long()).view_as(images)
@@ -119,8 +139,7 @@ class Move(Operator):
         _, height, width = shape
 
         def move(values: NDArray[np.int64]) -> NDArray[np.int64]:
-            image = Image.fromarray(values.reshape(height, width).astype(np.uint8))
-            return np.asarray(variant(image)).reshape(-1).astype(np.int64)
+            return _apply(variant, values.reshape(height, width)).reshape(-1).astype(np.int64)
 
         place = np.arange(height * width)
         # Images hold bytes: the place travels as three of them, and whether it was filled shows on a black image.

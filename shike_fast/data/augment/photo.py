@@ -1,23 +1,20 @@
 """Training augmentations of photographs: flip, colour jitter and RandAugment, after the random resized crop.
 
-The crop is no step of theirs: decoding cuts it out, by the first words of a sample
-(:mod:`shike_fast.data.images.transforms`). The words that follow are given their meaning here, the same in every
+The crop is not one of these steps: decoding cuts it out, by the first words of a sample
+(:mod:`shike_fast.data.augment.crop`). The words after those are given their meaning here, the same in every
 augmentation, so that a sample's crop, flip and factors do not change with what else is done to it.
-
-As in :mod:`shike_fast.data.augment.small` this is the plain form, image by image with Pillow;
-:mod:`shike_fast.data.augment.batched` does the same on any device with the results bit for bit.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from torch import Tensor
 
-from shike_fast.data.augment.autoaugment import apply_operation
-from shike_fast.data.augment.small import Augmentation, Pixels, Positions, Words, _to_image, _to_pixels
-from shike_fast.data.images.transforms import CROP_WORDS
+from shike_fast.data.augment.batched import Augmentation, Flip, Operations, Plan, Positions, Words
+from shike_fast.data.augment.crop import CROP_WORDS
+from shike_fast.data.augment.operations import BRIGHTNESS, COLOR, CONTRAST, RAND_OPERATORS, SIGNS, Shape, Variant
 from shike_fast.data.random import integers, uniform
 
 JITTER = 0.4  # greatest distance of a factor from 1
@@ -31,18 +28,13 @@ _OPERATION_WORDS = slice(_FACTOR_WORDS.stop, _FACTOR_WORDS.stop + RAND_OPERATION
 _SIGN_WORDS = slice(_OPERATION_WORDS.stop, _OPERATION_WORDS.stop + RAND_OPERATIONS)
 WORDS = _SIGN_WORDS.stop
 
-_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 _ORDERS = np.array([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
 
 
-def flips(words: Words) -> NDArray[np.bool_]:
-    """Which samples are mirrored, [B]: each with probability 1/2."""
-    return integers(words[:, _FLIP], 2) == 1
-
-
-def random_flip(images: Pixels, words: Words) -> Pixels:
+class PhotoFlip(Flip):
     """Mirror left to right with probability 1/2."""
-    return np.where(flips(words)[:, None, None, None], images[..., ::-1], images)
+
+    word = _FLIP
 
 
 class JitterDraws(NamedTuple):
@@ -58,16 +50,22 @@ def jitter_draws(words: Words) -> JitterDraws:
     return JitterDraws(_ORDERS[integers(words[:, _JITTER_ORDER], len(_ORDERS))], factors)
 
 
-def colour_jitter(images: Pixels, words: Words) -> Pixels:
-    """Scale brightness, contrast and saturation of each image by factors of its own, in an order of its own."""
-    draws = jitter_draws(words)
+class ColourJitter(Operations):
+    """Scale brightness, contrast and saturation of each image by factors of its own, in an order of its own.
 
-    def jitter(image: Image.Image, b: int) -> Image.Image:
-        for k in draws.order[b]:
-            image = _ENHANCERS[k](image).enhance(float(draws.factors[b, k]))
-        return image
+    The factors travel as the bits of float32 numbers.
+    """
 
-    return _one_by_one(images, jitter)
+    _operators = (BRIGHTNESS, CONTRAST, COLOR)
+
+    def plan(self, words: Words) -> Plan:
+        order, factors = jitter_draws(words)
+        bits = factors.astype(np.float32).view(np.int32).astype(np.int64)
+        rows = np.arange(len(words))
+        return [array for k in range(3) for array in self._round(order[:, k], bits[rows, order[:, k]])]
+
+    def _variants(self, number: int, variants: Tensor) -> Tensor:
+        return variants.to(torch.int32).view(torch.float32)
 
 
 class RandOperation(NamedTuple):
@@ -76,12 +74,6 @@ class RandOperation(NamedTuple):
     operation: str
     magnitude: float = 0.0
     signed: bool = False
-
-    def apply(self, image: Image.Image, sign: int) -> Image.Image:
-        """Apply it to an image of mode "RGB" or "L"; ``sign`` is +1, or -1 for the other direction."""
-        if self.operation == "identity":
-            return image
-        return apply_operation(image, self.operation, sign * self.magnitude if self.signed else self.magnitude)
 
     @property
     def changes(self) -> bool:
@@ -126,30 +118,50 @@ def rand_draws(words: Words) -> RandDraws:
     return RandDraws(operations, 2 * integers(words[:, _SIGN_WORDS], 2) - 1)
 
 
-def rand_augment(images: Pixels, words: Words) -> Pixels:
-    """Apply N operations to each image (Cubuk et al., "RandAugment", CVPR Workshops 2020), filling with 128."""
-    draws = rand_draws(words)
+class RandAugment(Operations):
+    """Apply N operations to each image (Cubuk et al., "RandAugment", CVPR Workshops 2020), filling with 128.
 
-    def augment(image: Image.Image, b: int) -> Image.Image:
-        for number, sign in zip(draws.operations[b], draws.signs[b], strict=True):
-            image = RAND_AUGMENT[number].apply(image, int(sign))
-        return image
+    Images are left alone by operations that change none.
+    """
 
-    return _one_by_one(images, augment)
+    _operators = RAND_OPERATORS
 
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        super().__init__(shape, device)
+        number_of = {operation: n for n, operator in enumerate(RAND_OPERATORS) for operation in operator.operations}
+        # Only what can be drawn has rows in the tables: a row of a translation has a number for each pixel.
+        variants: list[list[Variant]] = [[] for _ in RAND_OPERATORS]
+        self._numbers = np.full(len(RAND_AUGMENT), -1)
+        self._rows = np.zeros((len(RAND_AUGMENT), len(SIGNS)), np.int64)
+        for k, (operation, magnitude, signed) in enumerate(RAND_AUGMENT):
+            if RAND_AUGMENT[k].changes:
+                known = variants[number_of[operation]]
+                self._numbers[k] = number_of[operation]
+                self._rows[k] = len(known) + np.arange(len(SIGNS)) * signed
+                known += [Variant(operation, sign * magnitude, 1) for sign in (SIGNS if signed else (1,))]
+        self._tables = [
+            operator.tabulate(known, shape, device) for operator, known in zip(RAND_OPERATORS, variants, strict=True)
+        ]
 
-def _one_by_one(images: Pixels, transform: Callable[[Image.Image, int], Image.Image]) -> Pixels:
-    """``transform`` of every image of a batch and its number there."""
-    result = np.empty_like(images)
-    for b, pixels in enumerate(images):
-        result[b] = _to_pixels(transform(_to_image(pixels), b))
-    return result
+    def plan(self, words: Words) -> Plan:
+        draws = rand_draws(words)
+        result = []
+        for k in range(RAND_OPERATIONS):
+            operations, plus = draws.operations[:, k], (draws.signs[:, k] > 0).astype(int)
+            result += self._round(self._numbers[operations], self._rows[operations, plus])
+        return result
 
 
 PHOTO_AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(0),
-    "rrc": Augmentation(WORDS, (random_flip,)),
-    "rrc-jitter": Augmentation(WORDS, (random_flip, colour_jitter), one_by_one=True),
-    "rrc-randaugment": Augmentation(WORDS, (random_flip, rand_augment), one_by_one=True),
-    "rrc-jitter-randaugment": Augmentation(WORDS, (random_flip, colour_jitter, rand_augment), one_by_one=True),
+    "rrc": Augmentation(WORDS, (PhotoFlip,)),
+    "rrc-jitter": Augmentation(WORDS, (PhotoFlip, ColourJitter), slow=True),
+    "rrc-randaugment": Augmentation(WORDS, (PhotoFlip, RandAugment), slow=True),
+    "rrc-jitter-randaugment": Augmentation(WORDS, (PhotoFlip, ColourJitter, RandAugment), slow=True),
 }
+
+
+def photo_augmentations(default: str) -> tuple[str, ...]:
+    """The names of all of them, ``default`` first and "none" last."""
+    others = [name for name in PHOTO_AUGMENTATIONS if name not in (default, "none")]
+    return default, *others, "none"

@@ -1,32 +1,23 @@
-"""Training augmentations of small images held in memory, a whole batch at a time.
+"""Training augmentations of small images held in memory.
 
-Images are uint8 [B, C, H, W] until they are normalised. Every function takes its random draws as arguments, so what it
-does to a sample depends on that sample's draws alone, never on its neighbours in the batch.
-
-This is the plain form, with NumPy and Pillow. :mod:`shike_fast.data.augment.batched` does the same on any device; what
-the words of a sample decide (``crop_corners``, ``flips``, ``policy_draws``, ``hole_corners``) is defined here for both.
+What a step does to a sample depends on that sample's random words alone, never on its neighbours in the batch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from shike_fast.data.augment.autoaugment import CIFAR10_POLICY, apply_step
-from shike_fast.data.random import STREAM_AUGMENTATION, draw_words, integers, uniform
+from shike_fast.data.augment.autoaugment import CIFAR10_POLICY
+from shike_fast.data.augment.batched import Augmentation, BatchedStep, Flip, Operations, Plan, Positions, Words
+from shike_fast.data.augment.operations import OPERATORS, SIGNS, VARIANTS, Shape, variant_of
+from shike_fast.data.random import integers, uniform
 
 # Which random word of a sample decides what. The meaning of a word is the same in every augmentation.
 _CROP_Y, _CROP_X, _FLIP, _POLICY, _APPLY1, _SIGN1, _APPLY2, _SIGN2, _CUTOUT_Y, _CUTOUT_X = range(10)
-
-Words = NDArray[np.uint32]  # [B, words]
-Pixels = NDArray[np.uint8]  # [B, C, H, W]
-Positions = NDArray[np.int64]
 
 
 def padding_of(side: int) -> int:
@@ -45,25 +36,35 @@ def crop_corners(words: Words, height: int, width: int) -> tuple[Positions, Posi
     return rows, integers(words[:, _CROP_X], 2 * padding_of(width) + 1)
 
 
-def random_crop(images: Pixels, words: Words) -> Pixels:
+class RandomCrop(BatchedStep):
     """Pad with zeros and cut a window of the old size at a uniformly drawn position."""
-    height, width = images.shape[2:]
-    pad_y, pad_x = padding_of(height), padding_of(width)
-    padded = np.pad(images, ((0, 0), (0, 0), (pad_y, pad_y), (pad_x, pad_x)))
-    windows = sliding_window_view(padded, (height, width), axis=(2, 3))  # [B, C, 2·pad+1, 2·pad+1, H, W], no copy
-    top, left = crop_corners(words, height, width)
-    return windows[np.arange(len(images)), :, top, left]
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        channels, self._height, self._width = shape
+        self._pad_y, self._pad_x = (padding_of(side) for side in shape[1:])
+        # Pixels of a row, a channel and an image that is padded.
+        self._row = self._width + 2 * self._pad_x
+        channel = self._row * (self._height + 2 * self._pad_y)
+        self._image = channels * channel
+        planes, rows = (torch.arange(count, device=device) for count in (channels, self._height))
+        # Where the rows of a window start that lies in the corner of such an image, [C·H].
+        self._starts = (planes[:, None] * channel + rows * self._row).flatten()
+
+    def plan(self, words: Words) -> Plan:
+        top, left = crop_corners(words, self._height, self._width)
+        return [np.arange(len(words)) * self._image + top * self._row + left]
+
+    def __call__(self, images: Tensor, plan: list[Tensor]) -> Tensor:
+        padded = F.pad(images, (self._pad_x, self._pad_x, self._pad_y, self._pad_y)).flatten()
+        # Every run of W pixels, as overlapping rows of a view: one index a row then says what an index a pixel would.
+        runs = padded.as_strided((max(0, len(padded) - self._width + 1), self._width), (1, 1))
+        return runs.index_select(0, (plan[0][:, None] + self._starts).flatten()).view_as(images)
 
 
-def flips(words: Words) -> NDArray[np.bool_]:
-    """Which samples are mirrored, [B]: each with probability 1/2."""
-    return integers(words[:, _FLIP], 2) == 1
-
-
-def random_flip(images: Pixels, words: Words) -> Pixels:
+class RandomFlip(Flip):
     """Mirror left to right with probability 1/2."""
-    flipped = images[..., ::-1]
-    return np.where(flips(words)[:, None, None, None], flipped, images)
+
+    word = _FLIP
 
 
 class PolicyDraws(NamedTuple):
@@ -82,16 +83,32 @@ def policy_draws(words: Words) -> PolicyDraws:
     return PolicyDraws(policies, applied, 2 * integers(words[:, (_SIGN1, _SIGN2)], 2) - 1)
 
 
-def auto_augment(images: Pixels, words: Words) -> Pixels:
-    """Apply one uniformly drawn sub-policy of the CIFAR-10 policy to each image."""
-    draws = policy_draws(words)
-    result = images.copy()
-    for b in np.flatnonzero(draws.applied.any(1)):
-        image = _to_image(images[b])
-        for k in np.flatnonzero(draws.applied[b]):
-            image = apply_step(image, CIFAR10_POLICY[draws.policies[b]][k], int(draws.signs[b, k]))
-        result[b] = _to_pixels(image)
-    return result
+class AutoAugment(Operations):
+    """Apply one uniformly drawn sub-policy of the CIFAR-10 policy to each image, first step by first step."""
+
+    _operators = OPERATORS
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        super().__init__(shape, device)
+        numbers = {
+            operation: (number, k * VARIANTS)
+            for number, operator in enumerate(OPERATORS)
+            for k, operation in enumerate(operator.operations)
+        }
+        steps = [step for steps in CIFAR10_POLICY for step in steps]
+        self._numbers = np.array([numbers[step.operation][0] for step in steps]).reshape(-1, 2)
+        # [sub-policies, 2, signs]
+        rows = [[numbers[s.operation][1] + variant_of(s.level, sign) for sign in SIGNS] for s in steps]
+        self._rows = np.array(rows).reshape(-1, 2, 2)
+        self._tables = [operator.prepare(shape, device) for operator in OPERATORS]
+
+    def plan(self, words: Words) -> Plan:
+        draws = policy_draws(words)
+        result = []
+        for k in range(2):
+            operators = np.where(draws.applied[:, k], self._numbers[draws.policies, k], -1)
+            result += self._round(operators, self._rows[draws.policies, k, (draws.signs[:, k] > 0).astype(int)])
+        return result
 
 
 def hole_corners(words: Words, height: int, width: int) -> tuple[Positions, Positions]:
@@ -103,76 +120,36 @@ def hole_corners(words: Words, height: int, width: int) -> tuple[Positions, Posi
     return rows, integers(words[:, _CUTOUT_X], width) - cutout_of(width) // 2
 
 
-def cutout(images: Pixels, words: Words) -> Pixels:
-    """Blacken one square hole per image (DeVries & Taylor, arXiv 1708.04552)."""
-    height, width = images.shape[2:]
-    top, left = hole_corners(words, height, width)
-    rows, columns = span(top, height), span(left, width)
-    return np.where(rows[:, None, :, None] & columns[:, None, None, :], np.uint8(0), images)
-
-
 def span(start: Positions, side: int) -> NDArray[np.bool_]:
     """Which of ``side`` rows, or columns, a Cutout hole covers that starts at ``start`` [B]: [B, side]."""
     position = np.arange(side)[None, :]
     return (position >= start[:, None]) & (position < start[:, None] + cutout_of(side))
 
 
-def _to_image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """[C, H, W] to Pillow: mode "L" for one channel, "RGB" for three."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+class Cutout(BatchedStep):
+    """Blacken one square hole per image (DeVries & Taylor, arXiv 1708.04552)."""
 
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self._sides = shape[1:]
+        # For each place of its centre the rows, or columns, that a hole keeps: all bits set, none in those it covers.
+        self._kept_rows, self._kept_columns = (
+            torch.from_numpy(~span(np.arange(side) - cutout_of(side) // 2, side)).to(torch.uint8).neg_().to(device)
+            for side in self._sides
+        )  # [H, H] and [W, W]
 
-def _to_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    def plan(self, words: Words) -> Plan:
+        corners = hole_corners(words, *self._sides)
+        return [corner + cutout_of(side) // 2 for corner, side in zip(corners, self._sides, strict=True)]
 
-
-class Normalise:
-    """uint8 pixels to float32: (pixel / 255 − mean) / std for each channel.
-
-    Attributes:
-        scale, shift: float32 [C, 1, 1]; the result is pixel · scale + shift, rounded after either operation.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        centre = torch.tensor(mean, dtype=torch.float64)[:, None, None]
-        spread = torch.tensor(std, dtype=torch.float64)[:, None, None]
-        self.scale = (1 / (255 * spread)).float()
-        self.shift = (-centre / spread).float()
-
-    def __call__(self, images: Pixels) -> Tensor:
-        """Normalise uint8 [..., C, H, W]."""
-        return torch.from_numpy(images).float().mul_(self.scale).add_(self.shift)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """A chain of steps on uint8 pixels, which normalisation follows.
-
-    Attributes:
-        words: random words used per sample.
-        steps: applied in order.
-        one_by_one: works on each image in turn, which is slow, rather than on the whole batch.
-    """
-
-    words: int
-    steps: tuple[Callable[[Pixels, Words], Pixels], ...] = ()
-    one_by_one: bool = False
-
-    def draw(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> Words:
-        """The random words of samples ``indices`` in an epoch, uint32 [B, words]."""
-        return draw_words(seed, epoch, indices, self.words, STREAM_AUGMENTATION)
-
-    def __call__(self, images: Pixels, words: Words, normalise: Normalise) -> Tensor:
-        """Augment and normalise a batch: float32 [B, C, H, W]."""
-        for step in self.steps:
-            images = step(images, words)
-        return normalise(images)
+    def __call__(self, images: Tensor, plan: list[Tensor]) -> Tensor:
+        rows, columns = self._kept_rows.index_select(0, plan[0]), self._kept_columns.index_select(0, plan[1])
+        # On a CPU this is several times as fast as masked_fill_.
+        return images.bitwise_and_((rows[:, :, None] | columns[:, None])[:, None])
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(0),
-    "shift": Augmentation(_CROP_X + 1, (random_crop,)),
-    "crop-flip": Augmentation(_FLIP + 1, (random_crop, random_flip)),
-    "cifar": Augmentation(_CUTOUT_X + 1, (random_crop, random_flip, auto_augment, cutout), one_by_one=True),
+    "shift": Augmentation(_CROP_X + 1, (RandomCrop,)),
+    "crop-flip": Augmentation(_FLIP + 1, (RandomCrop, RandomFlip)),
+    "cifar": Augmentation(_CUTOUT_X + 1, (RandomCrop, RandomFlip, AutoAugment, Cutout), slow=True),
 }

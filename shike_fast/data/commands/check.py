@@ -20,16 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from shike_fast._util.cli import cores, whole_number
 from shike_fast._util.files import naming, why_not_writable
 from shike_fast._util.processes import Tell, work
 from shike_fast._util.progress import progress
-from shike_fast.data.datasets.counts import PUBLISHED, Counts, expected_counts
-from shike_fast.data.datasets.lists import printable
+from shike_fast._util.text import printable
+from shike_fast.data.datasets.counts import expected_counts
 from shike_fast.data.images.decode import BrokenImageError, open_image
-from shike_fast.data.images.files import FileStore, ImageDataset, ImageStore, open_regular
+from shike_fast.data.images.files import ImageDataset
+from shike_fast.data.images.stores import FileStore, ImageStore, open_regular
 from shike_fast.data.pack.format import LeftOut
-from shike_fast.data.types import LongTailData, datasets, load_dataset
-from shike_fast.engine.metrics import SHOTS, shot_masks
+from shike_fast.data.registry import datasets, load_dataset
+from shike_fast.data.shots import SHOTS, shot_masks
+from shike_fast.data.types import Counts, LongTailData
 from shike_fast.errors import DataError
 
 MISSING, EMPTY, UNREADABLE, DAMAGED = "missing", "empty", "unreadable", "truncated or damaged"
@@ -49,21 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, metavar="NAME", help="name of the data set")
     add("--data-dir", type=Path, metavar="DIR", help="folder with its files")
     add("--decode", action="store_true", help="decode every image file; finds what the decoder cannot go on with")
-    add("--workers", type=positive, metavar="N", help="processes; default: one for each CPU")
+    add("--workers", type=whole_number(1), metavar="N", help="processes; default: one for each CPU")
     add("--no-verify", action="store_true", help="accept any number of records")
     add("--all", action="store_true", help=f"show all files, not just {SHOWN} of a kind")
     add("--report", type=Path, metavar="FILE", help="write all faulty files to FILE, one a line: kind, file, reason")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, as argparse reads it."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-positive.__name__ = "whole number"  # what argparse calls it: invalid whole number value
 
 
 @runtime_checkable
@@ -76,7 +68,7 @@ class Verifiable(Protocol):
         ...
 
     def verify(self, advance: Callable[[int], object]) -> Iterator[tuple[str, str]]:
-        """Yield path and reason of each faulty file; ``advance`` is told of how many more images were read."""
+        """Yield path and reason of each faulty file; ``advance`` is called with how many more images were read."""
         ...
 
 
@@ -152,7 +144,7 @@ def _check_part(part: str, store: ImageStore, arguments: argparse.Namespace) -> 
 
             yield tell
 
-    workers = arguments.workers or len(os.sched_getaffinity(0))
+    workers = arguments.workers or cores()
     size = max(1, min(_CHUNK, len(store) // (4 * workers)))
     chunks = [range(start, min(start + size, len(store))) for start in range(0, len(store), size)]
     work(look, chunks, workers, reporting)
@@ -271,4 +263,4 @@ def _row(label: str, found: int, counts: Counts | None, of: Callable[[Counts], i
 
 
 def _expected(data: LongTailData, folder: Path | None) -> Counts | None:
-    return expected_counts(data.name, folder) if folder is not None and data.name in PUBLISHED else None
+    return None if folder is None else expected_counts(datasets()[data.name], folder)

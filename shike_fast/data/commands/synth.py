@@ -18,13 +18,13 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from shike_fast._util.files import atomic_write, why_not_writable
-from shike_fast._util.processes import Tell, work, writable
+from shike_fast._util.cli import cores, whole_number
+from shike_fast._util.files import atomic_write, why_not_writable, writable
+from shike_fast._util.processes import Tell, work
 from shike_fast._util.progress import progress
 from shike_fast.data.commands import synthetic_layouts as layouts
-from shike_fast.data.commands.check import positive
 from shike_fast.data.commands.synthetic import image_sizes, render, style_of
-from shike_fast.data.datasets.counts import SYNTHETIC_FILE, Counts
+from shike_fast.data.datasets.counts import SYNTHETIC_FILE, GeneratedSet
 from shike_fast.data.random import check_seed
 from shike_fast.errors import ConfigError, DataError, RunError
 
@@ -43,17 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="folder of the data set: new or empty")
     add("--like", required=True, choices=tuple(layouts.LAYOUTS), help="the data set whose form it takes")
-    add("--classes", required=True, type=positive, metavar="N", help="number of classes")
-    add("--images", required=True, type=positive, metavar="M", help="training images in all")
+    add("--classes", required=True, type=whole_number(1), metavar="N", help="number of classes")
+    add("--images", required=True, type=whole_number(1), metavar="M", help="training images in all")
     add("--seed", type=int, default=0, help="default 0")
     add(
         "--test-per-class",
-        type=positive,
+        type=whole_number(1),
         metavar="T",
         help="test images of each class (default: as published, up to 10)",
     )
-    add("--short-side", type=positive, default=256, metavar="PX", help="of the images (default 256)")
-    add("--workers", type=positive, metavar="N", help="processes; default: one for each CPU")
+    add("--short-side", type=whole_number(1), default=256, metavar="PX", help="of the images (default 256)")
+    add("--workers", type=whole_number(1), metavar="N", help="processes; default: one for each CPU")
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     }
     for name, content in layout.describe(listed, arguments.classes, arguments.seed).items():
         atomic_write(root / name, content)
-    counts = Counts(
+    counts = GeneratedSet(
         like=arguments.like,
         classes=arguments.classes,
         images={name: len(split.labels) for name, split in splits.items()},
-        generated=True,
     )
     # The last file: without it, what an interrupted run left is no data set.
     atomic_write(root / SYNTHETIC_FILE, msgspec.json.format(msgspec.json.encode(counts)) + b"\n")
@@ -191,7 +190,7 @@ def _write_images(root: Path, splits: list[_Split], arguments: argparse.Namespac
         for start in range(0, len(split.paths), _CHUNK)
     ]
     total = sum(len(split.paths) for split in splits)
-    work(write, tasks, arguments.workers or len(os.sched_getaffinity(0)), _reporting(total))
+    work(write, tasks, arguments.workers or cores(), _reporting(total))
 
 
 def _reporting(total: int) -> Callable[[], contextlib.AbstractContextManager[Tell]]:

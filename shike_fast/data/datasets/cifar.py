@@ -10,15 +10,10 @@ from numpy.typing import NDArray
 from shike_fast.data.datasets.archives import AGAIN, check_md5, read_file, read_tar_members
 from shike_fast.data.datasets.download import download
 from shike_fast.data.datasets.pickles import load_dictionary
-from shike_fast.data.images.arrays import build
-from shike_fast.data.types import (
-    DatasetInfo,
-    LoadOptions,
-    LongTailData,
-    check_labels,
-    register_dataset,
-    require_data_dir,
-)
+from shike_fast.data.images.arrays import build_arrays
+from shike_fast.data.recipes import SMALL_IMAGES
+from shike_fast.data.registry import register_dataset
+from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, check_labels, require_data_dir
 from shike_fast.errors import DataError
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -102,7 +97,7 @@ class Cifar:
     """The files of a CIFAR data set; the first form is the one that is downloaded.
 
     Attributes:
-        forms: how it may lie on disk.
+        forms: the forms in which it may be on disk.
         class_names: in class-id order.
     """
 
@@ -168,6 +163,7 @@ def _info(name: str, classes: int, cifar: Cifar) -> DatasetInfo:
         default_imbalance_factor=100.0,
         augmentations=("cifar", "none", "shift", "crop-flip"),
         downloadable=True,
+        recipe=SMALL_IMAGES,  # published for both
     )
 
 
@@ -185,7 +181,7 @@ def load_cifar100(info: DatasetInfo, options: LoadOptions) -> LongTailData:
 
 def _load(cifar: Cifar, info: DatasetInfo, options: LoadOptions) -> LongTailData:
     form, contents = _read_files(cifar, info, require_data_dir(info, options), options)
-    return build(
+    return build_arrays(
         info,
         options,
         train=_read_part(cifar, form, form.train, contents, TRAIN_IMAGES if options.verify else None),

@@ -13,12 +13,11 @@ import numpy as np
 from msgspec import Meta, Raw, Struct
 from numpy.typing import NDArray
 
-from shike_fast.data.datasets.archives import read_file
-from shike_fast.data.datasets.lists import ListedImages, path_fault, quoted
+from shike_fast._util.text import quoted
+from shike_fast.data.datasets.archives import AGAIN, read_file
+from shike_fast.data.datasets.lists import ListedImages, path_fault
 from shike_fast.data.images.paths import PathTable
 from shike_fast.errors import DataError
-
-_AGAIN = "obtain the file again"
 
 Id = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 T = TypeVar("T")
@@ -69,7 +68,7 @@ def read_images(path: Path, names: tuple[str, ...] | None = None) -> tuple[Liste
         if memoryview(file.categories).nbytes:
             names = _names(path, _decode(path, "categories", file.categories, list[_Category]))
         if names is None:
-            raise DataError(f"{path}: has no 'categories'; {_AGAIN}")
+            raise DataError(f"{path}: has no 'categories'; {AGAIN}")
         ids, paths = _read_paths(path, _decode_and_drop(path, "images", buffer, file.images, list[_Image]))
         records = _decode_and_drop(path, "annotations", buffer, file.annotations, list[_Annotation])
         labels = _join(path, records, ids, len(names))
@@ -93,30 +92,30 @@ def read_categories(path: Path) -> tuple[str, ...]:
 def _names(path: Path, categories: list[_Category]) -> tuple[str, ...]:
     """Names in the order of ids, which must be 0 … C-1."""
     if not categories:
-        raise DataError(f"{path}: 'categories' is empty; {_AGAIN}")
+        raise DataError(f"{path}: 'categories' is empty; {AGAIN}")
     ordered = sorted(categories, key=lambda category: category.id)
     for label, category in enumerate(ordered):
         if category.id != label:
             fault = f"{category.id} occurs twice" if category.id == label - 1 else f"{label} is missing"
             if category.id < 0:
                 fault = f"{category.id} is negative"
-            raise DataError(f"{path}: expected the category ids 0 … {len(ordered) - 1}, but {fault}; {_AGAIN}")
+            raise DataError(f"{path}: expected the category ids 0 … {len(ordered) - 1}, but {fault}; {AGAIN}")
     return tuple(category.name for category in ordered)
 
 
 def _read_paths(path: Path, records: list[_Image]) -> tuple[NDArray[np.int64], PathTable]:
     if not records:
-        raise DataError(f"{path}: 'images' is empty; {_AGAIN}")
+        raise DataError(f"{path}: 'images' is empty; {AGAIN}")
     ids = np.fromiter((record.id for record in records), np.int64, len(records))
     twice = _repeated(ids)
     if twice is not None:
-        raise DataError(f"{path}: two images have the id {twice}; {_AGAIN}")
+        raise DataError(f"{path}: two images have the id {twice}; {AGAIN}")
     for record in records:
         name = record.file_name.encode()
         if (fault := path_fault(name)) is not None:
             raise DataError(
                 f"{path}: image {record.id}: the file_name {quoted(name)} {fault}, where one below the data folder is "
-                f"expected; {_AGAIN}"
+                f"expected; {AGAIN}"
             )
     return ids, PathTable(record.file_name for record in records)
 
@@ -130,22 +129,22 @@ def _join(path: Path, records: list[_Annotation], image_ids: NDArray[np.int64], 
     unknown = np.flatnonzero(image_ids[places] != targets)
     if len(unknown):
         record = records[unknown[0]]
-        raise DataError(f"{path}: annotation {record.id} is of image {record.image_id}, which is unknown; {_AGAIN}")
+        raise DataError(f"{path}: annotation {record.id} is of image {record.image_id}, which is unknown; {AGAIN}")
     twice = _repeated(targets)
     if twice is not None:
-        raise DataError(f"{path}: image {twice} has two annotations, expected one; {_AGAIN}")
+        raise DataError(f"{path}: image {twice} has two annotations, expected one; {AGAIN}")
     labels = np.full(len(image_ids), -1, np.int64)
     wrong = np.flatnonzero((categories < 0) | (categories >= num_classes))
     if len(wrong):
         record = records[wrong[0]]
         raise DataError(
             f"{path}: annotation {record.id} gives image {record.image_id} the category {record.category_id}, "
-            f"expected 0 … {num_classes - 1}; {_AGAIN}"
+            f"expected 0 … {num_classes - 1}; {AGAIN}"
         )
     labels[places] = categories
     without = np.flatnonzero(labels < 0)
     if len(without):
-        raise DataError(f"{path}: image {image_ids[without[0]]} has no annotation, expected one; {_AGAIN}")
+        raise DataError(f"{path}: image {image_ids[without[0]]} has no annotation, expected one; {AGAIN}")
     return labels
 
 
@@ -161,7 +160,7 @@ def _decode(path: Path, part: str, content: Raw | bytes | mmap.mmap, kind: type[
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         where = f" in '{part}'" if part else ""
-        raise DataError(f"{path}: damaged or not in COCO's form{where} ({error}); {_AGAIN}") from error
+        raise DataError(f"{path}: damaged or not in COCO's form{where} ({error}); {AGAIN}") from error
 
 
 @contextlib.contextmanager

@@ -1,76 +1,56 @@
-"""How many images and classes the published data sets have, and the check of what was read against it."""
+"""The check of what was read against the counts that a data set, or a generated one, states."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shike_fast.data.datasets.archives import read_file
+from shike_fast.data.datasets.archives import AGAIN, read_file
+from shike_fast.data.types import Counts, DatasetInfo
 from shike_fast.errors import DataError
 
 SYNTHETIC_FILE = "synthetic.json"  # in the folder of a generated set: its own counts
 
 
-class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """The size of a data set.
+class GeneratedSet(msgspec.Struct, frozen=True, kw_only=True):
+    """What a generated set says of itself.
 
     Attributes:
-        like: name of the data set.
-        classes: number of classes.
-        images: images of each split: "train", "test" and perhaps "val".
-        generated: it is a generated set in the form of the published one.
+        like: name of the data set whose form it has.
+        classes, images: as in :class:`Counts`.
+        generated: for readers of the file.
     """
 
     like: str
     classes: int
     images: dict[str, int]
-    generated: bool = False
-
-    @property
-    def kind(self) -> str:
-        """Who says so."""
-        return "generated" if self.generated else "published"
+    generated: bool = True
 
 
-def _published(like: str, classes: int, **images: int) -> Counts:
-    return Counts(like=like, classes=classes, images=images)
-
-
-PUBLISHED: Mapping[str, Counts] = {
-    counts.like: counts
-    for counts in (
-        _published("inat18", 8142, train=437_513, test=24_426),
-        _published("imagenet-lt", 1000, train=115_846, val=20_000, test=50_000),
-        _published("places-lt", 365, train=62_500, val=7_300, test=36_500),
-    )
-}
-
-
-def expected_counts(name: str, folder: Path) -> Counts:
-    """The published counts of data set ``name``, or those of the generated set in ``folder``.
+def expected_counts(info: DatasetInfo, folder: Path) -> Counts | None:
+    """The counts of a data set, or those of the generated set in ``folder``; None where any counts will do.
 
     Raises:
         DataError: the file that describes the generated set is damaged or belongs to another data set.
     """
     path = folder / SYNTHETIC_FILE
-    if not path.exists():
-        return PUBLISHED[name]
+    if info.counts is None or not path.exists():
+        return info.counts
     try:
-        counts = msgspec.json.decode(read_file(path), type=Counts)
+        generated = msgspec.json.decode(read_file(path), type=GeneratedSet)
     except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"{path}: does not describe a generated data set ({error}); generate the set again") from error
-    if counts.like != name:
-        raise DataError(f"{path}: {folder} holds a generated set like {counts.like}; use --dataset {counts.like}")
-    if counts.classes < 2 or not {"train", "test"} <= counts.images.keys():
+    if generated.like != info.name:
+        raise DataError(f"{path}: {folder} holds a generated set like {generated.like}; use --dataset {generated.like}")
+    if generated.classes < 2 or not {"train", "test"} <= generated.images.keys():
         raise DataError(
             f"{path}: does not describe a generated data set (2 classes or more, counts of train and test expected); "
             "generate the set again"
         )
-    return msgspec.structs.replace(counts, generated=True)
+    return Counts(generated.classes, generated.images, kind="generated")
 
 
 def check_count(counts: Counts, split: str, found: int, source: Path) -> None:
@@ -79,7 +59,7 @@ def check_count(counts: Counts, split: str, found: int, source: Path) -> None:
     if found != expected:
         raise DataError(
             f"{source}: expected {expected:,} images ({counts.kind}), got {found:,}; "
-            "obtain the file again, or accept it as it is with --no-verify"
+            f"{AGAIN}, or accept it as it is with --no-verify"
         )
 
 
@@ -89,5 +69,5 @@ def check_classes(counts: Counts, labels: NDArray[np.int64], source: Path) -> No
     if len(missing):
         raise DataError(
             f"{source}: expected images of {counts.classes:,} classes ({counts.kind}), got none of class {missing[0]}; "
-            "obtain the file again, or accept it as it is with --no-verify"
+            f"{AGAIN}, or accept it as it is with --no-verify"
         )

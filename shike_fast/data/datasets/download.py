@@ -1,4 +1,8 @@
-"""Fetching a file over HTTP: checked, into a temporary file, with a progress bar."""
+"""Fetching a file over HTTP: checked, into a temporary file, with a progress bar.
+
+``torch.hub.download_url_to_file`` does not do: it knows no MD5, waits for a silent server for ever, takes half a file
+for the whole, and does not say what went wrong.
+"""
 
 import hashlib
 import http.client
@@ -8,9 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
+from shike_fast._util.progress import progress
 from shike_fast.errors import DataError
 
 _CHUNK = 1 << 18
@@ -60,25 +62,14 @@ def download(url: str, target: Path, md5: str) -> None:
 def _transfer(url: str, write: Callable[[bytes], object]) -> tuple[int, int | None, str]:
     """Stream the body of ``url`` to ``write``: bytes received, bytes announced (if they were), MD5."""
     digest = hashlib.md5(usedforsecurity=False)
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, _progress() as progress:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
         length = answer.headers.get("Content-Length")
         expected = int(length) if length is not None and length.isdecimal() else None
-        bar = progress.add_task(url.rsplit("/", 1)[-1], total=expected)
         received = 0
-        while chunk := answer.read(_CHUNK):
-            write(chunk)
-            digest.update(chunk)
-            received += len(chunk)
-            progress.update(bar, completed=received)
+        with progress(url.rsplit("/", 1)[-1], expected, in_bytes=True) as advance:
+            while chunk := answer.read(_CHUNK):
+                write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                advance(len(chunk))
     return received, expected, digest.hexdigest()
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))

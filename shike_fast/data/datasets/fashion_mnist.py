@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shike_fast.data.datasets.archives import AGAIN, read_file
-from shike_fast.data.images.arrays import build
-from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, check_labels, register_dataset
+from shike_fast.data.images.arrays import build_arrays
+from shike_fast.data.recipes import SMALL_IMAGES, TEN_CLASSES
+from shike_fast.data.registry import register_dataset
+from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, check_labels
 from shike_fast.errors import DataError
 
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts the files
@@ -32,6 +34,7 @@ INFO = DatasetInfo(
     how_obtained="apt-get install dataset-fashion-mnist (Debian), or --data-dir DIR with the four IDX files",
     default_imbalance_factor=100.0,
     augmentations=("crop-flip", "none", "shift", "cifar"),
+    recipe=SMALL_IMAGES | TEN_CLASSES | {"epochs": 100},
 )
 
 
@@ -39,7 +42,7 @@ INFO = DatasetInfo(
 def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
     """Read the four IDX files and take the long-tail subset."""
     folder = options.data_dir or SYSTEM_DIR
-    return build(
+    return build_arrays(
         info,
         options,
         train=_read_part(folder, "train", 60_000 if options.verify else None),

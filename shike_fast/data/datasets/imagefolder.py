@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shike_fast.data.augment.photo import PHOTO_AUGMENTATIONS
-from shike_fast.data.images.files import FileStore, ImagePart, build_images
+from shike_fast.data.augment.photo import photo_augmentations
+from shike_fast.data.images.files import ImagePart, build_images
 from shike_fast.data.images.paths import PathTable
+from shike_fast.data.images.stores import FileStore
 from shike_fast.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD
-from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, register_dataset, require_data_dir
+from shike_fast.data.recipes import PHOTOGRAPHS
+from shike_fast.data.registry import register_dataset
+from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -22,8 +25,9 @@ INFO = DatasetInfo(
     description="your own images, 224x224 colour crops, one folder a class",
     how_obtained="--data-dir DIR with the images in DIR/train/CLASS and DIR/val/CLASS (or DIR/test/CLASS)",
     default_imbalance_factor=None,
-    augmentations=(*(name for name in PHOTO_AUGMENTATIONS if name != "none"), "none"),
+    augmentations=photo_augmentations("rrc"),
     resizable=True,
+    recipe=PHOTOGRAPHS,
 )
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shike_fast.data.augment.photo import PHOTO_AUGMENTATIONS
-from shike_fast.data.datasets.layouts import Layout, find_files
+from shike_fast.data.augment.photo import photo_augmentations
+from shike_fast.data.datasets.layouts import Layout, build_listed
 from shike_fast.data.datasets.lists import class_folders, read_lists, read_names
-from shike_fast.data.images.files import build_images
-from shike_fast.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD
-from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, register_dataset, require_data_dir
+from shike_fast.data.recipes import PHOTOGRAPHS
+from shike_fast.data.registry import register_dataset
+from shike_fast.data.types import Counts, DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
 
 TRAIN_LIST, VAL_LIST, TEST_LIST = "ImageNet_LT_train.txt", "ImageNet_LT_val.txt", "ImageNet_LT_test.txt"
 SYNSETS = "LOC_synset_mapping.txt"  # of the Kaggle form of ImageNet: "n01440764 tench, Tinca tinca"
 KAGGLE = "ILSVRC/Data/CLS-LOC"  # where that form keeps train/ and val/
 
-_DEFAULT = "rrc-jitter-randaugment"
 _KAGGLE_PREFIX = f"{KAGGLE}/".encode()
 
 INFO = DatasetInfo(
@@ -27,28 +26,21 @@ INFO = DatasetInfo(
         f"lists {TRAIN_LIST}, {VAL_LIST}, {TEST_LIST} of OpenLongTailRecognition-OLTR"
     ),
     default_imbalance_factor=None,
-    augmentations=(_DEFAULT, *(name for name in PHOTO_AUGMENTATIONS if name != _DEFAULT)),
+    augmentations=photo_augmentations("rrc-jitter-randaugment"),
     resizable=True,
+    counts=Counts(1000, {"train": 115_846, "val": 20_000, "test": 50_000}),
+    recipe=PHOTOGRAPHS | {"stage2_lr": 0.1 * (2 / 3)},
 )
 
 
 @register_dataset(INFO)
 def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
-    """Read the lists and find out how the images lie on disk. The list of the validation images is checked only."""
+    """Read the lists and find the images on disk. The list of the validation images is only checked."""
     root = require_data_dir(info, options)
-    train, test, num_classes = read_lists(info, options, train=TRAIN_LIST, test=TEST_LIST, val=VAL_LIST)
-    folders = class_folders(train, num_classes, _class_folder)
-    layouts = _layouts(folders)
-    return build_images(
-        info,
-        options,
-        train=find_files(info.name, root, train, layouts, info.how_obtained),
-        test=find_files(info.name, root, test, layouts, info.how_obtained),
-        class_names=_class_names(root, folders),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        identity=train.paths.arrays,
-    )
+    lists = read_lists(info, options, train=TRAIN_LIST, test=TEST_LIST, val=VAL_LIST)
+    folders = class_folders(lists.train, lists.num_classes, _class_folder)
+    class_names = _class_names(root, folders)
+    return build_listed(info, options, lists, layouts=_layouts(folders), class_names=class_names)
 
 
 def _class_folder(path: bytes) -> bytes | None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shike_fast.data.augment.photo import PHOTO_AUGMENTATIONS
+from shike_fast.data.augment.photo import photo_augmentations
 from shike_fast.data.datasets.coco import read_categories, read_images
 from shike_fast.data.datasets.counts import check_classes, check_count, expected_counts
-from shike_fast.data.datasets.layouts import Layout, find_files
+from shike_fast.data.datasets.layouts import Layout, build_listed, numbered_names
 from shike_fast.data.datasets.lists import Lists, read_lists
-from shike_fast.data.images.files import build_images
-from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, register_dataset, require_data_dir
+from shike_fast.data.recipes import PHOTOGRAPHS
+from shike_fast.data.registry import register_dataset
+from shike_fast.data.types import Counts, DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
 
 TRAIN_JSON, VAL_JSON = "train2018.json", "val2018.json"
 TRAIN_LIST, VAL_LIST = "iNaturalist18_train.txt", "iNaturalist18_val.txt"
 CATEGORIES = "categories.json"  # the species' names: the first form of the two files above had none
-ANNOTATIONS = "annotations"  # folder in which the JSON files may lie
+ANNOTATIONS = "annotations"  # folder in which the JSON files may be
 IMAGES = "train_val2018"
 
 MEAN = (0.466, 0.471, 0.380)
 STD = (0.195, 0.194, 0.192)
 
-_DEFAULT = "rrc-randaugment"
 
 INFO = DatasetInfo(
     name="inat18",
@@ -32,8 +32,11 @@ INFO = DatasetInfo(
         "iNaturalist 2018 competition (visipedia/inat_comp)"
     ),
     default_imbalance_factor=None,
-    augmentations=(_DEFAULT, *(name for name in PHOTO_AUGMENTATIONS if name != _DEFAULT)),
+    augmentations=photo_augmentations("rrc-randaugment"),
     resizable=True,
+    counts=Counts(8142, {"train": 437_513, "test": 24_426}),
+    recipe=PHOTOGRAPHS
+    | {"batch_size": 512, "lr": 0.2, "stage2_lr": 0.2 * (2 / 3), "weight_decay": 2e-4},  # --epochs 100 is 90 + 10
 )
 
 
@@ -44,37 +47,31 @@ def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
     folder = next((folder for folder in (root, root / ANNOTATIONS) if (folder / TRAIN_JSON).exists()), None)
     names: tuple[str, ...] | None = None
     if folder is not None:
-        (train, test, num_classes), names = _read_json(info, options, root, folder)
+        lists, names = _read_json(info, options, root, folder)
     elif (root / TRAIN_LIST).exists():
-        train, test, num_classes = read_lists(info, options, train=TRAIN_LIST, test=VAL_LIST)
+        lists = read_lists(info, options, train=TRAIN_LIST, test=VAL_LIST)
     else:
         raise DataError(
             f"{info.name}: neither {root / TRAIN_JSON} nor {root / ANNOTATIONS / TRAIN_JSON} nor {root / TRAIN_LIST} "
             f"is there; {info.how_obtained}"
         )
     layouts = [Layout(), Layout(IMAGES)]
-    return build_images(
-        info,
-        options,
-        train=find_files(info.name, root, train, layouts, info.how_obtained),
-        test=find_files(info.name, root, test, layouts, info.how_obtained),
-        class_names=_class_names(root, num_classes, names),
-        mean=MEAN,
-        std=STD,
-        identity=train.paths.arrays,
-    )
+    class_names = _class_names(root, lists.num_classes, names)
+    return build_listed(info, options, lists, layouts=layouts, class_names=class_names, mean=MEAN, std=STD)
 
 
 def _read_json(info: DatasetInfo, options: LoadOptions, root: Path, folder: Path) -> tuple[Lists, tuple[str, ...]]:
     train_path, val_path = folder / TRAIN_JSON, folder / VAL_JSON
     if not val_path.exists():
         raise DataError(f"{info.name}: no {val_path}; {info.how_obtained}")
-    counts = expected_counts(info.name, root)
+    counts = expected_counts(info, root)
+    if not options.verify:
+        counts = None
     train, names = read_images(train_path)
     test, test_names = read_images(val_path, names)
     if test_names != names:
         raise DataError(f"{val_path}: its categories are not those of {train_path}; obtain both files again")
-    if options.verify:
+    if counts is not None:
         if len(names) != counts.classes:
             raise DataError(
                 f"{train_path}: expected {counts.classes:,} categories ({counts.kind}), got {len(names):,}; "
@@ -90,7 +87,7 @@ def _class_names(root: Path, num_classes: int, names: tuple[str, ...] | None) ->
     """Those of categories.json, if it is there."""
     path = next((path for path in (root / CATEGORIES, root / ANNOTATIONS / CATEGORIES) if path.exists()), None)
     if path is None:
-        return names or tuple(f"class {label:04d}" for label in range(num_classes))
+        return names or numbered_names(num_classes)
     found = read_categories(path)
     if len(found) < num_classes:
         raise DataError(

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shike_fast.data.datasets.archives import read_file
+from shike_fast._util.text import quoted
+from shike_fast.data.datasets.archives import AGAIN, read_file
 from shike_fast.data.datasets.counts import check_classes, check_count, expected_counts
 from shike_fast.data.images.paths import PathTable
 from shike_fast.data.types import DatasetInfo, LoadOptions, require_data_dir
@@ -63,18 +64,15 @@ def read_list(path: Path, num_classes: int | None = None) -> ListedImages:
                     continue  # a blank line
                 if len(fields) != 2 or not fields[1].isdigit() or len(fields[1]) > _DIGITS:
                     raise DataError(
-                        f"{path}: line {number}: expected 'relative/path label', got {quoted(line.rstrip())}; "
-                        "obtain the file again"
+                        f"{path}: line {number}: expected 'relative/path label', got {quoted(line.rstrip())}; {AGAIN}"
                     )
                 name, label = fields[0], int(fields[1])
                 if label >= most:
-                    raise DataError(
-                        f"{path}: line {number}: label {label} is outside 0 … {most - 1}; obtain the file again"
-                    )
+                    raise DataError(f"{path}: line {number}: label {label} is outside 0 … {most - 1}; {AGAIN}")
                 if (fault := path_fault(name)) is not None:
                     raise DataError(
                         f"{path}: line {number}: the path {quoted(name)} {fault}, where one below the data folder is "
-                        "expected; obtain the file again"
+                        f"expected; {AGAIN}"
                     )
                 content += name
                 bounds.append(len(content))
@@ -82,7 +80,7 @@ def read_list(path: Path, num_classes: int | None = None) -> ListedImages:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not labels:
-        raise DataError(f"{path}: names no images; obtain the file again")
+        raise DataError(f"{path}: names no images; {AGAIN}")
     table = PathTable.from_arrays(np.frombuffer(content, np.uint8), np.frombuffer(bounds, np.int64))
     return ListedImages(path, table, np.frombuffer(labels, np.int64))
 
@@ -92,7 +90,7 @@ class Lists(NamedTuple):
 
     Attributes:
         train, test: the images.
-        num_classes: C, the published number; without verification as many as occur.
+        num_classes: C, the number that the data set states; without verification as many as occur.
     """
 
     train: ListedImages
@@ -101,7 +99,7 @@ class Lists(NamedTuple):
 
 
 def read_lists(info: DatasetInfo, options: LoadOptions, *, train: str, test: str, val: str | None = None) -> Lists:
-    """Read the list files of a data set and check them against what is published.
+    """Read the list files of a data set and check them against its counts.
 
     Args:
         info: the data set.
@@ -116,11 +114,13 @@ def read_lists(info: DatasetInfo, options: LoadOptions, *, train: str, test: str
     for name in (train, test):
         if not (root / name).exists():
             raise DataError(f"{info.name}: no {root / name}; {info.how_obtained}")
-    counts = expected_counts(info.name, root)
-    known = counts.classes if options.verify else None
+    counts = expected_counts(info, root)
+    if not options.verify:
+        counts = None
+    known = None if counts is None else counts.classes
     train_images, test_images = (read_list(root / name, known) for name in (train, test))
     num_classes = known or max(2, *(int(images.labels.max()) + 1 for images in (train_images, test_images)))
-    if options.verify:
+    if counts is not None:
         check_count(counts, "train", len(train_images), root / train)
         check_classes(counts, train_images.labels, root / train)
         check_count(counts, "test", len(test_images), root / test)
@@ -140,17 +140,6 @@ def path_fault(name: bytes) -> str | None:
     if b".." in name and b".." in name.split(b"/"):
         return "holds '..'"
     return None
-
-
-def printable(text: bytes) -> str:
-    """Bytes as one line of a message shows them: what is no UTF-8, or not to be seen, as an escape sequence."""
-    shown = text.decode("utf-8", "backslashreplace")
-    return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
-
-
-def quoted(text: bytes) -> str:
-    """Part of a file as a message shows it."""
-    return f"'{printable(text[:100])}'"
 
 
 def class_folders(
@@ -175,7 +164,7 @@ def class_folders(
         if folders[label] is not None:
             raise DataError(
                 f"{images.source}: {quoted(path)} has label {label}, whose other images are in the folder "
-                f"{quoted(folders[label] or b'')}; paths and labels do not belong together: obtain the file again"
+                f"{quoted(folders[label] or b'')}; paths and labels do not belong together: {AGAIN}"
             )
         folders[label] = folder
     named = [folder for folder in folders if folder is not None]
@@ -184,7 +173,7 @@ def class_folders(
         twice = [label for label, other in enumerate(folders) if other == folder]
         raise DataError(
             f"{images.source}: the folder {quoted(folder)} holds images of label {twice[0]} and of label {twice[1]}; "
-            "paths and labels do not belong together: obtain the file again"
+            f"paths and labels do not belong together: {AGAIN}"
         )
     return folders
 

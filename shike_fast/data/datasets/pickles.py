@@ -18,7 +18,7 @@ _NUMBERS = re.compile(r"[<>|=]?[biuf][1248]")
 
 
 class _Type:
-    """A data type under construction: created from its code, then told its byte order."""
+    """A data type under construction: created from its code, then given its byte order."""
 
     def __init__(self, code: str | bytes) -> None:
         if not _NUMBERS.fullmatch(_text(code)):

@@ -5,23 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from shike_fast.data.augment.photo import PHOTO_AUGMENTATIONS
-from shike_fast.data.datasets.layouts import Layout, Rewrite, find_files
+from shike_fast.data.augment.photo import photo_augmentations
+from shike_fast.data.datasets.layouts import Layout, Rewrite, build_listed
 from shike_fast.data.datasets.lists import class_folders, read_lists, read_names
-from shike_fast.data.images.files import build_images
-from shike_fast.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD
-from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, register_dataset, require_data_dir
+from shike_fast.data.registry import register_dataset
+from shike_fast.data.types import Counts, DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
 
 TRAIN_LIST, VAL_LIST, TEST_LIST = "Places_LT_train.txt", "Places_LT_val.txt", "Places_LT_test.txt"
 CATEGORIES = "categories_places365.txt"  # lines "/a/airfield 0"
 
-_DEFAULT = "rrc-jitter"
 _STANDARD = b"places365_standard"
 _TRAIN_WITH_LETTER = (b"data_256", b"data_large")
 _VAL = (b"val", b"val_256", b"val_large")
 
-# Where images may lie. {category} is apartment_building/outdoor, {joined} apartment_building-outdoor, {letter} a.
+# Where images may be. {category} is apartment_building/outdoor, {joined} apartment_building-outdoor, {letter} a.
 _TRAIN_FOLDERS = (
     "train/{category}",
     "train/{joined}",
@@ -50,28 +48,31 @@ INFO = DatasetInfo(
         f"{TRAIN_LIST}, {VAL_LIST}, {TEST_LIST} of OpenLongTailRecognition-OLTR"
     ),
     default_imbalance_factor=None,
-    augmentations=(_DEFAULT, *(name for name in PHOTO_AUGMENTATIONS if name != _DEFAULT)),
+    augmentations=photo_augmentations("rrc-jitter"),
     resizable=True,
+    counts=Counts(365, {"train": 62_500, "val": 7_300, "test": 36_500}),
+    recipe={
+        "model": "resnet152",
+        "epochs": 40,
+        "stage2_epochs": 10,
+        "batch_size": 256,
+        "lr": 0.02,
+        "stage2_lr": 0.02 * (2 / 3),
+        "weight_decay": 4e-4,
+        "warmup_epochs": 0,
+        "needs_pretrained": True,
+    },
 )
 
 
 @register_dataset(INFO)
 def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
-    """Read the lists and find out how the images lie on disk. The list of the validation images is checked only."""
+    """Read the lists and find the images on disk. The list of the validation images is only checked."""
     root = require_data_dir(info, options)
-    train, test, num_classes = read_lists(info, options, train=TRAIN_LIST, test=TEST_LIST, val=VAL_LIST)
-    categories = class_folders(train, num_classes, lambda path: parse(path).category)
-    layouts = _layouts(categories)
-    return build_images(
-        info,
-        options,
-        train=find_files(info.name, root, train, layouts, info.how_obtained),
-        test=find_files(info.name, root, test, layouts, info.how_obtained),
-        class_names=_class_names(root, categories),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        identity=train.paths.arrays,
-    )
+    lists = read_lists(info, options, train=TRAIN_LIST, test=TEST_LIST, val=VAL_LIST)
+    categories = class_folders(lists.train, lists.num_classes, lambda path: parse(path).category)
+    class_names = _class_names(root, categories)
+    return build_listed(info, options, lists, layouts=_layouts(categories), class_names=class_names)
 
 
 class Place(NamedTuple):

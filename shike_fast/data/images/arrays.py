@@ -1,28 +1,30 @@
 """Data sets that fit in memory, as one uint8 array."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from shike_fast.data.augment.small import AUGMENTATIONS, Normalise
+from shike_fast.data.augment.small import AUGMENTATIONS
+from shike_fast.data.images.augmented import AugmentedDataset
 from shike_fast.data.longtail import long_tail_indices
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, count_classes, fingerprint
 from shike_fast.errors import DataError
 
+_CPU = torch.device("cpu")
 
-class ArrayDataset(Dataset[tuple[Tensor, int]]):
+
+class ArrayDataset(AugmentedDataset):
     """Images in memory, gathered, augmented and normalised a batch at a time.
 
     Attributes:
         images: uint8 [N, C, H, W].
-        labels: int64 [N].
-        augmentation: a key of :data:`shike_fast.data.augment.small.AUGMENTATIONS`.
-        seed: seed of the augmentation where the caller names no other.
-        augment: that augmentation.
-        normalise: what follows it.
     """
+
+    augmentations = AUGMENTATIONS
+    loaders: ClassVar = {"auto": "device", "device": "device", "gpu": "device", "cpu": "batches"}
 
     def __init__(
         self,
@@ -39,32 +41,22 @@ class ArrayDataset(Dataset[tuple[Tensor, int]]):
                 "ArrayDataset: expected images uint8 [N, C, H, W] and labels int64 [N], "
                 f"got {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
             )
+        _, channels, height, width = images.shape
+        super().__init__(labels, (channels, height, width), augmentation=augmentation, mean=mean, std=std, seed=seed)
         self.images = images
-        self.labels = labels
-        self.augmentation = augmentation
-        self.seed = seed
-        self.augment = AUGMENTATIONS[augmentation]
-        self.normalise = Normalise(mean, std)
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether worker processes pay off: the augmentation handles each image in turn."""
-        return self.augment.one_by_one
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.batch(np.array([range(len(self))[index]]), seed=self.seed, epoch=0)
-        return images[0], int(labels[0])
+    def wants_workers(self) -> bool:
+        """Whether worker processes pay off, because the augmentation is slow."""
+        return self.augment.slow
 
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Normalised float32 images [B, C, H, W] and int64 labels [B]; a row depends on (seed, epoch, index) alone."""
         words = self.augment.draw(indices, seed=seed, epoch=epoch)
-        return self.augment(self.images[indices], words, self.normalise), torch.from_numpy(self.labels[indices])
+        images = self.augmentation_on(_CPU)(torch.from_numpy(self.images[indices]), words)
+        return images, torch.from_numpy(self.labels[indices])
 
 
-def build(
+def build_arrays(
     info: DatasetInfo,
     options: LoadOptions,
     *,
@@ -74,9 +66,17 @@ def build(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> LongTailData:
-    """Take the long-tail subset of ``train`` and wrap both parts.
+    """A data set of images in memory: the long-tail subset of ``train``, and ``test``.
 
-    Images are uint8 [N, C, H, W], labels int64 [N] and known to be in range.
+    Args:
+        info: the data set.
+        options: how it is loaded.
+        train, test: images uint8 [N, C, H, W], and labels int64 [N], known to be in range.
+        class_names: one name a class.
+        mean, std: of the normalisation, for pixels in [0, 1].
+
+    Raises:
+        DataError: a part has no images, or the subset leaves a class without any.
     """
     for part, (_, labels) in (("training", train), ("test", test)):
         if len(labels) == 0:

@@ -1,114 +1,32 @@
-"""Data sets of image files: where they are kept, how one becomes a square of pixels, what a broken one becomes."""
+"""Data sets of image files: how one becomes a square of pixels, and what stands for a broken one."""
 
 from __future__ import annotations
 
-import io
-import os
-import stat
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from shike_fast.data.augment.batched import BatchedAugmentation, to_device
+from shike_fast.data.augment.batched import to_device
+from shike_fast.data.augment.crop import random_crop_box
 from shike_fast.data.augment.photo import PHOTO_AUGMENTATIONS
-from shike_fast.data.augment.small import Augmentation, Normalise
-from shike_fast.data.images.decode import BrokenImageError, Encoded, Picture, open_image, unreadable
-from shike_fast.data.images.paths import PathTable
-from shike_fast.data.images.transforms import MARGIN, evaluation_pixels, random_crop_box, training_pixels
+from shike_fast.data.images.augmented import AugmentedDataset
+from shike_fast.data.images.broken import Broken, BrokenImages
+from shike_fast.data.images.decode import BrokenImageError
+from shike_fast.data.images.stores import ImageStore, Subset
+from shike_fast.data.images.transforms import MARGIN, evaluation_pixels, training_pixels
 from shike_fast.data.longtail import long_tail_indices
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, count_classes, fingerprint
 from shike_fast.errors import DataError
 
 DEFAULT_SIZE = 224
 
-_MOST_BYTES = 2**30  # of an image file
 _MOST_IN_A_ROW = 100  # broken images after which the search for a readable one is given up
-
-
-class ImageStore(Protocol):
-    """Images by number."""
-
-    def __len__(self) -> int: ...
-
-    def open(self, index: int) -> Picture:
-        """Image ``index``, about to be decoded. Raises BrokenImageError, without the image's name."""
-        ...
-
-    def read(self, index: int) -> Encoded | None:
-        """Its encoded bytes; None where the pixels are kept as they are. Raises BrokenImageError."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What a message calls it."""
-        ...
-
-
-def open_regular(path: str) -> io.FileIO:
-    """Open a file to read it, but no pipe, which might wait for ever, and no device, which might never end.
-
-    Raises:
-        BrokenImageError: it is no regular file, or one far larger than any image.
-        OSError: it cannot be opened.
-    """
-    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
-        return file
-    file.close()
-    if not stat.S_ISREG(status.st_mode):
-        raise BrokenImageError("is no regular file")
-    raise BrokenImageError(f"has {status.st_size:,} bytes, more than any image")
-
-
-class FileStore:
-    """Image files below a folder.
-
-    Args:
-        root: the folder.
-        paths: their names relative to it.
-    """
-
-    def __init__(self, root: Path, paths: PathTable) -> None:
-        self.root = root
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, index: int) -> Encoded:
-        try:
-            with open_regular(self.name(index)) as file:
-                return file.read()
-        except OSError as error:
-            raise unreadable(error) from error
-
-    def open(self, index: int) -> Picture:
-        return open_image(self.read(index))
-
-    def name(self, index: int) -> str:
-        return str(self.root / self.paths[index])
-
-
-def warn_of_broken(message: str) -> None:
-    """Say on standard error that something else stands for an image."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Broken:
-    """An image that could not be read: its number, and a line that names it and says why."""
-
-    index: int
-    message: str
 
 
 @dataclass(frozen=True)
@@ -128,11 +46,11 @@ class PixelBatch:
     broken: tuple[Broken, ...] = ()
 
     def pin_memory(self) -> PixelBatch:
-        """The same in page-locked memory."""
+        """The same in pinned memory."""
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(AugmentedDataset):
     """Encoded images, decoded, cropped and resized one by one, then augmented a batch at a time.
 
     A training image that cannot be read is replaced by the next one that can, with that one's label; a test image by a
@@ -140,19 +58,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         store: the images.
-        labels: int64 [N].
-        augmentation: a key of :data:`shike_fast.data.augment.photo.PHOTO_AUGMENTATIONS`; "none" is the test transform:
-            resize the short side to size · margin, centre crop.
+        augmentation: "none" is the test transform: resize the short side to size · margin, centre crop.
         size: side of the samples in pixels.
-        seed: seed of the augmentation where the caller names no other.
         training: these are training images, even if they are treated like test images.
         strict: an image that cannot be read raises DataError instead.
         margin: short side before over side after the crop of the test transform.
-        normalise: the last step.
-        one_by_one: worker processes pay off.
+        wants_workers: worker processes pay off.
     """
 
-    one_by_one = True
+    augmentations = PHOTO_AUGMENTATIONS
+    loaders: ClassVar = {"auto": "files", "cpu": "files", "gpu": "files on GPU"}
+    wants_workers = True
 
     def __init__(
         self,
@@ -168,50 +84,23 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         strict: bool = False,
         margin: float = MARGIN,
     ) -> None:
+        super().__init__(labels, (3, size, size), augmentation=augmentation, mean=mean, std=std, seed=seed)
         self.store = store
-        self.labels = labels
-        self.augmentation = augmentation
         self.size = size
-        self.seed = seed
         self.training = training
         self.strict = strict
         self.margin = margin
-        self.normalise = Normalise(mean, std)
         self._mean = mean
-        self._batched: dict[str, BatchedAugmentation] = {}
-        self._told: set[int] = set()
+        self._broken = BrokenImages(len(labels), self.stand_in, most=len(labels))  # met by whoever has no loader
 
     @property
     def stand_in(self) -> str:
-        """What is told of an image that cannot be read."""
+        """What a message says of an image that cannot be read."""
         return "another image stands in for it" if self.training else "it is tested as plain grey"
 
-    @property
-    def augment(self) -> Augmentation:
-        """What is done to the pixels after they were cropped and resized."""
-        return PHOTO_AUGMENTATIONS[self.augmentation]
-
-    def augmentation_on(self, device: torch.device) -> BatchedAugmentation:
-        """The batched form of it, and of the normalisation, on a device."""
-        if str(device) not in self._batched:
-            shape = (3, self.size, self.size)
-            self._batched[str(device)] = BatchedAugmentation(self.augment, self.normalise, shape, device)
-        return self._batched[str(device)]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.batch(np.array([range(len(self))[index]]), seed=self.seed, epoch=0)
-        return images[0], int(labels[0])
-
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Normalised float32 images [B, C, H, W] and int64 labels [B]; a row depends on (seed, epoch, index) alone."""
         pixels = self.pixels(indices, seed=seed, epoch=epoch)
-        for image in pixels.broken:
-            if image.index not in self._told:
-                self._told.add(image.index)
-                warn_of_broken(f"{image.message}; {self.stand_in}")
+        self._broken.add(pixels.broken)
         return self.normalised(self.augmented(pixels, seed=seed, epoch=epoch)), pixels.labels
 
     def pixels(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> PixelBatch:
@@ -272,7 +161,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Args:
             index: the image that is wanted.
             decode: is called with the number of an image.
-            broken: is told of each failure.
+            broken: gets each failure.
 
         Returns:
             The label of the image that was decoded; None for a test image that could not be.
@@ -332,7 +221,7 @@ def build_images(
     std: tuple[float, ...],
     identity: tuple[bytes | NDArray[np.generic], ...],
 ) -> LongTailData:
-    """Take the long-tail subset of ``train``, where one is asked for, and wrap both parts.
+    """A data set of image files: ``train``, or the long-tail subset of it that is asked for, and ``test``.
 
     Args:
         info: the data set.
@@ -378,28 +267,3 @@ def build_images(
         augmentation=options.augmentation,
         fingerprint=fingerprint(*identity, labels),
     )
-
-
-class Subset:
-    """Some images of a store.
-
-    Args:
-        store: the store.
-        kept: int64 [N], their numbers there.
-    """
-
-    def __init__(self, store: ImageStore, kept: NDArray[np.int64]) -> None:
-        self._store = store
-        self._kept = kept
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def open(self, index: int) -> Picture:
-        return self._store.open(int(self._kept[index]))
-
-    def read(self, index: int) -> Encoded | None:
-        return self._store.read(int(self._kept[index]))
-
-    def name(self, index: int) -> str:
-        return self._store.name(int(self._kept[index]))

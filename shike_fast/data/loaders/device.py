@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shike_fast.data.augment.batched import BatchedAugmentation, to_device
+from shike_fast.data.augment.batched import to_device
 from shike_fast.data.images.arrays import ArrayDataset
 from shike_fast.data.loaders.loader import Batch, EpochLoader
 
@@ -29,8 +29,8 @@ class DeviceLoader(EpochLoader):
         shuffle: draw a new order every epoch, else file order.
         device: where the images are kept and augmented.
         seed: of order and augmentation; None takes the data set's.
-        rank, world_size: this process and the number of processes that train together; each loads its share of every
-            batch. Without shuffling, a last batch smaller than their number is left out where the share is empty.
+        rank, world_size: this process and the number of processes that train together; each loads its shard of every
+            batch. Without shuffling, a last batch smaller than their number is left out where the shard is empty.
         ahead: batches augmented at a time, which changes no result. None takes what makes 3 MiB of images on a CPU,
             1024 of CIFAR (with fewer, much of the time goes into the calls; with many more, into memory), and elsewhere
             32 MiB, an epoch of CIFAR-100-LT: a GPU starts the same few hundred kernels for a batch as for an epoch.
@@ -58,28 +58,25 @@ class DeviceLoader(EpochLoader):
             raise ValueError(f"DeviceLoader: ahead must be at least 1, got {ahead}")
         self._device = torch.device(device)
         if ahead is None:
-            share_bytes = math.prod(dataset.images.shape[1:]) * max(1, batch_size // world_size)
-            ahead = max(1, _AHEAD_BYTES.get(self._device.type, _AHEAD_BYTES["cuda"]) // max(1, share_bytes))
+            shard_bytes = math.prod(dataset.shape) * max(1, batch_size // world_size)
+            ahead = max(1, _AHEAD_BYTES.get(self._device.type, _AHEAD_BYTES["cuda"]) // max(1, shard_bytes))
         self._ahead = ahead
-        channels, height, width = dataset.images.shape[1:]
-        self._augmentation = BatchedAugmentation(
-            dataset.augment, dataset.normalise, (channels, height, width), self._device
-        )
+        self._augmentation = dataset.augmentation_on(self._device)
         self._images, self._labels = (
             torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device)
             for array in (dataset.images, dataset.labels)
         )
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
-        shares = self._shares(epoch, start_batch)
-        for first in range(0, len(shares), self._ahead):
-            yield from self._augmented(shares[first : first + self._ahead], epoch)
+        shards = self._shards(epoch, start_batch)
+        for first in range(0, len(shards), self._ahead):
+            yield from self._augmented(shards[first : first + self._ahead], epoch)
 
-    def _augmented(self, shares: list[NDArray[np.int64]], epoch: int) -> Iterator[Batch]:
-        indices = np.concatenate(shares)
+    def _augmented(self, shards: list[NDArray[np.int64]], epoch: int) -> Iterator[Batch]:
+        indices = np.concatenate(shards)
         words = self.dataset.augment.draw(indices, seed=self.seed, epoch=epoch)
         (rows,), *plans = to_device([[indices], *self._augmentation.plan(words)], self._device)
         pixels = self._augmentation.augment(self._images.index_select(0, rows), plans)
-        sizes = [len(part) for part in shares]
+        sizes = [len(part) for part in shards]
         for some, of_rows in zip(pixels.split(sizes), rows.split(sizes), strict=True):
             yield self._augmentation.normalise(some), self._labels.index_select(0, of_rows)

@@ -14,12 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shike_fast.data.augment.crop import random_crop_box
+from shike_fast.data.images.broken import Broken, BrokenImages
 from shike_fast.data.images.decode import open_image
-from shike_fast.data.images.files import Broken, ImageDataset, PixelBatch
+from shike_fast.data.images.files import ImageDataset, PixelBatch
 from shike_fast.data.images.gpu_decode import DecodeBatch, Resizing, hardware_decoder, resize_windows
-from shike_fast.data.images.transforms import evaluation_box, evaluation_size, random_crop_box
+from shike_fast.data.images.transforms import evaluation_box, evaluation_size
 from shike_fast.data.loaders.loader import Batch, EpochLoader
-from shike_fast.data.loaders.photo import BrokenImages, OneAhead, warn_of_broken
+from shike_fast.data.loaders.prefetch import Prefetcher
+from shike_fast.errors import warn
 
 _BATCHES_AHEAD = 3  # whose files are being read
 _MOST_PIXELS = 2**24  # of an image that the GPU decodes; larger ones the CPU decodes at a reduced size
@@ -61,7 +64,7 @@ class GpuPhotoLoader(EpochLoader):
         device: the GPU.
         seed: of order and augmentation; None takes the data set's.
         num_workers: reading threads.
-        report: is told a line for each image that cannot be read; by default standard error is.
+        report: called with a line for each image that cannot be read; by default it prints a warning.
         decode: decodes batches of JPEG on ``device``; None for
             :func:`shike_fast.data.images.gpu_decode.hardware_decoder`.
         rank, world_size: this process and the number of processes that train together.
@@ -71,6 +74,7 @@ class GpuPhotoLoader(EpochLoader):
         ValueError: an argument out of range, or a shuffled epoch whose last batch has less than one sample a process.
     """
 
+    decodes = True
     dataset: ImageDataset
 
     def __init__(
@@ -82,18 +86,18 @@ class GpuPhotoLoader(EpochLoader):
         device: torch.device | str,
         seed: int | None = None,
         num_workers: int = 4,
-        report: Callable[[str], None] = warn_of_broken,
+        report: Callable[[str], None] = warn,
         decode: DecodeBatch | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
         self._device = torch.device(device)
-        self._one_ahead = OneAhead(self._device)
+        self._prefetch = Prefetcher(self._device)
         self._decode = decode or hardware_decoder(self._device)
         self._threads = max(1, num_workers)
-        self.broken = BrokenImages(dataset, report)
-        self._told = False
+        self.broken: BrokenImages = BrokenImages(len(dataset), dataset.stand_in, report)
+        self._warned = False
         self._seconds = 0.0
         self._images = 0
 
@@ -106,7 +110,7 @@ class GpuPhotoLoader(EpochLoader):
         with ThreadPoolExecutor(self._threads) as pool:
             try:
                 reads = self._reads(pool, epoch, start_batch)
-                yield from self._one_ahead(partial(self._on_device, *read, epoch) for read in reads)
+                yield from self._prefetch(partial(self._on_device, *read, epoch) for read in reads)
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -115,7 +119,7 @@ class GpuPhotoLoader(EpochLoader):
     ) -> Iterator[tuple[NDArray[np.int64], list[_Read]]]:
         """The images of each batch, while the files of the next ones are being read."""
         ahead: deque[tuple[NDArray[np.int64], list[Future[_Read]]]] = deque()
-        for indices in self._shares(epoch, start_batch):
+        for indices in self._shards(epoch, start_batch):
             words = self.dataset.augment.draw(indices, seed=self.seed, epoch=epoch)
             ahead.append((indices, [pool.submit(self._read, int(i), words[b]) for b, i in enumerate(indices)]))
             if len(ahead) > _BATCHES_AHEAD:
@@ -171,9 +175,9 @@ class GpuPhotoLoader(EpochLoader):
         words = self.dataset.augment.draw(indices, seed=self.seed, epoch=epoch)
         size = self.dataset.size
         pixels = torch.empty(len(reads), 3, size, size, dtype=torch.uint8, device=self._device)
-        for part in _parts([read.pixels for read in reads]):
-            images, reads[part] = self._decoded(indices[part], words[part], reads[part])
-            pixels[part] = resize_windows(images, [read.plan for read in reads[part]], size)
+        for chunk in _chunks([read.pixels for read in reads]):
+            images, reads[chunk] = self._decoded(indices[chunk], words[chunk], reads[chunk])
+            pixels[chunk] = resize_windows(images, [read.plan for read in reads[chunk]], size)
         labels = torch.tensor([read.label for read in reads]).to(self._device, non_blocking=True)
         augmented = self.dataset.augmented(PixelBatch(pixels, labels, indices), seed=self.seed, epoch=epoch)
         self._images += len(reads)
@@ -192,10 +196,10 @@ class GpuPhotoLoader(EpochLoader):
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             except RuntimeError as error:  # one that the decoder does not like spoils them all
-                if not self._told:
+                if not self._warned:
                     reason = " ".join(str(error).split())
-                    warn_of_broken(f"the GPU does not decode some images ({reason}); those batches the CPU decodes")
-                    self._told = True
+                    warn(f"the GPU does not decode some images ({reason}); those batches the CPU decodes")
+                    self._warned = True
                 reads = [
                     read if read.source.ndim == 3 else self._again(int(indices[b]), words[b])
                     for b, read in enumerate(reads)
@@ -212,7 +216,7 @@ class GpuPhotoLoader(EpochLoader):
         return again
 
 
-def _parts(pixels: list[int]) -> Iterator[slice]:
+def _chunks(pixels: list[int]) -> Iterator[slice]:
     """Slices of a batch, each of images with so many pixels that their decoded forms together fit in memory."""
     first = total = 0
     for b, count in enumerate(pixels):

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from shike_fast.data.images.broken import BrokenImages
 from shike_fast.data.loaders.workers import LoadingStopped, WorkerPool
 from shike_fast.data.random import check_seed, permutation
 from shike_fast.data.types import BatchSource
 
-__all__ = ["Batch", "Epoch", "EpochLoader", "Loader", "LoadingStopped", "Request", "share"]
+__all__ = ["Batch", "Epoch", "EpochLoader", "Loader", "LoadingStopped", "Request", "shard"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,8 +42,8 @@ class _LoadBatch:
         return self.source.batch(request.indices, seed=request.seed, epoch=request.epoch)
 
 
-def share(indices: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
-    """The part of a global batch that process ``rank`` of ``world_size`` takes; the first ones take the odd samples."""
+def shard(indices: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
+    """Shard of a global batch that process ``rank`` of ``world_size`` takes; the first ranks have the odd samples."""
     return np.array_split(indices, world_size)[rank]
 
 
@@ -64,15 +65,20 @@ class Epoch:
 
 
 class EpochLoader(ABC):
-    """What all loaders have in common: the order of an epoch, its global batches and this process's share of each.
+    """What all loaders have in common: the order of an epoch, its global batches and this process's shard of each.
 
     The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index) alone, so a resumption
     in the middle of an epoch and the number of processes change no sample. Several epochs may be under way at a time.
 
     Attributes:
-        should_stop: is asked while a worker process makes its reader wait for a batch; if it says yes,
-            :class:`LoadingStopped` ends the epoch. By default nobody stops.
+        should_stop: called while the next batch is not ready; if it returns True, :class:`LoadingStopped` ends the
+            epoch. By default it returns False.
+        decodes: the loader decodes image files.
+        broken: the images that could not be read so far; None where no files are read.
     """
+
+    decodes: ClassVar[bool] = False
+    broken: BrokenImages | None = None
 
     def __init__(
         self, dataset: BatchSource, *, batch_size: int, shuffle: bool, seed: int | None, rank: int, world_size: int
@@ -98,6 +104,11 @@ class EpochLoader(ABC):
         self.rank = rank
         self.world_size = world_size
         self.should_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def images_per_second(self) -> float | None:
+        """What the loader could deliver if nothing made it wait; None where that is not measured."""
+        return None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -127,12 +138,12 @@ class EpochLoader(ABC):
     @abstractmethod
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]: ...
 
-    def _shares(self, epoch: int, start_batch: int) -> list[NDArray[np.int64]]:
-        """The indices that this process loads for each batch; without those of the end that leave it nothing."""
+    def _shards(self, epoch: int, start_batch: int) -> list[NDArray[np.int64]]:
+        """The indices that this process loads for each batch, without batches at the end of which it has none."""
         order = self.order(epoch)
         starts = range(start_batch * self.batch_size, len(order), self.batch_size)
-        shares = [share(order[s : s + self.batch_size], self.rank, self.world_size) for s in starts]
-        return [indices for indices in shares if len(indices)]
+        shards = [shard(order[s : s + self.batch_size], self.rank, self.world_size) for s in starts]
+        return [indices for indices in shards if len(indices)]
 
 
 class Loader(EpochLoader):
@@ -147,9 +158,9 @@ class Loader(EpochLoader):
         shuffle: draw a new order every epoch, else file order.
         seed: of order and augmentation; None takes the data set's.
         num_workers: worker processes, kept from epoch to epoch until :meth:`close`; 0 loads in this process.
-        pin_memory: return page-locked tensors, for asynchronous copies to a GPU; without effect where there is none.
-        rank, world_size: this process and the number of processes that train together; each loads its share of every
-            batch. Without shuffling, a last batch smaller than their number is left out where the share is empty.
+        pin_memory: return pinned tensors, for asynchronous copies to a GPU; without effect where there is none.
+        rank, world_size: this process and the number of processes that train together; each loads its shard of every
+            batch. Without shuffling, a last batch smaller than their number is left out where the shard is empty.
 
     Raises:
         ValueError: an argument out of range, or a shuffled epoch whose last batch has less than one sample a process.
@@ -189,8 +200,8 @@ class Loader(EpochLoader):
         return self._loaded(epoch, start_batch)
 
     def _loaded(self, epoch: int, start_batch: int) -> Iterator[Any]:
-        """What ``_load_function`` makes of this process's share of each batch, page-locked where that was asked for."""
-        requests = [Request(indices, self.seed, epoch) for indices in self._shares(epoch, start_batch)]
+        """What ``_load_function`` makes of this process's shard of each batch, pinned if that was asked for."""
+        requests = [Request(indices, self.seed, epoch) for indices in self._shards(epoch, start_batch)]
         if self.num_workers == 0:
             load = self._load_function()
             for request in requests:
@@ -209,7 +220,7 @@ class Loader(EpochLoader):
 
 
 def _pinned(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches in page-locked memory; a thread copies each while the one before it is in use."""
+    """The batches in pinned memory; a thread copies each while the one before it is in use."""
     device = torch.cuda.current_device()  # a new thread would begin with the first one, and take memory there
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
         waiting: Future[Any] | None = None

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
+from shike_fast._util.processes import STOP_SIGNALS, holding_stop_signals, how_ended
 from shike_fast._util.resources import is_lacking, is_out_of_memory, keep_memory, lacking
 from shike_fast.data.loaders import messages
 from shike_fast.errors import RunError, ShikeError
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _AHEAD = 2  # requests that a process has at a time: it never waits for the next one
 _HEARTBEAT = 1.0  # seconds after which whoever waits looks whether that still makes sense
@@ -33,23 +32,6 @@ _PATIENCE = 5.0  # seconds in which processes may end by themselves
 
 class LoadingStopped(Exception):
     """Whoever waited for a batch was asked to stop."""
-
-
-@contextlib.contextmanager
-def holding_stop_signals() -> Iterator[None]:
-    """Delay the stop signals; processes forked meanwhile have them delayed from their first moment on."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def how_ended(process: ForkProcess) -> str:
-    """``by SIGKILL`` or ``with status 1``, of a process that has ended or is about to."""
-    process.join()
-    code = process.exitcode or 0
-    return f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
 
 
 @dataclass
@@ -139,7 +121,7 @@ class WorkerPool:
                     raise answer
                 yield answer
         finally:
-            self._answers.pop(key, None)  # what is still on its way is for nobody
+            self._answers.pop(key, None)  # answers that are still on their way are dropped
 
     def _ask(self, key: int, requests: Sequence[Any], asked: int, stop: int) -> int:
         """Ask requests from ``asked`` on, below ``stop``, as long as there are processes for them; returns the next."""
@@ -205,14 +187,14 @@ def _serve(load: Callable[[Any], Any], end: socket.socket, parent: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that they lie in
+    gc.freeze()  # looking for garbage among the objects of the parent would copy the pages that hold them
     torch.set_num_threads(1)  # the threads of the parent were not forked
-    keep_memory()  # each batch then lies where the one before it lay
+    keep_memory()  # each batch then reuses the memory of the one before it
     poll = select.poll()
     poll.register(end, select.POLLIN)
     try:
         while True:
-            # The end of the connection tells nothing: processes that were forked later hold it as well.
+            # The end of the connection does not show it: processes that were forked later hold it as well.
             while not poll.poll(1000 * _HEARTBEAT):
                 if os.getppid() != parent:
                     os._exit(1)

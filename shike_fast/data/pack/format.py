@@ -6,32 +6,25 @@ A pack is a folder::
     train.npz test.npz   one entry an image: where it is, its label, size, CRC-32 and original name
     train-00000.tar …    the images, ``LABEL/NUMBER.jpg``, or ``.ppm`` where they are kept decoded
 
-docs/packs.md describes it.
+docs/data.md describes it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import tarfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
 
-from shike_fast.data.datasets.lists import printable
-from shike_fast.data.images.decode import REDUCTIONS, BrokenImageError, open_image
-from shike_fast.data.images.files import ImageStore
+from shike_fast._util.text import printable
 from shike_fast.data.images.paths import PathTable
-from shike_fast.data.images.transforms import resize
 
 T = TypeVar("T")
 
@@ -40,8 +33,6 @@ MANIFEST = "pack.json"
 UNFINISHED = "unfinished.json"
 PARTS = ("train", "test")
 EXTENSIONS = {"jpeg": "jpg", "raw": "ppm"}
-
-_EXIF_ORIENTATION = 0x0112
 
 AGAIN = "copy it again from where it is whole, or pack the data set again"
 
@@ -126,7 +117,7 @@ def encode_json(value: object) -> bytes:
 
 
 def decode_json(content: bytes, kind: type[T]) -> T:
-    """The value of a type that ``content`` tells. Raises ValueError: it does not."""
+    """``content`` as a value of a type. Raises ValueError: it is none."""
     try:
         return msgspec.convert(json.loads(content), kind)
     except RecursionError as error:
@@ -213,80 +204,6 @@ _DTYPES = {
     "name_bytes": np.dtype(np.uint8),
     "name_bounds": np.dtype(np.int64),
 }
-
-
-class ShardWriter:
-    """Writes a tar archive whose bytes depend on its members alone.
-
-    Args:
-        file: an empty file, open for writing.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._written = 0
-
-    def add(self, name: str, content: bytes) -> int:
-        """Append a member; returns where its content begins."""
-        member = tarfile.TarInfo(name)  # owner, time: 0
-        member.size = len(content)
-        self._write(member.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._written
-        self._write(content)
-        self._write(bytes(-len(content) % tarfile.BLOCKSIZE))
-        return offset
-
-    def close(self, name: str) -> FileRecord:
-        """Write the end of the archive and see that all is on the disk; returns what the file called ``name`` is."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._written % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return FileRecord(name, self._written, self._digest.hexdigest())
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._digest.update(content)
-        self._written += len(content)
-
-
-def encode_image(store: ImageStore, index: int, settings: Settings) -> tuple[bytes, int, int]:
-    """An image as the pack holds it: its bytes, width and height.
-
-    Raises:
-        BrokenImageError: it cannot be read, or is too long for a JPEG.
-    """
-    data = store.read(index)
-    picture = store.open(index) if data is None else open_image(data)
-    side, short = settings.short_side, min(picture.width, picture.height)
-    # Decoded even where the file is copied: it might be broken.
-    pixels = picture.pixels(next((r for r in REDUCTIONS if short >= r * 2 * side), 1))
-    width, height = picture.width, picture.height
-    if short > side:
-        scale = side / short
-        width, height = max(side, int(width * scale)), max(side, int(height * scale))
-        pixels = resize(pixels, width, height).transpose(1, 2, 0)
-    elif data is not None and settings.format == "jpeg" and _plain_jpeg(bytes(data)):
-        return bytes(data), width, height
-    pixels = np.ascontiguousarray(pixels)
-    if settings.quality is None:
-        return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes(), width, height
-    try:
-        return simplejpeg.encode_jpeg(pixels, settings.quality, colorsubsampling="420"), width, height
-    except ValueError as error:
-        raise BrokenImageError(f"has {width} x {height} pixels, which no JPEG can hold ({error})") from error
-
-
-def _plain_jpeg(data: bytes) -> bool:
-    """Whether a file can be kept as it is: a grey or colour JPEG that is upright without a note saying so."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return False
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return image.mode in ("L", "RGB") and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-    except Exception:  # Pillow's parsers raise many types; what they do not understand is encoded anew
-        return False
 
 
 def shard_name(part: str, number: int) -> str:

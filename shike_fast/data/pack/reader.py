@@ -1,5 +1,6 @@
-"""A data set of image files in a few large ones, as ``python -m shike_fast.data pack`` makes it: reading and checking.
+"""A data set of image files in a few large ones: reading and checking a pack.
 
+:mod:`shike_fast.data.pack.writer` writes it.
 ``load_dataset(name, data_dir=PACK)`` reads the images from memory maps: no system call for an image, no file for each.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from shike_fast.data.images.decode import BrokenImageError, Picture, RawPicture, plain_jpeg, unreadable
-from shike_fast.data.images.files import ImagePart, build_images, warn_of_broken
+from shike_fast.data.images.files import ImagePart, build_images
 from shike_fast.data.pack.format import (
     AGAIN,
     MANIFEST,
@@ -33,7 +34,7 @@ from shike_fast.data.pack.format import (
     shard_name,
 )
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, check_labels
-from shike_fast.errors import DataError
+from shike_fast.errors import DataError, warn
 
 
 def is_pack(folder: Path) -> bool:
@@ -102,7 +103,7 @@ def load_pack(info: DatasetInfo, options: LoadOptions, folder: Path) -> LongTail
     train, test = open_parts(folder, manifest)
     for part, store in (("training", train), ("test", test)):
         if store.left_out:
-            warn_of_broken(
+            warn(
                 f"{folder}: {len(store.left_out)} of {len(store.left_out) + len(store)} {part} images could not be "
                 "read when it was packed, and are not in it; python -m shike_fast.data check names them"
             )
@@ -164,7 +165,7 @@ class PackStore:
         """Compare the SHA-256 of every file; yields the path of each that is not what it was, and why it is not.
 
         Args:
-            advance: is told of how many more images the files have been read.
+            advance: called with the number of images in each file that has been read.
         """
         images = np.bincount(self.index.shard, minlength=len(self._record.shards))
         for file, count in zip((self._record.index, *self._record.shards), (0, *images), strict=True):

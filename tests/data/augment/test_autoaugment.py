@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from pillow_operations import apply_step
 
-from shike_fast.data.augment.autoaugment import CIFAR10_POLICY, MAGNITUDES, Step, apply_step
+from shike_fast.data.augment.autoaugment import CIFAR10_POLICY, MAGNITUDES, Step
 
 SIDE = 32
 

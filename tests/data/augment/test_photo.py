@@ -4,27 +4,29 @@ import functools
 from collections import Counter
 
 import numpy as np
+import plain_augmentation as plain
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from plain_augmentation import colour_jitter, photo_flip, rand_augment, to_image, to_pixels
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shike_fast.data.augment import batched as batched_module
 from shike_fast.data.augment.autoaugment import MAGNITUDES
-from shike_fast.data.augment.batched import BatchedAugmentation, ColourJitter, RandAugment, to_device
+from shike_fast.data.augment.batched import BatchedAugmentation, Normalise, to_device
+from shike_fast.data.augment.crop import CROP_WORDS
 from shike_fast.data.augment.photo import (
     PHOTO_AUGMENTATIONS,
     RAND_AUGMENT,
     WORDS,
-    colour_jitter,
+    ColourJitter,
+    PhotoFlip,
+    RandAugment,
     jitter_draws,
-    rand_augment,
+    photo_augmentations,
     rand_draws,
-    random_flip,
 )
-from shike_fast.data.augment.small import Normalise, _to_image, _to_pixels
-from shike_fast.data.images.transforms import CROP_WORDS
 
 CPU = torch.device("cpu")
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -132,7 +134,13 @@ def test_flip():
     mirrored = words[:, 22] >= 2**31
     assert 10 < mirrored.sum() < 30
     expected = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
-    np.testing.assert_array_equal(random_flip(images, words), expected)
+    np.testing.assert_array_equal(photo_flip(images, words), expected)
+    np.testing.assert_array_equal(run(PhotoFlip((3, 5, 6), CPU), images, words), expected)
+
+
+def test_names_with_the_default_first_and_none_last():
+    assert photo_augmentations("rrc") == (*(name for name in PHOTO_AUGMENTATIONS if name != "none"), "none")
+    assert photo_augmentations("rrc-jitter")[:2] == ("rrc-jitter", "rrc")
 
 
 @pytest.mark.parametrize("form", ["plain", "batched"])
@@ -145,12 +153,12 @@ def test_jitter_is_what_the_words_say(form, shape):
     orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
     seen = set()
     for pixels, row, result in zip(images, words, found, strict=True):
-        image = _to_image(pixels)
+        image = to_image(pixels)
         order = orders[int(row[23]) * 6 >> 32]
         seen.add(order)
         for k in order:
             image = enhancers[k](image).enhance(1 + 0.4 * (2 * (int(row[24 + k]) / 2**32) - 1))
-        np.testing.assert_array_equal(result, _to_pixels(image))
+        np.testing.assert_array_equal(result, to_pixels(image))
     assert len(seen) == 6
 
 
@@ -186,7 +194,7 @@ def test_an_operation_is_that_of_pillow(operation, form):
         images = photos(2 if shape[1] == 224 else 9, shape)
         augment = functools.partial(run, rand_step(shape)) if form == "batched" else rand_augment
         for sign in (-1, 1):
-            expected = np.stack([_to_pixels(EXPECTED[operation](sign)(_to_image(pixels))) for pixels in images])
+            expected = np.stack([to_pixels(EXPECTED[operation](sign)(to_image(pixels))) for pixels in images])
             for draws in ([(operation, sign), ("identity", 1)], [("identity", -1), (operation, sign)]):
                 found = augment(images, words_for(len(images), *draws))
                 np.testing.assert_array_equal(found, expected, err_msg=f"{shape}, sign {sign}")
@@ -255,7 +263,7 @@ def test_an_augmentation_equals_the_plain_one(name, shape):
     augmentation = PHOTO_AUGMENTATIONS[name]
     images = photos(count, shape)
     words = augmentation.draw(np.arange(count), seed=11, epoch=4)
-    expected = augmentation(images.copy(), words, NORMALISE)
+    expected = plain.augment(augmentation, images.copy(), words, NORMALISE)
     found = make(name, shape)(torch.from_numpy(images.copy()), words)
     assert found.dtype == torch.float32
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -267,7 +275,6 @@ def test_an_empty_batch(name):
     words = PHOTO_AUGMENTATIONS[name].draw(np.arange(0), seed=0, epoch=0)
     found = make(name, (3, 32, 32))(torch.empty(0, 3, 32, 32, dtype=torch.uint8), words)
     assert found.shape == (0, 3, 32, 32)
-    assert PHOTO_AUGMENTATIONS[name](np.empty((0, 3, 32, 32), np.uint8), words, NORMALISE).shape == (0, 3, 32, 32)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3 * 7 * 9 * 10, 2**40])
@@ -286,8 +293,7 @@ def test_one_channel_or_three(step):
     with pytest.raises(ValueError, match=f"{step.__name__}: images must have 1 or 3 channels, got 2"):
         step((2, 32, 32), CPU)
     images, words = photos(40, (1, 9, 8)), words_of(40)
-    plain = rand_augment if step is RandAugment else colour_jitter
-    np.testing.assert_array_equal(run(step((1, 9, 8), CPU), images, words), plain(images, words))
+    np.testing.assert_array_equal(run(step((1, 9, 8), CPU), images, words), plain.STEPS[step](images, words))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

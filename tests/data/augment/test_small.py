@@ -4,12 +4,14 @@ import pickle
 from collections import Counter
 
 import numpy as np
+import plain_augmentation as plain
 import pytest
 import torch
 from PIL import Image
+from pillow_operations import apply_step
 
-from shike_fast.data.augment import small as augment
-from shike_fast.data.augment.autoaugment import CIFAR10_POLICY, Step, apply_step
+from shike_fast.data.augment import small
+from shike_fast.data.augment.autoaugment import CIFAR10_POLICY, Step
 from shike_fast.data.images.arrays import ArrayDataset
 from shike_fast.data.random import STREAM_AUGMENTATION, draw_words, integers, uniform
 
@@ -109,14 +111,14 @@ def test_crop_positions_and_flips_are_uniform():
     count = 8100
     place = np.arange(1, 32 * 32 + 1) % 256
     pixels = np.broadcast_to(place.astype(np.uint8).reshape(32, 32), (count, 1, 32, 32))
-    words = augment.AUGMENTATIONS["crop-flip"].draw(np.arange(count), seed=0, epoch=0)
-    cropped = augment.random_crop(pixels, words)
+    words = small.AUGMENTATIONS["crop-flip"].draw(np.arange(count), seed=0, epoch=0)
+    cropped = plain.random_crop(pixels, words)
     padded = np.pad(pixels[0, 0], 4)
     windows = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
     found = Counter(windows[image[0].tobytes()] for image in cropped)
     assert len(found) == 81
     assert sum((n - 100) ** 2 / 100 for n in found.values()) < 124.8  # chi-square, 80 degrees of freedom, p = 0.001
-    flipped = augment.random_flip(cropped, words)
+    flipped = plain.random_flip(cropped, words)
     share = (flipped != cropped).any((1, 2, 3)).mean()
     assert abs(share - 0.5) < 4 * 0.5 / count**0.5
 
@@ -131,9 +133,9 @@ def test_every_step_of_the_policy_is_applied_as_often_as_it_says(monkeypatch):
         signs[sign] += 1
         return image
 
-    monkeypatch.setattr(augment, "apply_step", record)
-    words = augment.AUGMENTATIONS["cifar"].draw(np.arange(count), seed=0, epoch=0)
-    augment.auto_augment(np.zeros((count, 1, 2, 2), np.uint8), words)
+    monkeypatch.setattr(plain, "apply_step", record)
+    words = small.AUGMENTATIONS["cifar"].draw(np.arange(count), seed=0, epoch=0)
+    plain.auto_augment(np.zeros((count, 1, 2, 2), np.uint8), words)
     expected: Counter[Step] = Counter()
     for sub_policy in CIFAR10_POLICY:
         for step in sub_policy:
@@ -148,12 +150,13 @@ def test_every_step_of_the_policy_is_applied_as_often_as_it_says(monkeypatch):
 def test_sub_policies_are_drawn_uniformly_and_once_per_image(monkeypatch):
     """With every probability at one, an image shows the two steps of its sub-policy and no other."""
     seen = []
-    monkeypatch.setattr(augment, "apply_step", lambda image, step, sign: seen.append(step) or image)
+    monkeypatch.setattr(plain, "apply_step", lambda image, step, sign: seen.append(step) or image)
     certain = tuple(tuple(Step(f"{k}/{j}", 1.0, 0) for j in range(2)) for k in range(25))
-    monkeypatch.setattr(augment, "CIFAR10_POLICY", certain)
+    monkeypatch.setattr(plain, "CIFAR10_POLICY", certain)
+    monkeypatch.setattr(small, "CIFAR10_POLICY", certain)
     count = 10_000
-    words = augment.AUGMENTATIONS["cifar"].draw(np.arange(count), seed=1, epoch=0)
-    augment.auto_augment(np.zeros((count, 1, 2, 2), np.uint8), words)
+    words = small.AUGMENTATIONS["cifar"].draw(np.arange(count), seed=1, epoch=0)
+    plain.auto_augment(np.zeros((count, 1, 2, 2), np.uint8), words)
     pairs = Counter(zip(seen[::2], seen[1::2], strict=True))
     assert set(pairs) == set(certain)
     assert sum((n - 400) ** 2 / 400 for n in pairs.values()) < 51.2  # chi-square, 24 degrees of freedom, p = 0.001
@@ -172,8 +175,8 @@ def test_the_hole_is_black_not_the_mean():
 
 def test_cutout_blackens_one_clipped_square_with_a_uniform_centre():
     count = 4096
-    words = augment.AUGMENTATIONS["cifar"].draw(np.arange(count), seed=0, epoch=0)
-    images = torch.from_numpy(augment.cutout(np.ones((count, 3, 32, 32), np.uint8), words))
+    words = small.AUGMENTATIONS["cifar"].draw(np.arange(count), seed=0, epoch=0)
+    images = torch.from_numpy(plain.cutout(np.ones((count, 3, 32, 32), np.uint8), words))
     hole = images == 0
     assert torch.equal(hole[:, 0], hole[:, 1])
     rows, columns = hole[:, 0].any(2).sum(1), hole[:, 0].any(1).sum(1)
@@ -187,8 +190,8 @@ def test_cutout_blackens_one_clipped_square_with_a_uniform_centre():
 
 
 def test_only_the_policy_asks_for_worker_processes():
-    assert make(augmentation="cifar").one_by_one
-    assert not any(make(augmentation=name).one_by_one for name in ("none", "shift", "crop-flip"))
+    assert make(augmentation="cifar").wants_workers
+    assert not any(make(augmentation=name).wants_workers for name in ("none", "shift", "crop-flip"))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from PIL import Image
 from shike_fast.data import load_dataset
 from shike_fast.data.__main__ import main
 from shike_fast.data.commands.check import find_fault
-from shike_fast.data.images.files import FileStore
 from shike_fast.data.images.paths import PathTable
+from shike_fast.data.images.stores import FileStore
 
 
 def check(root, *options, dataset="imagefolder"):

@@ -15,7 +15,9 @@ from shike_fast._util.cli import ArgumentParser, run_command
 from shike_fast.data import load_dataset
 from shike_fast.data.commands import pack as command
 from shike_fast.data.images.decode import BrokenImageError
-from shike_fast.data.images.files import FileStore
+from shike_fast.data.images.stores import FileStore
+from shike_fast.data.pack import writer
+from shike_fast.data.pack.format import Settings
 from shike_fast.errors import DataError
 
 SETTINGS = ["--dataset", "imagefolder", "--short-side", "32", "--shard-images", "5", "--workers", "1"]
@@ -349,7 +351,7 @@ def test_the_bar_counts_images(image_dir, tmp_path, monkeypatch):
         seen.append((description, total))
         yield seen.append
 
-    monkeypatch.setattr(command, "progress", bar)
+    monkeypatch.setattr(writer, "progress", bar)
     monkeypatch.setattr(processes, "_REPORTS", 0)
     (image_dir / "train" / "cat" / "0.jpg").write_bytes(b"")
     pack(image_dir, tmp_path / "pack", "--workers", "2")
@@ -368,12 +370,12 @@ def test_an_image_of_a_store_without_bytes(image_dir):
         def open(self, index):
             return store.open(index)
 
-    settings = command.Settings("x", 32, "jpeg", 90, 5, "")
-    content, width, height = command.encode_image(Pixels(store.root, store.paths), 0, settings)
+    settings = Settings("x", 32, "jpeg", 90, 5, "")
+    content, width, height = writer.encode_image(Pixels(store.root, store.paths), 0, settings)
     assert simplejpeg.decode_jpeg_header(content)[:2] == (height, width)
     (image_dir / "train" / "cat" / "0.jpg").unlink()
     with pytest.raises(BrokenImageError, match="No such file"):
-        command.encode_image(store, 0, settings)
+        writer.encode_image(store, 0, settings)
 
 
 def test_what_was_left_out_is_said_whenever_the_pack_is_loaded(image_dir, tmp_path, capsys):

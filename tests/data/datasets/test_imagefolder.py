@@ -25,7 +25,7 @@ def test_classes_counts_and_files(image_dir):
     assert data.class_names == ("cat", "dog", "eel")
     assert data.class_counts.tolist() == [6, 4, 2]
     assert data.imbalance_factor is None
-    assert data.train.one_by_one
+    assert data.train.wants_workers
     assert isinstance(data.train, BatchSource)
     assert (data.in_channels, data.image_size, data.augmentation) == (3, 32, "rrc")
     assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]

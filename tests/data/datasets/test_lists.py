@@ -3,9 +3,9 @@ import os
 import numpy as np
 import pytest
 
-from shike_fast.data import load_dataset
-from shike_fast.data.datasets.counts import PUBLISHED, Counts, expected_counts
-from shike_fast.data.datasets.lists import class_folders, path_fault, printable, quoted, read_list, read_names
+from shike_fast.data import datasets, load_dataset
+from shike_fast.data.datasets.counts import expected_counts
+from shike_fast.data.datasets.lists import class_folders, path_fault, read_list, read_names
 
 JPEG = b"not looked at"
 
@@ -86,14 +86,6 @@ def test_paths_that_must_not_be_used():
     assert path_fault(b"..") == "holds '..'"
 
 
-def test_what_a_message_shows_of_a_file():
-    assert quoted(b"caf\xc3\xa9") == "'café'"
-    assert quoted(b"caf\xe9") == r"'caf\xe9'"
-    assert quoted(b"a\nb\xc2\xa0c") == r"'a\nb\xa0c'"
-    assert printable(b"a b\xff\n") == r"a b\xff\n"
-    assert len(quoted(b"x" * 10_000)) == 102
-
-
 def test_class_folders(tmp_path, data_error):
     def folder_of(path):
         return path.split(b"/")[-2] if b"/" in path else None
@@ -116,18 +108,20 @@ def test_names_of_a_text_file(tmp_path, data_error):
 
 
 def test_published_counts():
-    assert PUBLISHED["inat18"] == Counts(like="inat18", classes=8142, images={"train": 437_513, "test": 24_426})
-    counts = {name: (known.classes, known.images) for name, known in PUBLISHED.items() if name != "inat18"}
-    assert counts == {
+    known = {name: info.counts for name, info in datasets().items() if info.counts is not None}
+    assert {counts.kind for counts in known.values()} == {"published"}
+    assert {name: (counts.classes, counts.images) for name, counts in known.items()} == {
+        "inat18": (8142, {"train": 437_513, "test": 24_426}),
         "imagenet-lt": (1000, {"train": 115_846, "val": 20_000, "test": 50_000}),
         "places-lt": (365, {"train": 62_500, "val": 7_300, "test": 36_500}),
     }
 
 
 def test_counts_of_a_generated_set(tmp_path):
-    assert expected_counts("places-lt", tmp_path) is PUBLISHED["places-lt"]
+    places = datasets()["places-lt"]
+    assert expected_counts(places, tmp_path) is places.counts
     (tmp_path / "synthetic.json").write_text('{"like": "places-lt", "classes": 3, "images": {"train": 9, "test": 6}}')
-    counts = expected_counts("places-lt", tmp_path)
+    counts = expected_counts(places, tmp_path)
     assert (counts.classes, counts.images, counts.kind) == (3, {"train": 9, "test": 6}, "generated")
 
 
@@ -145,7 +139,7 @@ def test_counts_of_a_generated_set(tmp_path):
 def test_a_damaged_description_of_a_generated_set(tmp_path, content, text, data_error):
     (tmp_path / "synthetic.json").write_text(content)
     with data_error(f"{tmp_path / 'synthetic.json'}: ", text):
-        expected_counts("places-lt", tmp_path)
+        expected_counts(datasets()["places-lt"], tmp_path)
 
 
 # What the list files of all data sets have in common, seen through one of them.

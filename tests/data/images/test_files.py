@@ -11,8 +11,9 @@ from PIL import Image
 
 from shike_fast.data import load_dataset
 from shike_fast.data.images.decode import BrokenImageError, open_image
-from shike_fast.data.images.files import FileStore, ImageDataset, Subset
+from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.paths import PathTable
+from shike_fast.data.images.stores import FileStore, Subset
 from shike_fast.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD
 from shike_fast.errors import RunError
 

@@ -5,15 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from shike_fast.data.augment.crop import ATTEMPTS, CROP_WORDS, random_crop_box
 from shike_fast.data.images.decode import RawPicture
-from shike_fast.data.images.transforms import (
-    ATTEMPTS,
-    CROP_WORDS,
-    evaluation_pixels,
-    random_crop_box,
-    resize,
-    training_pixels,
-)
+from shike_fast.data.images.transforms import evaluation_pixels, resize, training_pixels
 from shike_fast.data.random import STREAM_AUGMENTATION, draw_words
 
 FULL = 2**32 - 1

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from shike_fast.data import load_dataset
+from shike_fast.data.images.broken import Broken, BrokenImages
 from shike_fast.data.images.decode import open_image
-from shike_fast.data.images.files import Broken
 from shike_fast.data.loaders import loader as loader_module
 from shike_fast.data.loaders.gpu import GpuPhotoLoader
-from shike_fast.data.loaders.photo import BrokenImages, OneAhead, PhotoLoader
+from shike_fast.data.loaders.photo import PhotoLoader
+from shike_fast.data.loaders.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 
@@ -108,7 +109,7 @@ def test_a_strict_data_set_stops(image_dir, kind, num_workers, data_error):
 
 def test_too_many_broken_images_end_the_run(image_dir, data_error):
     train = load(image_dir).train
-    broken = BrokenImages(train, lambda _: None)
+    broken = BrokenImages(len(train), train.stand_in, lambda _: None)
     broken.add(Broken(index, f"{index}.jpg: is empty") for index in range(100))
     broken.add([Broken(5, "5.jpg: is empty")])  # known already
     with data_error("101 of 12 images could not be read", "100.jpg: is empty", "shike_fast.data check"):
@@ -213,7 +214,7 @@ class OnDevice:
 
 def test_all_epochs_of_a_loader_work_in_one_stream(monkeypatch):
     streams = Streams(monkeypatch)
-    ahead = OneAhead(torch.device("cuda"))
+    ahead = Prefetcher(torch.device("cuda"))
 
     def jobs():
         for number in range(3):
@@ -234,10 +235,10 @@ def test_all_epochs_of_a_loader_work_in_one_stream(monkeypatch):
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_loaders_keep_their_stream(image_dir, kind):
     loader = make(kind, load(image_dir).train)
-    before = loader._one_ahead
+    before = loader._prefetch
     for epoch in range(2):
         list(loader.epoch(epoch))
-    assert loader._one_ahead is before and before._device == CPU
+    assert loader._prefetch is before and before._device == CPU
 
 
 def test_page_locking_is_done_ahead_by_a_thread(monkeypatch):

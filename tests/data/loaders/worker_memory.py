@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from shike_fast.data import Loader, load_dataset
-from shike_fast.data.images.files import FileStore, ImageDataset
+from shike_fast.data.images.files import ImageDataset
+from shike_fast.data.images.stores import FileStore
 from shike_fast.data.loaders.loader import EpochLoader
 from shike_fast.data.loaders.photo import PhotoLoader
 

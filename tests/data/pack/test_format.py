@@ -5,7 +5,8 @@ import tarfile
 
 import pytest
 
-from shike_fast.data.pack.format import Manifest, ShardWriter, _plain_jpeg, decode_json
+from shike_fast.data.pack.format import Manifest, decode_json
+from shike_fast.data.pack.shards import ShardWriter, _plain_jpeg
 
 
 def test_an_archive_depends_on_its_members_alone(tmp_path):

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from programs import LIMIT
 
-from shike_fast._util import processes
+from shike_fast._util import files, processes
 from shike_fast._util.cli import ArgumentParser, run_command
 from shike_fast.data import load_dataset
 from shike_fast.data.commands import pack as command
 from shike_fast.data.images.decode import BrokenImageError
-from shike_fast.data.images.files import FileStore
+from shike_fast.data.images.stores import FileStore
+from shike_fast.data.pack import writer
 from shike_fast.errors import RunError
 
 SETTINGS = ["--dataset", "imagefolder", "--short-side", "32", "--shard-images", "5", "--workers", "1"]
@@ -109,7 +110,7 @@ def test_a_killed_pack_goes_on_where_it_was(image_dir, tmp_path, start, slow, mo
     before = (out / "train-00000.tar").stat()
     # At once, while workers may still be at it: they are waited for.
     monkeypatch.undo()
-    encode = command.encode_image
+    encode = writer.encode_image
     log = tmp_path / "log"
 
     def count(store, index, settings):
@@ -117,7 +118,7 @@ def test_a_killed_pack_goes_on_where_it_was(image_dir, tmp_path, start, slow, mo
             file.write(f"{index}\n")
         return encode(store, index, settings)
 
-    monkeypatch.setattr(command, "encode_image", count)
+    monkeypatch.setattr(writer, "encode_image", count)
     assert pack(image_dir, out, "--workers", workers) == 0
     after = (out / "train-00000.tar").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
@@ -130,15 +131,15 @@ def test_a_killed_pack_goes_on_where_it_was(image_dir, tmp_path, start, slow, mo
 
 def test_shards_that_are_not_what_their_description_says_are_made_again(image_dir, tmp_path, monkeypatch):
     out = tmp_path / "pack"
-    finish = command._finish
-    monkeypatch.setattr(command, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    finish = writer._finish
+    monkeypatch.setattr(writer, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert pack(image_dir, out) == 128 + signal.SIGINT
     os.truncate(out / "train-00000.tar", 512)
     (out / "train-00001.tar").unlink()
     (out / "train-00002.npz").unlink()
     os.truncate(out / "test-00000.npz", 300)
     (out / "test-00001.npz").write_bytes(b"")
-    monkeypatch.setattr(command, "_finish", finish)
+    monkeypatch.setattr(writer, "_finish", finish)
     assert pack(image_dir, out) == 0
     pack(image_dir, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
@@ -190,8 +191,8 @@ def test_what_a_worker_lacks_is_one_line(image_dir, tmp_path, monkeypatch, capfd
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
 
     out = tmp_path / "pack"
-    write = command.atomic_write
-    monkeypatch.setattr(command, "atomic_write", lambda p, c: (refuse if p.suffix == ".npz" else write)(p, c))
+    write = writer.atomic_write
+    monkeypatch.setattr(writer, "atomic_write", lambda p, c: (refuse if p.suffix == ".npz" else write)(p, c))
     assert pack(image_dir, out) == 1
     error = capfd.readouterr().err
     name = out / "train-00000.npz"
@@ -222,7 +223,7 @@ def test_a_worker_that_is_killed_before_it_gets_another_task(monkeypatch):
 
 
 def test_a_worker_with_a_fault_of_its_own(image_dir, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(command, "encode_image", lambda *_: 1 / 0)
+    monkeypatch.setattr(writer, "encode_image", lambda *_: 1 / 0)
     assert pack(image_dir, tmp_path / "pack") == 1
     error = capfd.readouterr().err
     assert "ZeroDivisionError" in error
@@ -234,7 +235,7 @@ def test_memory_that_runs_out(image_dir, tmp_path, monkeypatch, failed):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(command, "encode_image", fail)
+    monkeypatch.setattr(writer, "encode_image", fail)
     failed(pack(image_dir, tmp_path / "pack"), "out of memory; use fewer --workers", expected=1)
 
 
@@ -277,7 +278,7 @@ def test_a_file_that_is_missing_is_left_out(image_dir, tmp_path, monkeypatch, nu
 
 def test_a_source_that_disappears(image_dir, tmp_path, monkeypatch, capsys):
     out = tmp_path / "pack"
-    monkeypatch.setattr(command, "most_broken", lambda _images: 3)
+    monkeypatch.setattr(writer, "most_broken", lambda _images: 3)
     with monkeypatch.context() as patch:
         patch.setattr(processes, "_REPORTS", 0)
         fail_at(patch, "train/cat/2.JPEG", errno.ENOENT)
@@ -302,17 +303,17 @@ def test_a_source_that_disappears(image_dir, tmp_path, monkeypatch, capsys):
 def interrupted(image_dir, out, monkeypatch):
     """A pack of which all is there but the end."""
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writer, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert pack(image_dir, out) == 128 + signal.SIGINT
 
 
 def test_what_finished_shards_left_out_counts(image_dir, tmp_path, monkeypatch, capsys):
     out = tmp_path / "pack"
-    monkeypatch.setattr(command, "most_broken", lambda _images: 3)
+    monkeypatch.setattr(writer, "most_broken", lambda _images: 3)
     fail_at(monkeypatch, "train/cat/0.jpg", errno.ENOENT)
     fail_at(monkeypatch, "train/dog", errno.ENOENT)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "most_broken", lambda _images: 100)
+        patch.setattr(writer, "most_broken", lambda _images: 100)
         interrupted(image_dir, out, patch)
     (out / "train-00001.npz").unlink()  # of which 4 are missing
     capsys.readouterr()
@@ -327,7 +328,7 @@ def test_shards_that_leave_out_too_many_are_made_again(image_dir, tmp_path, monk
         fail_at(patch, "train/cat", errno.ENOENT)  # five in the first shard, one in the second
         fail_at(patch, "val/cat/0", errno.ENOENT)
         interrupted(image_dir, out, patch)
-    monkeypatch.setattr(command, "most_broken", lambda _images: 3)
+    monkeypatch.setattr(writer, "most_broken", lambda _images: 3)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert pack(image_dir, out) == 0
     changed = [name for name, time in before.items() if (out / name).stat().st_mtime_ns != time]
@@ -338,8 +339,8 @@ def test_shards_that_leave_out_too_many_are_made_again(image_dir, tmp_path, monk
 
 def test_a_hundredth_of_a_part_may_be_left_out():
     def job(images):
-        source = command._Source(None, np.zeros(images, np.int64), None)
-        return command._Job(Path(), {"train": source}, None, False)
+        source = writer.Source(None, np.zeros(images, np.int64), None)
+        return writer._Job(Path(), {"train": source}, None, False)
 
     assert [job(images).most_left_out("train") for images in (1, 10_099, 115_846)] == [100, 100, 1158]
 
@@ -372,7 +373,7 @@ def test_a_full_disk(image_dir, tmp_path, monkeypatch, workers, failed):
 
     out = tmp_path / "pack"
     with monkeypatch.context() as patch:
-        patch.setattr(command.ShardWriter, "close", lambda *_: full(0))
+        patch.setattr(writer.ShardWriter, "close", lambda *_: full(0))
         failed(pack(image_dir, out, "--workers", workers), f"cannot write {out}", ".tar: No space left", expected=1)
     assert not list(out.glob(".*.tmp"))
     with monkeypatch.context() as patch:
@@ -386,7 +387,7 @@ def test_two_commands_do_not_pack_into_one_folder(image_dir, tmp_path, monkeypat
     out.mkdir()
     with open(out / ".lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr(processes, "_PATIENCE", 0.1)
+        monkeypatch.setattr(files, "_PATIENCE", 0.1)
         failed(pack(image_dir, out), f"{out}: another process is packing into this folder", expected=1)
     assert pack(image_dir, out) == 0
 
@@ -394,9 +395,9 @@ def test_two_commands_do_not_pack_into_one_folder(image_dir, tmp_path, monkeypat
 def test_a_pack_that_another_process_finished_meanwhile(image_dir, tmp_path, monkeypatch, capsys):
     out = tmp_path / "pack"
     pack(image_dir, out)
-    complete = command._complete
+    complete = writer._is_complete
     answers = iter([lambda *_: False, complete])
-    monkeypatch.setattr(command, "_complete", lambda *a: next(answers)(*a))
+    monkeypatch.setattr(writer, "_is_complete", lambda *a: next(answers)(*a))
     before = contents(out)
     capsys.readouterr()
     assert pack(image_dir, out) == 0

@@ -1,0 +1,70 @@
+// Neighbouring numbers of a map in device memory, as floats. Compiled for the host too.
+#pragma once
+
+#include "common/half.h"
+#include "common/words.h"
+
+namespace shike {
+namespace {
+
+// V neighbouring numbers: as many as 16 bytes hold, or one.
+template <DType kType, int V>
+struct Packet {
+    static constexpr int kBytes = bytes_of(kType) * V;
+    static_assert(V == 1 || kBytes == 16, "one access");
+
+    std::uint32_t words[V == 1 ? 1 : 4];
+
+    SHIKE_HD void load(const char* from) {
+        if constexpr (V > 1) {
+            load_words(from, words);
+        } else {
+#ifdef __CUDA_ARCH__
+            words[0] = kBytes == 4 ? __ldg(reinterpret_cast<const unsigned*>(from))
+                                   : __ldg(reinterpret_cast<const unsigned short*>(from));
+#else
+            words[0] = 0;  // the rest of the word; the library runs on little-endian machines
+            std::memcpy(words, from, kBytes);
+#endif
+        }
+    }
+
+    SHIKE_HD void store(char* to) const {
+        if constexpr (V > 1) {
+            store_words(to, words);
+        } else if constexpr (kBytes == 4) {
+            *reinterpret_cast<std::uint32_t*>(to) = words[0];
+        } else {
+            *reinterpret_cast<std::uint16_t*>(to) = std::uint16_t(words[0]);
+        }
+    }
+
+    SHIKE_HD void clear() {
+        SHIKE_UNROLL
+        for (std::uint32_t& word : words) word = 0;
+    }
+
+    SHIKE_HD void get(float (&values)[V]) const {
+        float rest;
+        SHIKE_UNROLL
+        for (int i = 0; i < V; i += kType == DType::kFloat32 ? 1 : 2) {
+            float& second = V > 1 && kType != DType::kFloat32 ? values[(i + 1) % V] : rest;
+            if constexpr (kType == DType::kFloat32) values[i] = float_of(words[i]);
+            if constexpr (kType == DType::kBFloat16) widen_bfloat16(words[i / 2], values[i], second);
+            if constexpr (kType == DType::kFloat16) widen_float16(words[i / 2], values[i], second);
+        }
+    }
+
+    SHIKE_HD void set(const float (&values)[V]) {
+        SHIKE_UNROLL
+        for (int i = 0; i < V; i += kType == DType::kFloat32 ? 1 : 2) {
+            const float second = V > 1 ? values[(i + 1) % V] : 0;
+            if constexpr (kType == DType::kFloat32) words[i] = bits_of(values[i]);
+            if constexpr (kType == DType::kBFloat16) words[i / 2] = narrow_to_bfloat16(values[i], second);
+            if constexpr (kType == DType::kFloat16) words[i / 2] = narrow_to_float16(values[i], second);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace shike

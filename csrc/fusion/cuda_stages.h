@@ -1,0 +1,205 @@
+// The launches of each call of depth-wise knowledge fusion. `Run` makes them: on a device (cuda_launch.cu), or one
+// block and one thread after another on the CPU (cuda_emulation.cpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "fusion/cuda_backward.h"
+#include "fusion/cuda_forward.h"
+#include "fusion/cuda_merge.h"
+#include "fusion/cuda_statistics.h"
+
+namespace shike {
+namespace {
+
+inline std::string shape_text(const MapShape& shape) {
+    return "[B=" + std::to_string(shape.batch) + ", C=" + std::to_string(shape.channels) +
+           ", H=" + std::to_string(shape.height) + ", W=" + std::to_string(shape.width) + "]";
+}
+
+// `limit`: of the count.
+inline void check_maps(const char* op, const MapShape& shape, int count, int limit) {
+    constexpr std::int64_t kMost = 1 << 30;
+    const char* reason = nullptr;
+    if (count < 1 || count > limit) {
+        reason = limit == kMaxExperts ? "1 to 8 experts are supported" : "1 to 16 maps are supported";
+    }
+    if (shape.batch < 1) reason = "the batch is empty";
+    if (shape.channels < 1 || shape.height < 1 || shape.width < 1) reason = "the maps are empty";
+    if (shape.channels > kMost || shape.height > kMost || shape.width > kMost || shape.positions() > kMost) {
+        reason = "at most 2^30 channels and 2^30 positions are supported";
+    }
+    if (shape.dtype == DType::kFloat64) reason = "float64 is not supported on CUDA devices";
+    if (reason == nullptr) return;
+    throw std::runtime_error(std::string(op) + ": " + reason + ", got " + std::to_string(count) + " maps " +
+                             shape_text(shape));
+}
+
+// Calls f(dtype, vector) with compile-time constants.
+template <class F>
+void with_elements(DType dtype, int vector, F f) {
+    const auto with_vector = [&](auto type) {
+        if (vector > 1) {
+            f(type, std::integral_constant<int, WideVector<decltype(type)::value>::value>{});
+        } else {
+            f(type, std::integral_constant<int, 1>{});
+        }
+    };
+    if (dtype == DType::kFloat32) with_vector(std::integral_constant<DType, DType::kFloat32>{});
+    if (dtype == DType::kBFloat16) with_vector(std::integral_constant<DType, DType::kBFloat16>{});
+    if (dtype == DType::kFloat16) with_vector(std::integral_constant<DType, DType::kFloat16>{});
+}
+
+SHIKE_HD constexpr int larger_of(int a, int b) { return a > b ? a : b; }
+// Floats of shared memory that a block needs: `values` of each thread's channels, or numbers of the block's channels.
+SHIKE_HD constexpr int block_memory(int vector, int values, int channel_numbers) {
+    return larger_of(values * vector * slot_stride(kFusionBlock),
+                     channel_numbers * larger_of(kFusionBlock, kWarp * vector));
+}
+
+inline std::size_t partials_size(const StatisticsArguments& call) {
+    return std::size_t(call.maps.count) * std::size_t(call.plan.splits) * 3 * std::size_t(call.maps.shape.channels);
+}
+
+// Of experts whose sums come with the statistics, if there are any: a [K, B, C].
+inline std::size_t references_size(const StatisticsArguments& call) {
+    if (call.products == 0) return 0;
+    return std::size_t(call.maps.count) * std::size_t(call.maps.shape.batch) * std::size_t(call.maps.shape.channels);
+}
+
+inline StatisticsArguments statistics_arguments(const MapList& maps, float* workspace, int processors) {
+    StatisticsArguments result{};
+    result.maps = maps;
+    result.partials = workspace;
+    FusionLayout layout(maps.shape);
+    for (int i = 0; i < maps.count; ++i) layout.add(maps.map[i]);
+    result.plan = plan_fusion(maps.shape, layout, maps.count, processors, kStatisticsSplits);
+    return result;
+}
+
+// The statistics of a training forward. Experts whose sums need no mask get them on the way.
+inline StatisticsArguments statistics_arguments(const Fusion& call, float* sums, float* workspace, int processors) {
+    StatisticsArguments result{};
+    result.maps.count = call.norms();
+    result.maps.shape = call.shape;
+    result.partials = workspace;
+    result.sums = sums;
+    FusionLayout layout(call.shape);
+    for (int k = 0; k < call.count; ++k) {
+        const ExpertFusion& expert = call.expert[k];
+        result.maps.map[k] = expert.shallow;
+        layout.add(expert.shallow);
+        if (call.folded) {
+            result.maps.map[call.count + k] = expert.deep;
+        } else if (!expert.relu) {
+            result.products |= 1u << k;
+            result.partner[k] = expert.deep;
+        }
+        if (call.folded || !expert.relu) layout.add(expert.deep);
+    }
+    result.plan = plan_fusion(call.shape, layout, result.maps.count, processors, kStatisticsSplits);
+    if (workspace != nullptr) result.references = workspace + partials_size(result);
+    return result;
+}
+
+inline MergeArguments merge_arguments(const StatisticsArguments& call, float* moments) {
+    MergeArguments result{};
+    result.shape = call.maps.shape;
+    result.samples = call.plan.samples;
+    result.splits = call.plan.splits;
+    result.partials = call.partials;
+    result.moments = moments;
+    return result;
+}
+
+inline MergedNorm merged_norm(const BatchNorm& norm) {
+    return {static_cast<float*>(norm.running_mean), static_cast<float*>(norm.running_var), float(norm.momentum),
+            float(1 - norm.momentum), float(norm.eps)};
+}
+
+inline bool needs_statistics(const Fusion& call, bool training) { return training && call.normalised; }
+
+inline std::size_t forward_workspace(const Fusion& call, bool training, int processors) {
+    if (!needs_statistics(call, training)) return 0;
+    const StatisticsArguments parts = statistics_arguments(call, nullptr, nullptr, processors);
+    return partials_size(parts) + references_size(parts);
+}
+
+inline std::size_t statistics_workspace(const MapList& maps, int processors) {
+    return partials_size(statistics_arguments(maps, nullptr, processors));
+}
+
+template <class Run>
+void run_forward(Run& run, const Fusion& call, const FusionSaved& saved, bool training, void* f, float* statistics,
+                 float* workspace, int processors) {
+    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
+    PoolingArguments pooling{};
+    if (needs_statistics(call, training)) {
+        const StatisticsArguments parts =
+            statistics_arguments(call, static_cast<float*>(saved.sums), workspace, processors);
+        run.statistics(parts);
+        MergeArguments merge = merge_arguments(parts, static_cast<float*>(saved.mean_rstd));
+        merge.statistics = statistics;
+        for (int k = 0; k < call.count; ++k) {
+            merge.norm[k] = merged_norm(call.expert[k].norm);
+            if (call.folded) merge.norm[call.count + k] = merged_norm(call.expert[k].deep_norm);
+        }
+        run.merge(merge, parts.maps.count);
+        pooling.products = parts.products;
+        pooling.references = parts.references;
+    }
+    FusionLayout layout(call.shape);
+    for (int k = 0; k < call.count; ++k) {
+        if ((pooling.products >> k & 1u) != 0) continue;
+        layout.add(call.expert[k].deep);
+        layout.add(call.expert[k].shallow);
+        if (call.folded) layout.add(call.expert[k].shortcut);
+    }
+    pooling.call = call;
+    pooling.saved = saved;
+    pooling.f = f;
+    pooling.plan = plan_fusion(call.shape, layout, call.count, processors, kFusionSplits);
+    run.pooling(pooling);
+}
+
+template <class Run>
+void run_statistics(Run& run, const MapList& maps, float* statistics, float* workspace, int processors) {
+    check_maps("dkf_statistics", maps.shape, maps.count, 2 * kMaxExperts);
+    const StatisticsArguments parts = statistics_arguments(maps, workspace, processors);
+    run.statistics(parts);
+    run.merge(merge_arguments(parts, statistics), maps.count);
+}
+
+template <class Run>
+void run_vector_gradients(Run& run, const Fusion& call, const FusionSaved& saved, const void* grad_output,
+                          float* vectors) {
+    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
+    if (!call.normalised) return;
+    run.vectors(VectorArguments{call.shape, call.count, call.sums(), static_cast<const float*>(saved.sums), grad_output,
+                                vectors});
+}
+
+template <class Run>
+void run_map_gradients(Run& run, const Fusion& call, const FusionSaved& saved, const FusionGradient& gradient,
+                       int processors) {
+    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
+    FusionLayout layout(call.shape);
+    layout.add_vector(gradient.grad_output);
+    for (int k = 0; k < call.count; ++k) {
+        const ExpertFusion& expert = call.expert[k];
+        const ExpertGradient& results = gradient.expert[k];
+        for (const FeatureMap& map : {expert.deep, expert.shallow, results.deep, results.shallow}) layout.add(map);
+        if (!call.folded) continue;
+        layout.add(expert.shortcut);
+        layout.add(results.shortcut);
+    }
+    run.gradients(GradientArguments{call, static_cast<const float*>(saved.mean_rstd), gradient,
+                                    plan_fusion(call.shape, layout, call.count, processors, kFusionSplits)});
+}
+
+}  // namespace
+}  // namespace shike

@@ -1,0 +1,354 @@
+// The mean and the variance of each channel: threads sum over their shares of the batch, about a centre that follows
+// the mean, and a block merges its threads' shares as Chan's formula does, all in a fixed order; cuda_merge.h merges
+// the blocks.
+#pragma once
+
+#include <cstdint>
+
+#include "fusion/compensated_sum.h"
+#include "fusion/cuda_block.h"
+
+namespace shike {
+namespace {
+
+struct StatisticsArguments {
+    MapList maps;
+    FeatureMap partner[kMaxExperts];  // deep: of map k where bit k of `products` is set
+    unsigned products;
+    float* sums;        // [K, 2, B, C]: sum deep (x - reference) and sum deep, of those maps
+    float* references;  // [K, B, C]: the sample's mean, roughly, of those maps
+    float* partials;    // [count, splits, 3, C]: the mean's leading part, its rest, sum (x - mean)^2
+    FusionPlan plan;
+};
+
+// One of the compensated sums in a thread's shared memory, where numbers lie `stride` apart.
+template <int V>
+SHIKE_HD void add_compensated(float* sums, int stride, int sum, int i, float number) {
+    float &leading = sums[(2 * sum * V + i) * stride], &rest = sums[((2 * sum + 1) * V + i) * stride];
+    CompensatedSum total{leading, rest};
+    total.add(number);
+    leading = total.leading;
+    rest = total.rest;
+}
+
+SHIKE_HD float median(float a, float b, float c) {
+    const float low = a < b ? a : b, high = a < b ? b : a, middle = high < c ? high : c;
+    return low < middle ? middle : low;
+}
+
+constexpr int kRun = 16;  // values of a thread that are added up in plain float32
+
+// What a thread knows of its channels in the present stretch: of a sample where there are products, which then depend
+// on no other sample, else of all samples. What lies in shared memory is needed once a run: CompensatedSums of the
+// squares and of the products, later three numbers to hand over, and the four of earlier stretches.
+template <DType kType, int V>
+struct StatisticsState {
+    // Products about a pivot of their own, which no single value moves. The results of 16-bit maps do not show it.
+    static constexpr bool kPivot = kType == DType::kFloat32;
+    static constexpr int kStretch = kPivot ? 6 : 3, kValues = kStretch + 4;  // of each channel, in shared memory
+
+    int count;                  // of the stretch's values
+    float centre[V], sum[V];    // sum x - centre
+    float square[V];            // sum (x - centre)^2, of the present run
+    float pivot[V];             // kPivot: of the products, else they are about the centre
+    float product[V], deep[V];  // sum deep (x - pivot), sum deep; kPivot: of the present run
+
+    SHIKE_HD void start(float* sums, int stride) {
+        count = 0;
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) centre[i] = sum[i] = square[i] = pivot[i] = product[i] = deep[i] = 0;
+        SHIKE_UNROLL
+        for (int i = 0; i < kStretch * V; ++i) sums[i * stride] = 0;
+    }
+
+    // Moves the centre to the mean, and ends the run.
+    template <bool kProducts>
+    SHIKE_HD void recentre(float* sums, int stride) {
+        const float inverse = 1 / float(count);
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            const float moved_to = centre[i] + sum[i] * inverse, moved = moved_to - centre[i];
+            const float left = sum[i] - float(count) * moved;  // by the centre's rounding
+            add_compensated<V>(sums, stride, 0, i, square[i] - moved * (sum[i] + left));
+            if constexpr (kProducts && kPivot) {
+                add_compensated<V>(sums, stride, 1, i, product[i]);
+                add_compensated<V>(sums, stride, 2, i, deep[i]);
+                product[i] = deep[i] = 0;
+            } else if (kProducts) {
+                product[i] -= moved * deep[i];
+            }
+            centre[i] = moved_to;
+            sum[i] = left;
+            square[i] = 0;
+        }
+    }
+
+    // To the median of the pivot, the mean and a value.
+    SHIKE_HD void move_pivot(const float (&value)[V], float* sums, int stride) {
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            const float moved_to = median(pivot[i], centre[i], value[i]);
+            add_compensated<V>(sums, stride, 1, i, (pivot[i] - moved_to) * sums[(4 * V + i) * stride]);
+            pivot[i] = moved_to;
+        }
+    }
+
+    // Ends the stretch: the products are complete, and the statistics join those of the thread's earlier ones.
+    // `totals`: their centre, sum x - centre and the squares about it in a CompensatedSum. `joined`: of how many
+    // values.
+    template <bool kProducts>
+    SHIKE_HD void finish(float* sums, float* totals, int stride, int joined) {
+        if (count == 0) return;
+        recentre<kProducts>(sums, opaque(stride));
+        join(sums, totals, opaque(stride), joined);
+        SHIKE_UNROLL
+        for (int i = 0; kProducts && kPivot && i < V; ++i) {
+            const auto at = [&](int value) { return sums[(value * V + i) * stride]; };
+            product[i] = at(2) + at(3);
+            deep[i] = at(4) + at(5);
+        }
+    }
+
+    SHIKE_HD void join(const float* sums, float* totals, int stride, int joined) {
+        const float values = float(joined + count), inverse = 1 / values;
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            const auto at = [&](int value) -> float& { return totals[(value * V + i) * stride]; };
+            const float leading = sums[i * stride], rest = sums[(V + i) * stride];
+            if (joined == 0) {
+                at(0) = centre[i];
+                at(1) = sum[i];
+                at(2) = leading;
+                at(3) = rest;
+                continue;
+            }
+            const float distance = centre[i] - at(0), about = float(count) * distance;
+            const float total = at(1) + (sum[i] + about);
+            const float moved_to = at(0) + total * inverse, moved = moved_to - at(0);
+            const float left = total - values * moved;
+            CompensatedSum square_sum{at(2), at(3) + rest};
+            square_sum.add(leading);
+            square_sum.add(distance * (2 * sum[i] + about) - moved * (total + left));
+            at(0) = moved_to;
+            at(1) = left;
+            at(2) = square_sum.leading;
+            at(3) = square_sum.rest;
+        }
+    }
+};
+
+// The mean of the first values of a thread; one of them where they are but two, which is as good.
+template <DType kType, int V, int kUnroll>
+SHIKE_HD void first_centre(const Packet<kType, V> (&x)[kUnroll], int count, float (&mean)[V]) {
+    if constexpr (kUnroll <= 2) return x[0].get(mean);
+    const float inverse = 1 / float(count);
+    float first[V], value[V];
+    x[0].get(first);
+    SHIKE_UNROLL
+    for (float& sum : mean) sum = 0;
+    SHIKE_UNROLL
+    for (int u = 1; u < kUnroll; ++u) {
+        if (u >= count) continue;
+        x[u].get(value);
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) mean[i] += value[i] - first[i];
+    }
+    SHIKE_UNROLL
+    for (int i = 0; i < V; ++i) mean[i] = first[i] + mean[i] * inverse;
+}
+
+// Adds a thread's share of a sample. The centre, at first the mean of the first few values, moves when the number of
+// values has doubled, and after every run: the squares about it then add up to little more than those about the mean,
+// whatever the values.
+template <bool kProducts, DType kType, int V>
+SHIKE_HD void add_sample(StatisticsState<kType, V>& own, const MapView<kType, V>& view,
+                         const MapView<kType, V>& partner, std::int64_t b, int member, int group, int positions,
+                         float* sums, int stride) {
+    using State = StatisticsState<kType, V>;
+    constexpr int kUnroll = kProducts && V > 1 ? unroll_of(V) / 2 : unroll_of(V);
+    static_assert(kUnroll <= kRun, "a run has to end at a multiple of kRun");
+    const char* sample = view.sample(b);
+    const char* deep_sample = partner.sample(b);
+    for (int p = member; p < positions; p += kUnroll * group) {
+        Packet<kType, V> x[kUnroll], deep[kUnroll];
+        const int before = own.count;
+        SHIKE_UNROLL
+        for (int u = 0; u < kUnroll; ++u) {
+            const int position = p + u * group;
+            if (position >= positions) continue;
+            ++own.count;
+            x[u].load(sample + view.offset(position));
+            if (kProducts) deep[u].load(deep_sample + partner.offset(position));
+        }
+        if (before == 0) {
+            first_centre(x, own.count, own.centre);
+            if constexpr (kProducts && State::kPivot) x[0].get(own.pivot);
+            if constexpr (kProducts && State::kPivot) {  // the first, a middle and the last value
+                const int others = (positions - 1 - p) / group;
+                Packet<kType, V> middle, last;
+                middle.load(sample + view.offset(p + others / 2 * group));
+                last.load(sample + view.offset(p + others * group));
+                float second[V], third[V];
+                middle.get(second);
+                last.get(third);
+                SHIKE_UNROLL
+                for (int i = 0; i < V; ++i) own.pivot[i] = median(own.pivot[i], second[i], third[i]);
+            }
+        }
+        SHIKE_UNROLL
+        for (int u = 0; u < kUnroll; ++u) {
+            if (p + u * group >= positions) continue;
+            float value[V], factor[V];
+            x[u].get(value);
+            if (kProducts) deep[u].get(factor);
+            SHIKE_UNROLL
+            for (int i = 0; i < V; ++i) {
+                const float distance = value[i] - own.centre[i];
+                own.sum[i] += distance;
+                own.square[i] += distance * distance;
+                if (!kProducts) continue;
+                own.product[i] += factor[i] * (State::kPivot ? value[i] - own.pivot[i] : distance);
+                own.deep[i] += factor[i];
+            }
+        }
+        const int changed = before ^ own.count;  // more than before: a power of two is reached
+        if (changed > before || changed >= kRun) {
+            own.template recentre<kProducts>(sums, opaque(stride));  // else addresses would stay in registers
+            if (kProducts && State::kPivot && own.count >= kRun) {
+                float value[V];
+                x[0].get(value);
+                own.move_pivot(value, sums, opaque(stride));
+            }
+        }
+    }
+}
+
+// How many of `total` things fall to one of `sharers`, a power of two, that take turns.
+SHIKE_HD int share_of(std::int64_t total, int sharers, int index) {
+    return int((total - index + sharers - 1) >> FusionPlan::digit_bits(sharers));
+}
+
+// One block; `index`: the map.
+template <DType kType, int V, class Team>
+SHIKE_HD void statistics_block(Team& team, const StatisticsArguments& call, unsigned block, int index) {
+    using State = StatisticsState<kType, V>;
+    const FusionPlan& plan = call.plan;
+    const MapShape& shape = call.maps.shape;
+    const BlockRange range(plan, shape, block);
+    const int threads = plan.threads(), width = plan.width(), positions = int(positions_of(shape));
+    const bool products = (call.products >> index & 1u) != 0;
+    const int stride = slot_stride(threads);
+    const auto sums_of = [&](int thread) { return team.memory + thread; };
+    const auto totals_of = [&](int thread) { return team.memory + State::kStretch * V * stride + thread; };
+
+    team.each([&](State& own, int thread) {
+        const FusionThread place = plan.digits(thread);
+        const std::int64_t c = range.channel + place.lane * V;
+        if (c >= shape.channels || products) return;
+        own.start(sums_of(thread), opaque(stride));
+        const MapView<kType, V> view(call.maps.map[index], shape, c);
+        for (std::int64_t b = range.sample + place.row; b < range.end; b += plan.rows) {
+            add_sample<false>(own, view, view, b, place.member, plan.group, positions, sums_of(thread), stride);
+        }
+        own.template finish<false>(sums_of(thread), totals_of(thread), stride, 0);
+    });
+
+    for (std::int64_t b = range.sample; products && b < range.end; b += plan.rows) {
+        team.each([&](State& own, int thread) {
+            const FusionThread place = plan.digits(thread);
+            const std::int64_t c = range.channel + place.lane * V;
+            own.start(sums_of(thread), opaque(stride));
+            if (c < shape.channels && b + place.row < range.end) {
+                add_sample<true>(own, MapView<kType, V>(call.maps.map[index], shape, c),
+                                 MapView<kType, V>(call.partner[index], shape, c), b + place.row, place.member,
+                                 plan.group, positions, sums_of(thread), stride);
+                const int samples = int(b - range.sample) >> FusionPlan::digit_bits(plan.rows);
+                own.template finish<true>(sums_of(thread), totals_of(thread), stride, samples * own.count);
+            }
+            const int spacing = opaque(threads);  // likewise
+            publish(team.memory, spacing, 0, thread, own.product);
+            publish(team.memory, spacing, 1, thread, own.deep);
+            publish(team.memory, spacing, 2, thread, State::kPivot ? own.pivot : own.centre);
+        });
+        team.each([&](State&, int thread) {
+            for (int output = thread; output < width * plan.rows; output += threads) {
+                const int row = output >> FusionPlan::digit_bits(width), channel = output & (width - 1);
+                const std::int64_t c = range.channel + channel;
+                if (c >= shape.channels || b + row >= range.end) continue;
+                const auto at = [&](int value, int member) {
+                    return published<V>(team.memory, plan, value, channel, member, row);
+                };
+                const int members = plan.group < positions ? plan.group : positions;
+                float moved = 0;
+                for (int member = 1; member < members; ++member) {
+                    moved += float(share_of(positions, plan.group, member)) * (at(2, member) - at(2, 0));
+                }
+                const float reference = at(2, 0) + moved / float(positions);
+                CompensatedSum product, deep;
+                for (int member = 0; member < members; ++member) {
+                    product.add(at(0, member) + (at(2, member) - reference) * at(1, member));
+                    deep.add(at(1, member));
+                }
+                call.sums[entry(shape, 2 * index, b + row, c)] = product.value();
+                call.sums[entry(shape, 2 * index + 1, b + row, c)] = deep.value();
+                call.references[entry(shape, index, b + row, c)] = reference;
+            }
+        });
+    }
+
+    team.each([&](State& own, int thread) {
+        const float* totals = totals_of(thread);
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            const auto at = [&](int value) { return totals[(value * V + i) * stride]; };
+            own.centre[i] = at(0);
+            own.sum[i] = at(1);
+            own.square[i] = at(2) + at(3);
+        }
+        publish(team.memory, threads, 0, thread, own.centre);
+        publish(team.memory, threads, 1, thread, own.sum);
+        publish(team.memory, threads, 2, thread, own.square);
+    });
+    team.each([&](State&, int thread) {
+        const std::int64_t channels = shape.channels, samples = range.end - range.sample;
+        float* partial = call.partials + (std::int64_t(index) * plan.splits + range.split) * 3 * channels;
+        for (int channel = thread; channel < width && range.channel + channel < channels; channel += threads) {
+            const float values = float(samples * positions);
+            const auto each_share = [&](auto add) {  // add(values, centre, sum, square)
+                for (int row = 0; row < plan.rows; ++row) {
+                    for (int member = 0; member < plan.group; ++member) {
+                        const int count =
+                            share_of(samples, plan.rows, row) * share_of(positions, plan.group, member);
+                        if (count == 0) continue;
+                        const auto at = [&](int value) {
+                            return published<V>(team.memory, plan, value, channel, member, row);
+                        };
+                        add(float(count), at(0), at(1), at(2));
+                    }
+                }
+            };
+            // The mean, relative to the first thread's, then relative to the result, which leaves roundings.
+            CompensatedSum mean{published<V>(team.memory, plan, 0, channel, 0, 0), 0}, moved, left, squares;
+            each_share([&](float count, float centre, float sum, float) {
+                moved.add(count * (centre - mean.leading));
+                moved.add(sum);
+            });
+            mean.add(moved.value() / values);
+            each_share([&](float count, float centre, float sum, float square) {
+                const float distance = centre - mean.leading - mean.rest;
+                left.add(count * distance);
+                left.add(sum);
+                squares.add(square);
+                squares.add(distance * (2 * sum + count * distance));
+            });
+            const std::int64_t c = range.channel + channel;
+            const float square = squares.value();
+            partial[c] = mean.leading;
+            partial[channels + c] = mean.rest + left.value() / values;
+            partial[2 * channels + c] = square < 0 ? 0 : square;
+        }
+    });
+}
+
+}  // namespace
+}  // namespace shike

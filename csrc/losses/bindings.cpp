@@ -1,0 +1,117 @@
+// Python bindings of the expert losses.
+#include <algorithm>
+#include <utility>
+
+#include "build_config.h"
+#include "common/arguments.h"
+#include "common/module.h"
+#include "losses/arguments.h"
+#include "losses/launch.h"
+
+namespace shike {
+namespace {
+
+int threads_of(Arguments& in) { return int(in["threads"].integer()); }
+Experts gradient_of(Arguments& in, const Experts& logits) { return experts_of(in["gradient"], logits); }
+float* floats(const Value& value, int dims) { return static_cast<float*>(value.memory(dims)); }
+
+// Smallest and largest of int64 [count], count >= 1: PyTorch needs several operators and transfers for them.
+std::pair<std::int64_t, std::int64_t> extremes(std::intptr_t address, std::int64_t stride, std::int64_t count) {
+    const auto* values = reinterpret_cast<const std::int64_t*>(address);
+    std::pair<std::int64_t, std::int64_t> result{values[0], values[0]};
+    for (std::int64_t i = 1; i < count; ++i) {
+        result.first = std::min(result.first, values[i * stride]);
+        result.second = std::max(result.second, values[i * stride]);
+    }
+    return result;
+}
+
+void define_for_the_cpu(pybind11::module_& module) {
+    define(module, "cpu_dkt_forward", "Fills loss, terms and saved.", [](Arguments& in) {
+        const DktCall call = dkt_call(in);
+        void* loss = in["loss"].memory(0);
+        float* terms = floats(in["terms"], 1);
+        const int threads = threads_of(in);
+        return [=] { cpu_dkt_forward(call, loss, terms, threads); };
+    });
+    define(module, "cpu_dkt_backward", "Fills gradient.", [](Arguments& in) {
+        const DktCall call = dkt_call(in);
+        const Experts gradient = gradient_of(in, call.logits);
+        const void* grad_output = in["grad_output"].memory(0);
+        const int threads = threads_of(in);
+        return [=] { cpu_dkt_backward(call, gradient, grad_output, threads); };
+    });
+    define(module, "cpu_dkt_both", "Fills loss, terms, saved and, for a grad_output of 1, gradient.", [](Arguments& in) {
+        const DktCall call = dkt_call(in);
+        void* loss = in["loss"].memory(0);
+        float* terms = floats(in["terms"], 1);
+        const Experts gradient = gradient_of(in, call.logits);
+        const int threads = threads_of(in);
+        return [=] { cpu_dkt_both(call, loss, terms, gradient, threads); };
+    });
+    define(module, "cpu_cross_entropy_forward", "Fills loss and saved.", [](Arguments& in) {
+        const CrossEntropyCall call = cross_entropy_call(in);
+        void* loss = in["loss"].memory(0);
+        const int threads = threads_of(in);
+        return [=] { cpu_cross_entropy_forward(call, loss, threads); };
+    });
+    define(module, "cpu_cross_entropy_backward", "Fills gradient.", [](Arguments& in) {
+        const CrossEntropyCall call = cross_entropy_call(in);
+        const Experts gradient = gradient_of(in, call.logits);
+        const void* grad_output = in["grad_output"].memory(0);
+        const int threads = threads_of(in);
+        return [=] { cpu_cross_entropy_backward(call, gradient, grad_output, threads); };
+    });
+}
+
+#if SHIKE_WITH_CUDA
+
+void define_for_cuda(pybind11::module_& module) {
+    module.def("cuda_dkt_workspace", &cuda_dkt_workspace);
+    module.def("cuda_cross_entropy_workspace", &cuda_cross_entropy_workspace);
+    define(module, "cuda_dkt_forward", "Fills loss, terms and saved.", [](Arguments& in) {
+        const DktCall call = dkt_call(in);
+        float* loss = floats(in["loss"], 0);
+        float* terms = floats(in["terms"], 1);
+        float* workspace = floats(in["workspace"], 1);
+        const CudaQueue queue = queue_of(in);
+        return [=] { cuda_dkt_forward(call, workspace, loss, terms, queue); };
+    });
+    define(module, "cuda_dkt_backward", "Fills gradient.", [](Arguments& in) {
+        const DktCall call = dkt_call(in);
+        const Experts gradient = gradient_of(in, call.logits);
+        const float* grad_output = floats(in["grad_output"], 0);
+        const CudaQueue queue = queue_of(in);
+        return [=] { cuda_dkt_backward(call, gradient, grad_output, queue); };
+    });
+    define(module, "cuda_cross_entropy_forward", "Fills loss and saved.", [](Arguments& in) {
+        const CrossEntropyCall call = cross_entropy_call(in);
+        float* loss = floats(in["loss"], 0);
+        float* workspace = floats(in["workspace"], 1);
+        const CudaQueue queue = queue_of(in);
+        return [=] { cuda_cross_entropy_forward(call, workspace, loss, queue); };
+    });
+    define(module, "cuda_cross_entropy_backward", "Fills gradient.", [](Arguments& in) {
+        const CrossEntropyCall call = cross_entropy_call(in);
+        const Experts gradient = gradient_of(in, call.logits);
+        const float* grad_output = floats(in["grad_output"], 0);
+        const CudaQueue queue = queue_of(in);
+        return [=] { cuda_cross_entropy_backward(call, gradient, grad_output, queue); };
+    });
+}
+
+#else
+
+void define_for_cuda(pybind11::module_&) {}
+
+#endif
+
+}  // namespace
+}  // namespace shike
+
+SHIKE_BINDINGS(module) {
+    module.attr("MAX_EXPERTS") = shike::kMaxExperts;
+    module.def("extremes", &shike::extremes, "Smallest and largest of int64 numbers: address, stride, count >= 1.");
+    shike::define_for_the_cpu(module);
+    shike::define_for_cuda(module);
+}

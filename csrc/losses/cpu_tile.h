@@ -1,0 +1,72 @@
+// Tiles of logits for the CPU kernels: whatever the storage type and the strides, the arithmetic sees SIMD vectors of
+// float or double, padded to whole vectors.
+#pragma once
+
+#include "common/elements.h"
+#include "losses/call.h"
+
+namespace shike {
+namespace {
+
+constexpr int kTile = 16;  // vectors of an expert in a tile: 8 experts of them fill a quarter of a 32 KiB cache at most
+
+// Whole vectors of `count` <= kTile * kLanes classes, from `first` on, into tile[0], tile[step], ...; padding is
+// `absent`.
+template <class T, class S>
+void load_as(const Matrix& from, std::int64_t row, std::int64_t first, int count, Vector<T>* tile, int step, T absent) {
+    const S* source = static_cast<const S*>(from.data) + row * from.row_stride + first * from.class_stride;
+    const int whole = from.class_stride == 1 ? count / kLanes<T> : 0;
+    for (int i = 0; i < whole; ++i) tile[i * step] = load_vector<T, S>(source + i * kLanes<T>);
+    for (int i = whole; i * kLanes<T> < count; ++i) {
+        const int rest = count - i * kLanes<T>;
+        tile[i * step] = load_some<T, S>(source + i * kLanes<T> * from.class_stride, from.class_stride,
+                                         rest < kLanes<T> ? rest : kLanes<T>, absent);
+    }
+}
+
+template <class T, class S>
+void store_as(const Matrix& to, std::int64_t row, std::int64_t first, int count, const Vector<T>* tile, int step) {
+    S* destination = static_cast<S*>(to.data) + row * to.row_stride + first * to.class_stride;
+    const int whole = to.class_stride == 1 ? count / kLanes<T> : 0;
+    for (int i = 0; i < whole; ++i) store_vector<T, S>(tile[i * step], destination + i * kLanes<T>);
+    for (int i = whole; i * kLanes<T> < count; ++i) {
+        const int rest = count - i * kLanes<T>;
+        store_some<T, S>(tile[i * step], destination + i * kLanes<T> * to.class_stride, to.class_stride,
+                         rest < kLanes<T> ? rest : kLanes<T>);
+    }
+}
+
+template <class T>
+void load_tile(DType dtype, const Matrix& from, std::int64_t row, std::int64_t first, int count, Vector<T>* tile,
+               int step, T absent) {
+    with_stored_type<T>(dtype, [&](auto stored) {
+        load_as<T, decltype(stored)>(from, row, first, count, tile, step, absent);
+    });
+}
+
+template <class T>
+void store_tile(DType dtype, const Matrix& to, std::int64_t row, std::int64_t first, int count, const Vector<T>* tile,
+                int step) {
+    with_stored_type<T>(dtype, [&](auto stored) {
+        store_as<T, decltype(stored)>(to, row, first, count, tile, step);
+    });
+}
+
+template <class T>
+T load_one(DType dtype, const Matrix& from, std::int64_t row, std::int64_t c) {
+    const std::int64_t offset = row * from.row_stride + c * from.class_stride;
+    return with_stored_type<T>(dtype, [&](auto stored) {
+        return T(widened(static_cast<const decltype(stored)*>(from.data)[offset]));
+    });
+}
+
+// The number of each lane.
+template <class T>
+SHIKE_SIMD Vector<T> lane_numbers() {
+    Vector<T> result{};
+    for (int i = 0; i < kLanes<T>; ++i) result[i] = T(i);
+    return result;
+}
+
+}  // namespace
+}  // namespace shike

@@ -1,0 +1,38 @@
+// The expert losses on the CPU and on CUDA devices: what the bindings call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/cuda_queue.h"
+#include "losses/call.h"
+
+namespace shike {
+
+// loss: in the accumulation dtype; terms: float [3] (cross-entropy, hardest, mutual), weights applied. No result
+// depends on the number of threads. `grad_output`: the gradient of the loss, one number in the accumulation dtype.
+void cpu_dkt_forward(const DktCall& call, void* loss, float* terms, int threads);
+void cpu_dkt_backward(const DktCall& call, const Experts& gradient, const void* grad_output, int threads);
+// Forward and backward, for a grad_output of 1, from one reading of the logits.
+void cpu_dkt_both(const DktCall& call, void* loss, float* terms, const Experts& gradient, int threads);
+void cpu_cross_entropy_forward(const CrossEntropyCall& call, void* loss, int threads);
+void cpu_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const void* grad_output,
+                                int threads);
+
+// CUDA: float32, bfloat16 and float16 logits, float32 arithmetic. All memory belongs to the caller. Nothing waits for
+// the device, so the calls can be captured in a CUDA graph. Every function throws std::runtime_error if CUDA reports an
+// error.
+
+// Floats of workspace that the forward needs: row terms, and partial states of rows that several blocks share.
+std::size_t cuda_dkt_workspace(int experts, std::int64_t batch, std::int64_t classes, int device);
+std::size_t cuda_cross_entropy_workspace(int experts, std::int64_t batch, std::int64_t classes, int device);
+
+// Call them with batch >= 1 only.
+void cuda_dkt_forward(const DktCall& call, float* workspace, float* loss, float* terms, const CudaQueue& queue);
+void cuda_cross_entropy_forward(const CrossEntropyCall& call, float* workspace, float* loss, const CudaQueue& queue);
+
+void cuda_dkt_backward(const DktCall& call, const Experts& gradient, const float* grad_output, const CudaQueue& queue);
+void cuda_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const float* grad_output,
+                                 const CudaQueue& queue);
+
+}  // namespace shike

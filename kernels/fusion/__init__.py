@@ -1,0 +1,1 @@
+"""Triton kernels of depth-wise knowledge fusion."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the expert losses, one file an operator."""
