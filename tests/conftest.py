@@ -90,7 +90,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)) // processes)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -140,8 +141,7 @@ def interpret(programs: Programs) -> Callable[[str, list[str]], None]:
     Triton decides at its import whether it interprets, so they run in processes of their own.
     """
 
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    environment["TRITON_INTERPRET"] = "1"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
     options = ["-v", "-n", "0", "-m", "", "-p", "no:cacheprovider", "-o", "python_functions=check_"]
 
     def run(file: str, checks: list[str]) -> None:

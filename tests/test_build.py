@@ -176,6 +176,7 @@ def test_sdist_contents(sdist):
     assert not {name for name in names if name.startswith(("tests", "runs")) or name.endswith((".so", ".pyc"))}
 
 
+@pytest.mark.slow
 def test_wheel_contents(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -196,6 +197,7 @@ def test_wheel_contents(wheel):
     assert "\nRequires-Dist: torch>=2.10\n" in metadata
 
 
+@pytest.mark.slow
 def test_wheel_imports_from_another_directory(probe, wheel, tmp_path):
     found, site_packages = probe(wheel)
     assert found["version"] == found["build"]["version"] == shike_fast.__version__
@@ -205,6 +207,7 @@ def test_wheel_imports_from_another_directory(probe, wheel, tmp_path):
     assert not str(found["top_level_kernels"]).startswith(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_editable_imports_from_another_directory(probe, editable, unpacked, tmp_path):
     found, _ = probe(editable)
     assert Path(found["package"]) == unpacked / "shike_fast" / "__init__.py"
@@ -213,6 +216,7 @@ def test_editable_imports_from_another_directory(probe, editable, unpacked, tmp_
     assert not str(found["top_level_kernels"]).startswith((str(tmp_path), str(unpacked)))
 
 
+@pytest.mark.slow
 def test_build_without_cuda_says_so(run, wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".so"))

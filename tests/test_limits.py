@@ -59,7 +59,7 @@ def test_what_pytest_cannot_end_ends_the_session(programs, tmp_path, code, hangs
     (tmp_path / "conftest.py").write_text(CONFTEST.format(hangs=hangs))
     (tmp_path / "test_it.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_it.py"]
-    done = programs.run(command, cwd=tmp_path, env=os.environ | {"PYTEST_ADDOPTS": ""})
+    done = programs.run(command, cwd=tmp_path)
     assert done.returncode < 0
     assert f"\n{hangs}: no end after 0.2 s; this ends the session\n" in done.stderr
     assert 'test_it.py", line ' in done.stderr  # where it is
@@ -96,7 +96,7 @@ def test_nothing_outlives_its_test(others):
 
 SURROUNDINGS = {
     **{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONWARNINGS": "default"},
-    **{"TERM": "dumb", "COLUMNS": "37", "FORCE_COLOR": "1", "RANK": "1", "WORLD_SIZE": "4", "PYTEST_ADDOPTS": ""},
+    **{"TERM": "dumb", "COLUMNS": "37", "FORCE_COLOR": "1", "RANK": "1", "WORLD_SIZE": "4"},
 }
 SENSITIVE = [
     "data/pack/test_processes.py::test_a_signal_ends_all_processes",
@@ -106,6 +106,7 @@ SENSITIVE = [
 ]
 
 
+@pytest.mark.slow
 def test_the_callers_surroundings_stay_out(programs, pytestconfig):
     """As a background job of a script, which ignores signals, in a C locale, below some launcher."""
     shell = ["sh", "-c", "trap '' INT TERM CHLD; exec \"$@\"", "sh"]

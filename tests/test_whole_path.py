@@ -25,6 +25,7 @@ def metrics(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inat18", "imagenet-lt", "places-lt"])
 def test_from_nothing_to_predictions(name, tmp_path, capsys):
     raw, pack, output = tmp_path / "raw", tmp_path / "pack", tmp_path / "run"
@@ -62,6 +63,7 @@ def test_from_nothing_to_predictions(name, tmp_path, capsys):
         assert 1 >= first >= second >= third >= 0 and first > 1 / CLASSES and first + second + third < 1 + 1e-5
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_the_real_network_as_commands(programs, tmp_path):
     """The recipe of iNaturalist as it is, but for its size: resnet50, RandAugment, two workers."""
 

@@ -17,14 +17,14 @@ def loss_operator(
     schema: str,
     composite: Callable[..., Any],
     *,
-    fused: Callable[..., Any],
+    fused: Callable[..., Any] | None = None,
     refuses: Callable[..., str | None] | None = None,
     any_number_of_experts: bool = False,
 ) -> Operator:
     """The record of a loss, whose first argument are the logits: one tensor [K, B, C] or K tensors [B, C].
 
     ``refuses(*args)`` says what no fused kernel of this loss takes, beside what follows from the logits. A loss that
-    takes ``any_number_of_experts`` gives the kernels eight at a time.
+    takes ``any_number_of_experts`` gives the kernels eight at a time. Without ``fused`` there is the reference alone.
     """
     operator = Operator(name, schema, composite)
 
@@ -36,7 +36,8 @@ def loss_operator(
         return reason if reason is not None or refuses is None else refuses(logits, *args)
 
     operator.add("reference", reference)
-    operator.add_fused(fused, refuses_arguments)
+    if fused is not None:
+        operator.add_fused(fused, refuses_arguments)
     return operator
 
 

@@ -38,6 +38,7 @@ def test_unverified_backends_are_named(report, monkeypatch):
     assert "Every backend has passed its tests on a device." in report.document()
 
 
+@pytest.mark.slow
 def test_a_recorded_run(programs, tmp_path, report, monkeypatch):
     """A short run of one benchmark, recorded as JSON, becomes a table with every contender, the fastest first."""
     recorded = tmp_path / "run.json"
@@ -51,8 +52,7 @@ def test_a_recorded_run(programs, tmp_path, report, monkeypatch):
     ]
     command += ["-k", "128 and (dkt or peer)", f"--benchmark-json={recorded}", "-p", "no:cacheprovider"]
     command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "-p", "no:cov"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    done = programs.run(command, cwd=tmp_path, env=environment)
+    done = programs.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(recorded.read_text())
     assert "node" not in results["machine_info"]
@@ -86,6 +86,7 @@ def bench_train(monkeypatch):
     sys.modules.pop("peer", None)
 
 
+@pytest.mark.slow
 def test_training_loops(bench_train):
     """A training step of either contender, whole and in phases, with and without a loader."""
     device = torch.device("cpu")
@@ -183,6 +184,7 @@ def test_accuracies_of_two_paths(tmp_path, report, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_accuracy_of_either_path(tmp_path, monkeypatch):
     """A run of the command and one of the peer's loop, as short as they can be."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

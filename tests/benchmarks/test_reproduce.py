@@ -105,6 +105,7 @@ def test_document_is_generated(reproduce):
     assert written == reproduce.results_page.document(reproduce.published_rows, results)
 
 
+@pytest.mark.slow
 def test_a_queue_trains_records_and_skips(reproduce, tmp_path, capfd):
     runs = tmp_path / "runs"
     assert call(reproduce, runs, "--seeds", "2", "--rows", "short", "--options", "--amp off") == 0
@@ -135,6 +136,7 @@ def test_a_queue_trains_records_and_skips(reproduce, tmp_path, capfd):
     assert len((runs / "digits-lt" / "short-seed1.sittings.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_queue_that_was_stopped_goes_on(reproduce, tmp_path, number):
     """SIGTERM reaches the run, which saves; a killed queue leaves a run that ends by itself or is killed as well."""

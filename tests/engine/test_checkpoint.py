@@ -239,6 +239,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_writing(programs, tmp_path):
     """Ten kills into an endless series of writes: what is found is whole and no older than the last finished write."""
     for kill in range(10):

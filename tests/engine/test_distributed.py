@@ -80,6 +80,7 @@ def agreements_here():
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(two_processes):
     both = two_processes(steps_here)
     for number, batch in enumerate(GLOBAL_BATCHES):
@@ -97,6 +98,7 @@ def uneven_parts_here():
     return ten_steps(3, Processes(dist.get_rank(), dist.get_world_size()), accumulate=2)
 
 
+@pytest.mark.slow
 def test_processes_cut_their_shares_into_equally_many_parts(two_processes):
     first, second = two_processes(uneven_parts_here)
     alone = ten_steps(3, Processes())  # what one part each amounts to

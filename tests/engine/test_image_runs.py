@@ -58,6 +58,7 @@ def test_a_run_goes_on_without_a_broken_image_and_says_so(image_dir, train, runs
     assert "tested as plain grey: 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_signal_ends_a_run_that_waits_for_a_batch(train, runs, tmp_path, monkeypatch, capsys, part):
     """A file system that does not answer, for example."""

@@ -234,6 +234,7 @@ KILLS = 10
 KILLED_EPOCHS = 36
 
 
+@pytest.mark.slow
 def test_killed_ten_times_it_ends_bit_identical(runs, programs, tmp_path):
     """SIGKILL at ten random moments, each followed by --resume auto, against one uninterrupted run.
 

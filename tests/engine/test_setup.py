@@ -68,7 +68,7 @@ def test_files_are_read_by_workers(folder, monkeypatch):
         make_loader(wanted, dataset, CPU, train=True)
 
 
-def test_processes_have_their_shares(digits):
+def test_processes_have_their_shards(digits):
     for loader_kind in ("cpu", "device"):
         config = resolve({"loader": loader_kind})
         loaders = [make_loader(config, digits, CPU, train=True, processes=Processes(rank, 2, rank)) for rank in (0, 1)]

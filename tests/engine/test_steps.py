@@ -94,6 +94,7 @@ def test_recorded_sequences_in_float32(golden, published_state):
     check_recorded_sequences(golden, published_state, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_recorded_sequences_compiled(golden, published_state):
     torch._dynamo.reset()
     check_recorded_sequences(golden, published_state, compile=True)

@@ -68,6 +68,7 @@ def test_the_command_in_two_processes(torchrun, runs, tmp_path):
     assert config["accumulate"] == 2 and config["sync_batch_norm"] is True
 
 
+@pytest.mark.slow
 def test_all_processes_test_the_model_that_is_saved(torchrun, runs, tmp_path):
     """Without synchronised statistics each has statistics of its own; the first one's are the model's."""
     arguments = [option for option in SMALL if option != "--sync-batch-norm"]
@@ -82,6 +83,7 @@ def test_all_processes_test_the_model_that_is_saved(torchrun, runs, tmp_path):
     assert sum(correct) > 600 // 4  # enough that other statistics classify otherwise
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(torchrun, runs, tmp_path):
     # More threads, or larger steps, would magnify the rounding.
     arguments = [*SMALL, "--epochs", 1, "--stage2-epochs", 0, "--threads", 1, "--lr", 0.001]
@@ -92,6 +94,7 @@ def test_two_processes_train_like_one(torchrun, runs, tmp_path):
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(torchrun, runs, tmp_path, rank):
     directory = tmp_path / "run"
@@ -111,6 +114,7 @@ def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(torchrun, runs, tmp_p
     assert state["epoch"] == 12 and [row["epoch"] for row in state["history"]] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_all(torchrun, runs, tmp_path):
     directory = tmp_path / "run"
     launched = torchrun(*SMALL, "--epochs", 400, "--output-dir", directory)
@@ -122,6 +126,7 @@ def test_sigterm_saves_and_ends_all(torchrun, runs, tmp_path):
     assert runs.checkpoint(directory / "last.pt")["epoch"] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,6 +154,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,6 +170,7 @@ def test_others_wait_until_the_first_process_has_told(torchrun, tmp_path, argume
     assert errors.count(message) == errors.count("error: ") == 1, errors
 
 
+@pytest.mark.slow
 def test_a_start_that_is_refused_stays_refused_when_restarted(torchrun, runs, tmp_path):
     """torchrun starts anew whatever ended with an error: the second time must not take over what the first may not."""
     directory = tmp_path / "old"
@@ -230,6 +237,7 @@ if os.environ["RANK"] == "0":
 """
 
 
+@pytest.mark.slow
 def test_the_name_of_a_launch_stays_in_a_restart_and_is_no_other_launch_s(torchrun, tmp_path):
     (tmp_path / "names.py").write_text(_NAMES_ITSELF)
     for _ in range(2):
@@ -240,12 +248,14 @@ def test_the_name_of_a_launch_stays_in_a_restart_and_is_no_other_launch_s(torchr
     assert names[0].split()[1:] != names[2].split()[1:]  # whatever the id of the run
 
 
+@pytest.mark.slow
 def test_restarts_need_a_directory(torchrun):
     status, _, errors = torchrun(*SMALL, restarts=1).finish()
     assert status != 0
     assert "error: --output-dir: name it, so that processes that torchrun restarts find what they had saved" in errors
 
 
+@pytest.mark.slow
 def test_a_batch_too_small_for_its_processes(torchrun, tmp_path):
     status, _, errors = torchrun(*SMALL, "--accumulate", 20, "--output-dir", tmp_path / "run").finish()
     assert status != 0

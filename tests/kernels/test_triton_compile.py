@@ -18,7 +18,10 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets its kernels in this process"
 )
 
-SHAPES = [(1, 8142), (3, 8142), (4, 8142), (8, 8142), (3, 100), (4, 1000)]  # a loop of blocks; one block
+SHAPES = [  # a loop of blocks; one block
+    *((3, 8142), (3, 100)),
+    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, 8142), (4, 8142), (8, 8142), (4, 1000))),
+]
 KERNELS = [
     value
     for module in (_rows, cross_entropy, dkt)

@@ -6,7 +6,7 @@ from programs import Programs
 from runs import Runs
 
 from shike_fast import models
-from shike_fast.data import types
+from shike_fast.data import registry as datasets
 from shike_fast.methods import registry
 
 
@@ -19,7 +19,7 @@ def runs(tmp_path: Path, programs: Programs) -> Runs:
 def outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of the user's own modules; what they register is forgotten after the test."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    monkeypatch.setattr(types, "_REGISTRY", dict(types._REGISTRY))
+    monkeypatch.setattr(datasets, "_REGISTRY", dict(datasets._REGISTRY))
     monkeypatch.setattr(models.registry, "_BUILDERS", dict(models.registry._BUILDERS))
     before = set(sys.modules)
     monkeypatch.syspath_prepend(tmp_path)

@@ -114,6 +114,7 @@ def test_stopped_anywhere_it_ends_the_same(own, runs, monkeypatch):
         assert_same_run(runs, own / "whole", own / str(steps))
 
 
+@pytest.mark.slow
 def test_killed_it_ends_the_same(own, runs, programs):
     arguments = [*RUN, "--epochs", "12", "--polish-epochs", "3", "--save-every", "2", "--resume", "auto"]
     done = programs.finish(runs.start(*arguments, "--output-dir", "whole", stdout=subprocess.DEVNULL))
@@ -172,13 +173,13 @@ def test_the_example_of_the_documentation(outside, runs):
 ALL = """
 import dataclasses
 from shike_fast import data, models
-from shike_fast.data import types
+from shike_fast.data import registry
 
 digits = data.datasets()["digits-lt"]
 
-@types.register_dataset(dataclasses.replace(digits, name="mine"))
+@data.register_dataset(dataclasses.replace(digits, name="mine"))
 def load(info, options):
-    return dataclasses.replace(types._REGISTRY["digits-lt"][1](digits, options), name="mine")
+    return dataclasses.replace(registry._REGISTRY["digits-lt"][1](digits, options), name="mine")
 
 @models.register_model
 def own_net(**options):
@@ -250,7 +251,7 @@ def test_the_missing_plugin_of_a_data_set(outside, runs, capsys):
     (outside / "mine.py").write_text(ALL)
     arguments = ["--plugin", "mine", "--dataset", "mine", "--model", "resnet8", "--epochs", 1]
     assert runs.train(*arguments, "--output-dir", outside / "run") == 0
-    del sys.modules["mine"], data.types._REGISTRY["mine"]
+    del sys.modules["mine"], data.registry._REGISTRY["mine"]
     capsys.readouterr()
     assert evaluate(["--checkpoint", str(outside / "run" / "last.pt")]) == 2
     assert capsys.readouterr().err.startswith(

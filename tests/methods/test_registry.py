@@ -113,7 +113,7 @@ def test_settings_that_do_not_go_together(outside, content, message):
 
 def test_methods_may_share_a_setting(outside):
     methods.register_method(define(__annotations__={"scale": "float"}, scale=option(5.0)))
-    assert resolve({"method": "own", "dataset": "cifar10-lt"}).scale == 30.0  # the recipe's
+    assert resolve({"method": "own", "dataset": "digits-lt"}).scale == 16.0  # the recipe's
     assert resolve({"method": "own", "scale": 7.0}).scale == 7.0
 
 

@@ -74,6 +74,7 @@ def check_interpreted_network(golden, published_state, monkeypatch):
     compare_network(golden, published_state, torch.device("cpu"), torch.channels_last, steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
 def test_network_with_interpreted_triton(interpret):
     interpret(__file__, ["check_interpreted_network"])

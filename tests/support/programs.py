@@ -27,7 +27,8 @@ class Programs:
     def start(self, command: Iterable[object], **options: Any) -> subprocess.Popen:
         """A running program: what :meth:`finish` does not wait for, :meth:`end` kills when the test is over."""
         mark = f"{self.mark}{next(self._numbers)}/"
-        environment = dict(options.pop("env", os.environ))
+        # A pytest among the programs is no part of this one.
+        environment = {k: v for k, v in options.pop("env", os.environ).items() if not k.startswith("PYTEST_")}
         environment[_MARK] = environment.get(_MARK, "") + mark
         defaults = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         defaults["start_new_session"] = True

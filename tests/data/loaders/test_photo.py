@@ -58,7 +58,7 @@ def test_batches_are_those_of_the_data_set(image_dir, augmentation, num_workers)
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_file_order_and_shares(image_dir):
+def test_file_order_and_shards(image_dir):
     test = load(image_dir).test
     alone = torch.cat([images for images, _ in make("cpu", test, shuffle=False).epoch(0)])
     ranks = [list(make("cpu", test, shuffle=False, batch_size=4, rank=r, world_size=2).epoch(0)) for r in range(2)]

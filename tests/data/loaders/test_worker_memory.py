@@ -24,6 +24,7 @@ def test_collecting_garbage_copies_nothing_of_the_main_process(run):
     assert used < objects
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_from_epoch_to_epoch_nor_with_the_data_set(run, image_dir):
     """Names and labels are arrays, which reading leaves shared; of Python's objects each worker would copy its own."""
     used = run("epochs", image_dir)

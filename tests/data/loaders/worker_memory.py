@@ -82,7 +82,7 @@ def size(root):
         std=(0.5,) * 3,
     )
     loader = make(many, 120_000)
-    loader._shares = lambda epoch, start: np.split(EpochLoader.order(loader, epoch)[:1200], 300)
+    loader._shards = lambda epoch, start: np.split(EpochLoader.order(loader, epoch)[:1200], 300)
     return photographs(loader, 2)
 
 
