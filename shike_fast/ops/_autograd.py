@@ -5,7 +5,7 @@ loss. Whoever must see an operation (tracers, dispatch modes, functorch, subclas
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,10 +69,11 @@ class Fused:
         groups = tensors.count(",") + 1
 
         def with_autograd(*args: Any) -> Any:
-            flat = _flat(args[:groups])
+            flat, lengths = _flat(args[:groups])
             forbid_tangents(self.name, *flat)
             if self._needs_gradient(args[:groups]):
-                return _Function.apply(_Call(self, args[:groups], args[groups:]), None, *flat)
+                call = _Call(self, args[groups:], lengths, flat[0].dim(), len(flat))
+                return _Function.apply(call, None, *flat)
             return _below_autograd(self.op, *args)
 
         def without_derivative(*args: Any) -> Any:
@@ -88,33 +89,32 @@ class Fused:
         )
         return self
 
-    def __call__(self, groups: Sequence[Any], options: Sequence[Any]) -> Sequence[Tensor]:
-        """The results, perhaps without those that only the backward needs."""
-        flat = _flat(groups)
-        return self._direct(groups, flat, options, ()) if is_plain(*flat) else self.dispatched(groups, options)
-
     def direct(self, groups: Sequence[Any], options: Sequence[Any], extra: Sequence[Any] = ()) -> Sequence[Tensor]:
-        """For plain tensors: past the dispatcher. ``extra`` are more arguments of ``forward``."""
-        return self._direct(groups, _flat(groups), options, extra)
+        """The results for plain tensors, past the dispatcher, perhaps without those that only the backward needs.
 
-    def dispatched(self, groups: Sequence[Any], options: Sequence[Any]) -> Sequence[Tensor]:
-        """For all others: as operators."""
-        assert self.op is not None
-        results: Sequence[Tensor] = (
-            _TransformedFunction.apply(_Call(self, groups, options), None, *_flat(groups))
-            if is_transformed()
-            else self.op(*groups, *options)
-        )
-        return results
-
-    def _direct(
-        self, groups: Sequence[Any], flat: list[Any], options: Sequence[Any], extra: Sequence[Any]
-    ) -> Sequence[Tensor]:
+        ``extra`` are more arguments of ``forward``.
+        """
         if not self._needs_gradient(groups):
             return self.forward(*groups, *options, *extra)
+        flat, lengths = _flat(groups)
         shown: list[Tensor] = []
-        result = _Function.apply(_Call(self, groups, options), (groups, extra, shown), *flat)
+        # What is not differentiable need not pass through autograd: a microsecond a tensor.
+        differentiable = flat[: sum(lengths[: self.differentiable])]  # type: ignore[arg-type]  # these are lists
+        call = _Call(self, options, lengths, flat[0].dim(), len(flat))
+        result = _Function.apply(call, (groups, flat, extra, shown), *differentiable)
         return result, *shown
+
+    def dispatched(self, groups: Sequence[Any], options: Sequence[Any]) -> Sequence[Tensor]:
+        """The results for all others, by the operators."""
+        assert self.op is not None
+        results: Sequence[Tensor]
+        if is_transformed():
+            flat, lengths = _flat(groups)
+            call = _Call(self, options, lengths, flat[0].dim(), len(flat))
+            results = _TransformedFunction.apply(call, None, *flat)
+        else:
+            results = self.op(*groups, *options)
+        return results
 
     def _needs_gradient(self, groups: Sequence[Any]) -> bool:
         if torch.is_grad_enabled():
@@ -125,14 +125,14 @@ class Fused:
         return False
 
 
-class _Call:
-    """What is no tensor in a call, and how many tensors each group holds."""
+class _Call(NamedTuple):
+    """What is no tensor in a call, and how many tensors there are."""
 
-    __slots__ = ("dims", "lengths", "op", "options")
-
-    def __init__(self, op: Fused, groups: Sequence[Any], options: Sequence[Any]) -> None:
-        self.op, self.options, self.dims = op, options, groups[0][0].dim()
-        self.lengths = [None if group is None or isinstance(group, Tensor) else len(group) for group in groups]
+    op: Fused
+    options: Sequence[Any]
+    lengths: list[int | None]  # of the groups that are lists
+    dims: int  # of the first tensor
+    total: int
 
     def groups(self, tensors: Sequence[Any]) -> list[Any]:
         """The tensors in their groups again."""
@@ -152,18 +152,18 @@ class _Function(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, direct: tuple[Any, ...] | None, *tensors: Tensor | None
     ) -> Tensor | tuple[Tensor, ...]:
-        op, ctx.computed = call.op, None
+        op = call.op
         if direct is None:
             results = _below_autograd(op.op, *call.groups(tensors), *call.options)
             _save(ctx, call, tensors, results)
-            ctx.mark_non_differentiable(*results[1:])
             return results
-        groups, extra, shown = direct
+        groups, flat, extra, shown = direct
         if op.both is not None and (both := op.both(*groups, *call.options)) is not None:
             results, ctx.computed = both
         else:
-            results = op.forward(*groups, *call.options, *extra)
-        _save(ctx, call, tensors, results)
+            results, ctx.computed = op.forward(*groups, *call.options, *extra), None
+        ctx.call = call
+        ctx.save_for_backward(*flat, *results[1 + op.shown :])
         shown += results[1 : 1 + op.shown]  # what has no gradient need not pass through autograd
         return results[0]
 
@@ -181,10 +181,12 @@ class _Function(torch.autograd.Function):
                 computed *= grad_output
         else:
             saved = ctx.saved_tensors
-            tensors = saved[: len(needs)]
+            tensors = saved[: call.total]
             backward = op.backward if op.backward_op is None or is_plain(grad_output, *saved) else op.backward_op
-            computed = backward(grad_output, *call.groups(tensors), *saved[len(needs) :], *call.options)
-        gradients = [g if needed else None for g, needed in zip(op.gradients(computed, call.dims), needs, strict=False)]
+            computed = backward(grad_output, *call.groups(tensors), *saved[call.total :], *call.options)
+        gradients = op.gradients(computed, call.dims)
+        if not all(needs):
+            gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=False)]
         if create_graph:
             present = [t for t in tensors[: len(gradients)] if t is not None]
             gradients = [
@@ -207,9 +209,7 @@ class _TransformedFunction(_Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, _, *tensors = inputs
-        ctx.computed = None
         _save(ctx, call, tensors, output)
-        ctx.mark_non_differentiable(*output[1:])
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -229,8 +229,9 @@ class _SecondDerivative(torch.autograd.Function):
 
 
 def _save(ctx: Any, call: _Call, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
-    ctx.call = call
+    ctx.call, ctx.computed = call, None
     ctx.save_for_backward(*tensors, *results[1 + call.op.shown :])
+    ctx.mark_non_differentiable(*results[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -240,14 +241,18 @@ def _below_autograd(op: Callable[..., Any] | None, *args: Any) -> Any:
         return op(*args)
 
 
-def _flat(groups: Sequence[Any]) -> list[Any]:
+def _flat(groups: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
+    """All tensors, and the length of each group that is a list."""
     flat: list[Any] = []
+    lengths: list[int | None] = []
     for group in groups:
         if group is None or isinstance(group, Tensor):
             flat.append(group)
+            lengths.append(None)
         else:
             flat += group
-    return flat
+            lengths.append(len(group))
+    return flat, lengths
 
 
 def _define(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from shike_fast.ops._guards import PLAIN_TENSORS, holds_its_values
 from shike_fast.ops._native import native, native_error
@@ -116,7 +117,7 @@ def _target_hint(target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> 
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether a check may look at the values: no wait for a device, no tracer or functorch transform at work."""
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and type(tensor) in PLAIN_TENSORS
         and tensor.device.type == "cpu"
@@ -156,14 +157,18 @@ def _has_tensor(value: object) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_has_tensor, value)))
 
 
-def check_finite(op: str, name: str, value: object) -> float:
-    """Check a finite number (Python's, NumPy's or a tensor's or array's only element) and return it as a float."""
-    if not isinstance(value, (int, float)):
-        value = _number(op, name, value)
-    # A number that changes between calls is symbolic to torch.compile, which cannot trace this test of its value.
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
-    return float(value)
+def check_finite(op: str, **values: object) -> list[float]:
+    """Check finite numbers (Python's, NumPy's, or a tensor's or array's only element); returns them as floats."""
+    compiling = is_compiling()
+    numbers = []
+    for name, value in values.items():
+        if not isinstance(value, (int, float)):
+            value = _number(op, name, value)
+        # A number that changes between calls is symbolic to torch.compile, which cannot trace this test of its value.
+        if not compiling and not math.isfinite(value):
+            raise ValueError(f"{op}: {name} must be finite, got {value}")
+        numbers.append(float(value))
+    return numbers
 
 
 def _number(op: str, name: str, value: object) -> int | float:

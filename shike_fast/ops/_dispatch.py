@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from shike_fast.ops._guards import has_tangent
 from shike_fast.ops._native import native, native_error
@@ -242,7 +243,7 @@ def refuses_tensor(backend: str, tensor: Tensor, what: str) -> str | None:
 
 def refuses_transforms(*args: Any) -> str | None:
     """Why no fused kernel can run under what transforms these arguments, tensors and sequences of them, or None."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
         transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack()}

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -16,7 +17,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     values.
     """
     if (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
@@ -45,14 +46,14 @@ def materialised(tensor: Tensor) -> Tensor:
     The dispatcher does so with the arguments of an operator, but not within a ``Tensor?[]``, and a ZeroTensor becomes
     an expanded one, whatever layout the operator expects.
     """
-    if torch.compiler.is_compiling() or not (tensor.is_neg() or tensor._is_zerotensor()):
+    if is_compiling() or not (tensor.is_neg() or tensor._is_zerotensor()):
         return tensor
     return tensor.clone()
 
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work in eager mode."""
-    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    return torch._C._are_functorch_transforms_active() and not is_compiling()
 
 
 def has_tangent(*tensors: Any) -> bool:

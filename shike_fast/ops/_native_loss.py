@@ -23,22 +23,19 @@ def shape_of(logits: Sequence[Tensor]) -> tuple[int, int, int]:
     return (first.shape[0] if first.dim() == 3 else len(logits), first.shape[-2], first.shape[-1])
 
 
-def new_floats(logits: Sequence[Tensor], *shape: int) -> Tensor:
-    """Uninitialised memory in the accumulation dtype."""
-    return logits[0].new_empty(shape, dtype=accumulation_dtype(logits[0].dtype))
-
-
 def new_dkt_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what ``dkt_forward`` returns."""
     experts, batch, _classes = shape_of(logits)
-    terms = logits[0].new_empty(3, dtype=torch.float32)
-    return new_floats(logits), terms, new_floats(logits, batch, 5 * experts + 4)
+    first, dtype = logits[0], accumulation_dtype(logits[0].dtype)
+    terms = first.new_empty(3, dtype=torch.float32)
+    return first.new_empty((), dtype=dtype), terms, first.new_empty((batch, 5 * experts + 4), dtype=dtype)
 
 
 def new_cross_entropy_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     """Memory for what ``cross_entropy_forward`` returns."""
     experts, batch, _classes = shape_of(logits)
-    return new_floats(logits), new_floats(logits, batch, 2 * experts)
+    first, dtype = logits[0], accumulation_dtype(logits[0].dtype)
+    return first.new_empty((), dtype=dtype), first.new_empty((batch, 2 * experts), dtype=dtype)
 
 
 def dkt_forward(
@@ -56,7 +53,7 @@ def dkt_forward(
         terms.zero_()
     else:
         size = native().cuda_dkt_workspace(*shape_of(logits), loss.device.index)
-        native().cuda_dkt_forward(**call, workspace=new_floats(logits, size), **queue_of(loss))
+        native().cuda_dkt_forward(**call, workspace=loss.new_empty(size), **queue_of(loss))
     return loss, terms, saved
 
 
@@ -111,7 +108,7 @@ def cross_entropy_forward(
         loss.zero_()
     else:
         size = native().cuda_cross_entropy_workspace(*shape_of(logits), loss.device.index)
-        native().cuda_cross_entropy_forward(**call, workspace=new_floats(logits, size), **queue_of(loss))
+        native().cuda_cross_entropy_forward(**call, workspace=loss.new_empty(size), **queue_of(loss))
     return loss, saved
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy summed over experts, with a bias on the logits and label smoothing."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from shike_fast.ops._checks import (
     describe,
 )
 from shike_fast.ops._dispatch import MAX_EXPERTS, kernels
-from shike_fast.ops._guards import materialised
+from shike_fast.ops._guards import is_plain, materialised
 from shike_fast.ops._losses import fused_loss, loss_operator
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def expert_cross_entropy(
     first, shape = check_logits(_NAME, logits)
     check_target(_NAME, target, first, shape)
     checked_bias = None if bias is None else _checked_bias(as_tensor(bias, first.device), first, shape)
-    smoothing = check_finite(_NAME, "label_smoothing", label_smoothing)
+    (smoothing,) = check_finite(_NAME, label_smoothing=label_smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
     loss: Tensor = _OPERATOR.run(backend, logits, target, checked_bias, smoothing)
@@ -140,14 +140,19 @@ def fused_cross_entropy(
     if bias is not None:
         bias = materialised(bias.to(accumulation_dtype(experts[0].dtype))).contiguous()
     if len(logits) <= MAX_EXPERTS:
-        return _FUSED((experts, target, bias), options)[0]
+        return _fused_loss(experts, target, bias, options)
     if isinstance(logits, Tensor):
         groups = [[group] for group in logits.split(MAX_EXPERTS)]  # whose derivative joins the gradients in one copy
     else:
         groups = [experts[i : i + MAX_EXPERTS] for i in range(0, len(experts), MAX_EXPERTS)]
     biases = bias.split(MAX_EXPERTS) if bias is not None and bias.dim() == 2 else [bias] * len(groups)
-    losses = [_FUSED((group, target, of_group), options)[0] for group, of_group in zip(groups, biases, strict=True)]
-    return torch.stack(losses).sum()
+    parts = zip(groups, biases, strict=True)
+    return torch.stack([_fused_loss(group, target, bias, options) for group, bias in parts]).sum()
+
+
+def _fused_loss(experts: list[Tensor], target: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+    run = _FUSED.direct if is_plain(*experts, target, bias) else _FUSED.dispatched
+    return run((experts, target, bias), options)[0]
 
 
 def _refuses(

@@ -231,8 +231,7 @@ def _checked_norm(
         )
     if norm.training and process_group is None and map_.shape[0] * map_.shape[2] * map_.shape[3] == 1:
         raise ValueError(f"{op}: Expected more than 1 value per channel when training, got input size {map_.shape}")
-    momentum = check_finite(op, prefix + "momentum", norm.momentum)
-    eps = check_finite(op, prefix + "eps", norm.eps)
+    momentum, eps = check_finite(op, **{prefix + "momentum": norm.momentum, prefix + "eps": norm.eps})
     if eps <= 0.0:
         raise ValueError(f"{op}: {prefix}eps must be > 0, got {eps}")
     return norm._replace(momentum=momentum, eps=eps)

@@ -5,10 +5,12 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from shike_fast.ops import _native_loss
 from shike_fast.ops._checks import accumulation_dtype, as_list, check_finite, check_logits, check_target
 from shike_fast.ops._dispatch import kernels
+from shike_fast.ops._guards import is_plain
 from shike_fast.ops._losses import fused_loss, loss_operator
 
 _NAME = "dkt_loss"
@@ -100,17 +102,15 @@ def dkt_loss(
     check_target(_NAME, target, first, shape)
     if kl_reduction not in ("mean", "batchmean"):
         raise ValueError(f"{_NAME}: kl_reduction must be 'mean' or 'batchmean', got {kl_reduction!r}")
-    loss, terms = _OPERATOR.run(
-        backend,
-        logits,
-        target,
-        check_finite(_NAME, "hardest_weight", hardest_weight),
-        check_finite(_NAME, "mutual_weight", mutual_weight),
-        kl_reduction,
-        check_finite(_NAME, "teacher_target_logit", teacher_target_logit),
-        check_finite(_NAME, "student_target_logit", student_target_logit),
-        detach_teacher,
+    hardest_weight, mutual_weight, teacher_logit, student_logit = check_finite(
+        _NAME,
+        hardest_weight=hardest_weight,
+        mutual_weight=mutual_weight,
+        teacher_target_logit=teacher_target_logit,
+        student_target_logit=student_target_logit,
     )
+    options = (hardest_weight, mutual_weight, kl_reduction, teacher_logit, student_logit, detach_teacher)
+    loss, terms = _OPERATOR.run(backend, logits, target, *options)
     return (loss, terms) if return_terms else loss
 
 
@@ -201,13 +201,17 @@ def _fused(
     *options: Any,
 ) -> Sequence[Tensor]:
     experts = as_list(logits)
-    factors, divisor = None, _divisor(kl_reduction, experts[0].shape[-1])
+    divisor = _divisor(kl_reduction, experts[0].shape[-1])
     hardest_weight, mutual_weight = hardest_weight / divisor, mutual_weight / divisor
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_plain(*experts, target):
+        options = (hardest_weight, mutual_weight, *options, backend)
+        return _FUSED.direct((experts, target, None), options)[:2]
+    factors = None
+    if is_compiling() or torch.jit.is_tracing():
         one = experts[0].new_ones((), dtype=torch.float64)
         factors = torch.stack([one * hardest_weight, one * mutual_weight])
         hardest_weight = mutual_weight = 1.0
-    return _FUSED((experts, target, factors), (hardest_weight, mutual_weight, *options, backend))[:2]
+    return _FUSED.dispatched((experts, target, factors), (hardest_weight, mutual_weight, *options, backend))[:2]
 
 
 # ---- the record
