@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,12 @@ for _name in (
     os.environ.pop(_name, None)
 os.environ |= {"TERM": "xterm", "LC_ALL": "C.UTF-8", "GLOO_SOCKET_IFNAME": "lo"}  # processes meet on this machine
 locale.setlocale(locale.LC_ALL, "")
+
+# Verdicts on kernels are kept for all processes of these tests, and for nobody else.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="shike_fast-tests-")
+    os.environ["SHIKE_FAST_CACHE"] = _cache.name
+os.environ.pop("SHIKE_FAST_VERIFY", None)
 
 # The same for signals: a script's background job ignores Ctrl-C, and so would all that it starts.
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
