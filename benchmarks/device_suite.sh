@@ -53,6 +53,7 @@ build() {
     step "PyTorch sees a GPU" 60 info.txt "$python" -c "import torch; print(torch.zeros(1, device='cuda').device)"
     step "build" 150 info.txt env SHIKE_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps -e .
     step "info" 60 info.txt "$python" -m shike_fast.info
+    step "verify" 150 verify.json "$python" -m shike_fast.verify --again --seconds 60 --json
 }
 
 benchmark() {

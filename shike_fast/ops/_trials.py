@@ -49,6 +49,8 @@ def main() -> None:
     """Try the operators that the command line names."""
     backend, device, report, *names = sys.argv[1:]
     _die_with_the_parent()
+    if device == "cpu":
+        torch.set_num_threads(1)  # others may use the cores, and threads that wait for each other take seconds
     with open(report, "a", buffering=1, encoding="utf-8") as file:
 
         def tell(**fields: Any) -> None:
@@ -137,7 +139,8 @@ def _results(case: Case, backend: str, dtype: torch.dtype | None = None) -> list
     result = case.call(*leaves, backend=backend)
     count = max(result.numel(), 1)
     grad_output = torch.arange(1, result.numel() + 1, device=result.device).reshape(result.shape) / count - 0.3
-    gradients = torch.autograd.grad(result, leaves, grad_output.to(result.dtype))
+    # A grad_output given to autograd itself makes PyTorch import sympy, which takes longer than all the rest.
+    gradients = torch.autograd.grad((result * grad_output.to(result.dtype)).sum(), leaves)
     if result.device.type == "cuda":
         torch.cuda.synchronize(result.device)
     return [result.detach(), *gradients]

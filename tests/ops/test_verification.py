@@ -169,7 +169,7 @@ def test_killed_at_any_moment_it_leaves_no_process_and_nothing_half(unknown, pro
         time.sleep(0.02)
     file = unknown / "verdicts.json"
     assert not file.exists() or json.loads(file.read_bytes())["format"] == _verdicts.FORMAT
-    assert set(path.name for path in unknown.glob("*")) <= {file.name, "verdicts.lock", f"{file.name}.tmp"}
+    assert {path.name for path in unknown.glob("*")} <= {file.name, "verdicts.lock", f".{file.name}.tmp"}
 
 
 def passed(own, reference, size="float32 large"):
