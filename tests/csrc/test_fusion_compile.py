@@ -19,7 +19,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def compiled(request, compile_cuda):
     return compile_cuda("fusion/cuda_launch.cu", request.param)
 

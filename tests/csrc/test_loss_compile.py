@@ -5,7 +5,7 @@ import re
 import pytest
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def compiled(request, compile_cuda):
     return compile_cuda("losses/cuda_launch.cu", request.param)
 

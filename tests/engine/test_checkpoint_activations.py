@@ -74,6 +74,7 @@ def steps_here():
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_steps(two_processes):
     for plain, checkpointed in two_processes(steps_here):
         assert plain.keys() == checkpointed.keys()

@@ -95,6 +95,7 @@ def test_it_is_trained_evaluated_and_used(own, runs, capsys):
     assert "three_stages" not in sys.modules  # a checkpoint imports nothing
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_ends_the_same(own, runs, monkeypatch):
     assert runs.train(*RUN, "--output-dir", own / "whole") == 0
     plain = trainer_module.Trainer._step

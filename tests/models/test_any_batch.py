@@ -47,6 +47,7 @@ def test_export_leaves_the_batch_open(network, strict):
         torch.testing.assert_close(exported(images), network(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_makes_two_graphs_at_most(network, training):
     network.train(training)

@@ -114,6 +114,7 @@ def test_stage2_trains_its_classifiers_only():
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["rt_classifiers.weight"]
 
 
+@pytest.mark.slow
 def test_it_compiles_as_one_graph():
     model = network().double()
     twin = copy.deepcopy(model)
