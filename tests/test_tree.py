@@ -25,7 +25,7 @@ FLOORS = (
     ("data.datasets", "data.loaders"),
     ("data",),
     ("data.commands", "engine"),
-    ("data.__main__", "info", "train", "evaluate", "predict"),
+    ("data.__main__", "info", "verify", "train", "evaluate", "predict"),
     ("__main__", "__init__"),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

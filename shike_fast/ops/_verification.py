@@ -3,8 +3,11 @@
 A backend that writes where it must not, crashes or hangs ends its own process; the verdict says how.
 """
 
+import contextlib
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from shike_fast.ops._verdicts import CRASHED, NOT_TRIED, PASSED, TIMED_OUT, Verd
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # of a kind of device, besides the reference
 SECONDS = 20.0  # for all operators of a backend
+CROWDED = 6  # times as long may trials on a CPU last, whose own time counts there: others may use the cores
 MARGIN = 1.25  # times as fast must be what is preferred to a backend that stands before it
 COMMAND = (  # arguments follow; the search path comes first, so that the same package is tried
     sys.executable or "python",
@@ -101,11 +105,12 @@ def tried(
     command: Sequence[str] | None = None,
 ) -> dict[str, Verdict]:
     """Try operators on a backend; one that ends its process costs the others nothing but a new process."""
-    deadline = time.monotonic() + seconds
+    on_cpu = device.type == "cpu"
+    deadline = time.monotonic() + seconds * (CROWDED if on_cpu else 1)
     verdicts: dict[str, Verdict] = {}
     remaining = list(operators)
     while remaining:
-        found = _process(command or COMMAND, backend, device, remaining, deadline)
+        found = _process(command or COMMAND, backend, device, remaining, deadline, seconds if on_cpu else None)
         verdicts |= found
         if not found:
             break
@@ -114,7 +119,12 @@ def tried(
 
 
 def _process(
-    command: Sequence[str], backend: str, device: torch.device, operators: Sequence[str], deadline: float
+    command: Sequence[str],
+    backend: str,
+    device: torch.device,
+    operators: Sequence[str],
+    deadline: float,
+    processor_seconds: float | None,
 ) -> dict[str, Verdict]:
     """The verdicts up to the operator with which the process ended."""
     with tempfile.TemporaryDirectory(prefix="shike_fast-") as folder:
@@ -134,6 +144,8 @@ def _process(
             return {name: Verdict(NOT_TRIED, f"no process can be started: {error}") for name in operators}
         timed_out = False
         try:
+            if processor_seconds is not None:
+                _limit(process.pid, processor_seconds)
             process.wait(max(deadline - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             timed_out = True
@@ -141,6 +153,7 @@ def _process(
             _end(process)
         lines = report.read_text(encoding="utf-8").splitlines()
         last_words = errors.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2][:300]
+    timed_out = timed_out or process.returncode == -signal.SIGXCPU
     verdicts, begun = _read(lines)
     if begun is None and len(verdicts) < len(operators):
         begun = operators[len(verdicts)], "its start"
@@ -156,6 +169,13 @@ def _process(
             left = Verdict(TIMED_OUT, f"{name} took the time for this backend")
             verdicts |= {other: left for other in operators if other not in verdicts}
     return verdicts
+
+
+def _limit(pid: int, seconds: float) -> None:
+    """SIGXCPU ends a process that has used so much of the processors; elsewhere than on Linux nothing does."""
+    if sys.platform == "linux":
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            resource.prlimit(pid, resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
