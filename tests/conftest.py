@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 from hypothesis import settings
 from limits import Limits
 from PIL import Image
-from programs import LIMIT, Programs
+from programs import LIMIT, MARK, Programs
 
 # For the tests and all programs that they start: what the caller's terminal, language, proxy, launcher or Python is set
 # to would change what is printed, fetched or waited for.
@@ -44,7 +44,7 @@ os.environ |= {"TERM": "xterm", "LC_ALL": "C.UTF-8", "GLOO_SOCKET_IFNAME": "lo"}
 locale.setlocale(locale.LC_ALL, "")
 
 # Verdicts on kernels are kept for all processes of these tests, and for nobody else.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if "PYTEST_XDIST_WORKER" not in os.environ and MARK not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="shike_fast-tests-")
     os.environ["SHIKE_FAST_CACHE"] = _cache.name
 os.environ.pop("SHIKE_FAST_VERIFY", None)
@@ -99,6 +99,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _threads() -> None:
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)) // processes)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _verified() -> None:
+    """Not by the first call of a test, which may be one that must not start a process."""
+    from shike_fast import ops
+
+    ops.verify("cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -90,14 +90,21 @@ class Operator:
 
     def choose(self, backend: str | None, *args: Any) -> str:
         """The backend that ``run`` takes."""
+        compiling = is_compiling()
         if backend is not None:
             _check_name(self.name, backend)
-            if (reason := self._refusal(backend, args)) is not None:
+            if (reason := self._refusal(backend, args, compiling)) is not None:
                 raise RuntimeError(f"{self.name}: backend {backend!r} cannot run: {reason}")
             return backend
-        for name in self._order(args[0] if isinstance(args[0], Tensor) else args[0][0]):
-            refuses = self.backends[name].refuses
-            if refuses is None or refuses(*args) is None:
+        tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if compiling:
+            order: Sequence[str] = _order_when_compiled(self.name, tensor.device, tensor.dtype).split(",")
+        else:
+            elements = tensor.numel()
+            size = "small" if elements < _SMALL else "medium" if elements < _MEDIUM else "large"
+            order = self._orders.get((tensor.device, tensor.dtype, size)) or self._learn(tensor, size)
+        for name in order:
+            if self._refusal(name, args, compiling) is None:
                 return name
         raise RuntimeError(f"{self.name}: no backend can run with these arguments")
 
@@ -105,16 +112,8 @@ class Operator:
         """Ask for the verdicts again at the next call."""
         self._orders.clear()
 
-    def _order(self, tensor: Tensor) -> Sequence[str]:
-        """The proven backends of the tensor's device, the fastest for its dtype and size first."""
-        if is_compiling():
-            return _order_when_compiled(self.name, tensor.device, tensor.dtype).split(",")
-        size = tensor.numel()
-        key = (tensor.device, tensor.dtype, "small" if size < _SMALL else "medium" if size < _MEDIUM else "large")
-        order = self._orders.get(key)
-        return self._learn(tensor, key[2]) if order is None else order
-
     def _learn(self, tensor: Tensor, size: str) -> tuple[str, ...]:
+        """The proven backends of the tensor's device, the fastest for its dtype and size first."""
         device = tensor.device
         if len(self.backends) > 1 and device.type in _verification.BACKENDS:
             known = _verification.known(device)
@@ -130,11 +129,12 @@ class Operator:
         self._orders[device, tensor.dtype, size] = order
         return order
 
-    def _refusal(self, backend: str, args: tuple[Any, ...]) -> str | None:
+    def _refusal(self, backend: str, args: tuple[Any, ...], compiling: bool) -> str | None:
         if backend not in self.backends:
             return "it does not implement this op"
+        reason = None if compiling or backend == "reference" else _refuses_transforms(*args)
         refuses = self.backends[backend].refuses
-        return None if refuses is None else refuses(*args)
+        return reason if reason is not None or refuses is None else refuses(*args)
 
 
 def _check_name(op: str, backend: str) -> None:
@@ -324,10 +324,8 @@ def refuses_tensor(backend: str, tensor: Tensor, what: str) -> str | None:
     return None
 
 
-def refuses_transforms(*args: Any) -> str | None:
+def _refuses_transforms(*args: Any) -> str | None:
     """Why no fused kernel can run under what transforms these arguments, tensors and sequences of them, or None."""
-    if is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active():
         transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack()}
         if torch._C._functorch.TransformType.Vmap in transforms:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from shike_fast.ops import _verdicts
-from shike_fast.ops._guards import is_plain
+from shike_fast.ops._guards import PLAIN_TENSORS, is_plain
 from shike_fast.ops._verdicts import CRASHED, NOT_TRIED, PASSED, TIMED_OUT, Verdict, Verdicts
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # of a kind of device, besides the reference
@@ -248,7 +248,7 @@ def may_verify(tensor: torch.Tensor) -> str | None:
         return "SHIKE_FAST_VERIFY=off"
     if _forked:
         return "this is a forked process"
-    if not is_plain(tensor):
+    if not is_plain() or type(tensor) not in PLAIN_TENSORS:
         return "a compiler or a tracer is at work"
     if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
