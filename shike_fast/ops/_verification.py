@@ -28,6 +28,7 @@ BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # of a kind of device,
 SECONDS = 20.0  # for all operators of a backend
 CROWDED = 6  # times as long may trials on a CPU last, whose own time counts there: others may use the cores
 MARGIN = 1.25  # times as fast must be what is preferred to a backend that stands before it
+REFERENCE_MARGIN = 2.0  # and the reference: where it is nearly as fast, results shall not hang on a measurement
 COMMAND = (  # arguments follow; the search path comes first, so that the same package is tried
     sys.executable or "python",
     "-c",
@@ -226,7 +227,8 @@ def order(operator: str, verdicts: Verdicts, dtype: torch.dtype, size: str) -> t
     while ranked:
         first = ranked[0]
         for other in ranked[1:]:
-            if first[1] is not None and other[1] is not None and other[1] * MARGIN < first[1]:
+            margin = REFERENCE_MARGIN if other[0] == "reference" else MARGIN
+            if first[1] is not None and other[1] is not None and other[1] * margin < first[1]:
                 first = other
         result.append(first[0])
         ranked.remove(first)
