@@ -40,7 +40,7 @@ class Batch(Warps, GlobalMemory, SharedMemory, PrivateMemory):
         self.active = self.everyone
         self.registers: list[Any] = [None] * len(program.index)
         for register in program.kept:
-            self.registers[program.index[register]] = np.zeros(self.threads, NUMPY[program.entry.registers[register]])
+            self.registers[program.index[register]] = self._unwritten(program.entry.registers[register])
         self._allocate_shared(program.static_shared + launch.dynamic_shared)
         self._allocate_local(program.entry.local_bytes)
 
@@ -62,6 +62,11 @@ class Batch(Warps, GlobalMemory, SharedMemory, PrivateMemory):
         self.first_of_warp = self.block_of * threads + first_lane
         self.lanes_of_warp = np.minimum(32, threads - first_lane)
         self.thread_of_launch = np.repeat(block, threads) * threads + number
+
+    def _unwritten(self, kind: str) -> Any:
+        """A register that nobody has written holds NaN: whoever uses it gets a wrong result."""
+        dtype = np.dtype(NUMPY[kind])
+        return np.full(self.threads * dtype.itemsize, 0xFF if kind != "pred" else 1, np.uint8).view(dtype)
 
     def report(self, kind: str, line: int, detail: Any = None) -> None:
         self.machine.report(kind, self.launch.name, line, detail)

@@ -120,7 +120,6 @@ class Program:
                 if out != self.live_out[i] or new != live_in[i]:
                     self.live_out[i], live_in[i], grows = out, new, True
         self.kept = sorted({register for live in live_in for register in live} - self.uniform)
-        self.undefined = sorted(live_in[0] - self.uniform) if count else []  # read before they are written
 
     # ---- what the generated code needs
 

@@ -1,10 +1,13 @@
-"""Calls a function of a file here and prints what it returns as JSON: ``run.py FILE FUNCTION ARGUMENTS``."""
+"""Calls a function of a file here: ``run.py FILE FUNCTION ARGUMENTS``; the last line that it prints is JSON."""
 
 import importlib
 import json
 import sys
 
+import host
+
 if __name__ == "__main__":
-    module, function, arguments = sys.argv[1:]
-    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-    print("\n" + json.dumps(result))
+    file, function, words = sys.argv[1:]
+    arguments = json.loads(words)
+    host.load(arguments.pop("architecture"))
+    print("\n" + json.dumps(getattr(importlib.import_module(file), function)(**arguments)))
