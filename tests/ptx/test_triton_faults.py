@@ -48,7 +48,7 @@ def launch(kernel, to, source, grid=(1,), **constants):
     driver = driver_of("sm_90")
     with on_the_interpreter(driver) as happened:
         kernel[grid](to, source, **constants)
-    return {kind for kind, _, _ in happened.reports}
+    return {report.kind for report in happened.reports}
 
 
 def memory(count, source=None):

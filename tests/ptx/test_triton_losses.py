@@ -9,7 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
-from triton_host import ARCHITECTURES, ORDERS, driver_of, on_the_interpreter
+from machine import Order
+from triton_host import ARCHITECTURES, IN_STEP, ORDERS, driver_of, on_the_interpreter
 
 from shike_fast.kernels.losses import dkt
 from shike_fast.ops import balanced_softmax_loss, dkt_loss, expert_cross_entropy
@@ -48,7 +49,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     layout: str = "contiguous"
     values: str = "normal"
-    order: str = "desc"
+    order: Order = ORDERS[0]
     seed: int = 0
 
     def logits(self) -> torch.Tensor:
@@ -124,7 +125,7 @@ def run(driver, case, order, logits, target, options, scale):
     rng = random.Random(case.seed)
     leaf = leaves(lay_out(driver.arena, logits, case.layout, rng))
     labels = driver.arena.place(target, (rng.choice((1, 3)),))
-    with on_the_interpreter(driver, order, case.seed) as happened:
+    with on_the_interpreter(driver, order) as happened:
         loss = OPS[case.op](leaf, labels, backend="triton", **options)
         (scale * loss).backward()
     assert not happened.reports, happened.reports
@@ -139,7 +140,7 @@ def check(case: Case, architecture: str) -> None:
     rng = random.Random(case.seed)
     logits, target = case.logits(), torch.randint(case.classes, (case.batch,))
     options, scale = case.options(rng, target), rng.choice((1.0, 2.5, -7.0))
-    loss, gradient = run(driver_of(architecture), case, "all", logits, target, options, scale)
+    loss, gradient = run(driver_of(architecture), case, IN_STEP, logits, target, options, scale)
     again = run(driver_of(architecture), case, case.order, logits, target, options, scale)
     assert torch.equal(loss, again[0]) and torch.equal(gradient, again[1]), "the order of the blocks shows"
 
@@ -161,10 +162,10 @@ def check(case: Case, architecture: str) -> None:
 
 
 QUICK = (
-    Case("dkt_loss", 3, 3, 101, torch.bfloat16, "misaligned", "normal", "random"),
-    Case("dkt_loss", 3, 2, 1000, torch.float32, "sequence", "ties", "desc1"),
-    Case("expert_cross_entropy", 2, 3, 100, torch.float16, "padded rows", "extreme", "desc", seed=1),
-    Case("balanced_softmax_loss", 3, 5, 10, torch.bfloat16, "transposed", "normal", "asc1"),
+    Case("dkt_loss", 3, 3, 101, torch.bfloat16, "misaligned", "normal", ORDERS[2]),
+    Case("dkt_loss", 3, 2, 1000, torch.float32, "sequence", "ties", ORDERS[3]),
+    Case("expert_cross_entropy", 2, 3, 100, torch.float16, "padded rows", "extreme", seed=1),
+    Case("balanced_softmax_loss", 3, 5, 10, torch.bfloat16, "transposed", "normal", ORDERS[1]),
 )
 
 
