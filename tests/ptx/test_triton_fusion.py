@@ -39,6 +39,11 @@ class Case(NamedTuple):
     order: Order = ORDERS[0]
     seed: int = 0
 
+    def __str__(self) -> str:
+        dtype, shape = str(self.dtype).removeprefix("torch."), "x".join(map(str, (self.experts, *self.shape)))
+        training = "training" if self.training else "evaluation"
+        return f"{self.op} {shape} {dtype}, {', '.join(self.layouts)}, {self.values}, {training}"
+
     def map_(self) -> torch.Tensor:
         """Values [B, C, H, W]."""
         channels, half = self.shape[1], self.dtype == torch.float16
@@ -163,9 +168,8 @@ QUICK = (
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_against_the_reference(case, architecture):
-    check(case, architecture)
+def test_against_the_reference(case):
+    check(case, "sm_90")
 
 
 def matrix() -> Iterator[Case]:
@@ -197,9 +201,17 @@ def test_matrix(case, architecture):
     check(case, architecture)
 
 
-@pytest.mark.parametrize("layout", ["channels last", "NCHW"])
-@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (1, 40, 4, 4), (3, 3, 7, 7)], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lanes_agree_about_the_statistics(shape, layout, architecture):
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((1, 40, 4, 4), "channels last"),
+        ((2, 8, 3, 3), "NCHW"),
+        pytest.param((2, 8, 3, 3), "channels last", marks=pytest.mark.slow),
+        pytest.param((3, 3, 7, 7), "channels last", marks=pytest.mark.slow),
+        pytest.param((3, 3, 7, 7), "NCHW", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_lanes_agree_about_the_statistics(shape, layout):
     """Small maps, where the lanes of a warp that hold one channel once stored sums that differed in the last bit."""
-    check(Case("dkf_bn_pool", 1, shape, torch.float32, (layout,)), architecture)
+    check(Case("dkf_bn_pool", 1, shape, torch.float32, (layout,)), "sm_90")

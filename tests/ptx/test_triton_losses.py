@@ -52,6 +52,10 @@ class Case(NamedTuple):
     order: Order = ORDERS[0]
     seed: int = 0
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op} {self.experts}x{self.batch}x{self.classes} {dtype}, {self.layout}, {self.values}"
+
     def logits(self) -> torch.Tensor:
         """Values [K, B, C]."""
         shape = self.experts, self.batch, self.classes
@@ -170,9 +174,8 @@ QUICK = (
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_against_the_reference(case, architecture):
-    check(case, architecture)
+def test_against_the_reference(case):
+    check(case, "sm_90")
 
 
 def matrix() -> Iterator[Case]:
