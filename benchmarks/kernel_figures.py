@@ -4,14 +4,22 @@ The kernels are compiled and run by the interpreter of tests/ptx/, which counts.
 a C compiler for the CUDA kernels, Triton for the others.
 """
 
+import json
+import os
+import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("ptx", "support")]
+INTERPRETER = ROOT / "tests" / "ptx"
+sys.path.insert(0, str(INTERPRETER))
 
-from figures import Figures, Resources  # noqa: E402
+from build import build_library, build_ptx  # noqa: E402
+from figures import CASES, Figures, Resources, of_triton, resources_of_cuda, resources_of_triton  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "records" / "kernels_static.md"
 INTRODUCTION = """\
@@ -41,6 +49,56 @@ kernels are those of the calls above.
 COLUMNS = ("", "kernel", "grid", "threads", "instructions", "moves", "lanes (%)", "read", "least", "written", "least")
 
 
+def main() -> None:
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        sys.exit("kernel_figures.py needs nvcc: put it on PATH, or name it by CUDACXX")
+    with TemporaryDirectory() as folder:
+        DOCUMENT.write_text(_measured(Path(folder), nvcc), encoding="utf-8")
+
+
+def _measured(folder: Path, nvcc: str) -> str:
+    import triton
+    from triton_host import ARCHITECTURES, Driver
+
+    build_library(folder, _run, nvcc)
+    cuda = {}
+    for architecture in (*ARCHITECTURES, "sm_100"):
+        if architecture != "sm_90":
+            build_ptx(folder, _run, nvcc, architecture.removeprefix("sm_"))
+        cuda[architecture] = resources_of_cuda(folder, architecture, nvcc, _run)
+    drivers = {architecture: Driver(architecture, assemble=True) for architecture in ARCHITECTURES}
+    figures = {architecture: of_triton(driver) for architecture, driver in drivers.items()}
+    of_backend = {"cuda": _of_cuda(folder), "triton": figures["sm_90"]}
+    called = {case.name: (case.ideal, {name: of[case.name] for name, of in of_backend.items()}) for case in CASES}
+    compiled = {
+        "cuda": cuda,
+        "triton": {name: resources_of_triton(driver, folder, _run) for name, driver in drivers.items()},
+    }
+    release = re.search(r"release (\S+),", _run([nvcc, "--version"]).stdout)
+    assert release
+    return document({"cuda": f"nvcc {release[1]}", "triton": f"Triton {triton.__version__}"}, called, compiled)
+
+
+def _of_cuda(folder: Path) -> dict[str, list[Figures]]:
+    """In a process of its own, whose memory is the interpreter's."""
+    environment = {
+        "LD_PRELOAD": str(folder / "libfakecuda.so"),
+        "PTX_BUILD": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [sys.executable, str(INTERPRETER / "run.py"), "figures", "of_cuda", json.dumps({"architecture": "90"})]
+    done = _run(words, environment)
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {case: [Figures(*row) for row in rows] for case, rows in found.items()}
+
+
+def _run(words: Iterable[object], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([*map(str, words)], env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+
+
 def document(
     versions: dict[str, str],
     called: dict[str, tuple[int, dict[str, list[Figures]]]],
@@ -57,7 +115,13 @@ def document(
     parts = [INTRODUCTION, f"{compilers}.\n", DYNAMIC]
     parts += ["\n".join(_call(case, *facts)) for case, facts in called.items()]
     parts.append(STATIC)
-    parts += ["\n".join(_registers(backend, kernels)) for backend, kernels in compiled.items()]
+    first_case = {
+        kernel.kernel: case
+        for case, (_, backends) in reversed(called.items())
+        for kernels in backends.values()
+        for kernel in kernels
+    }
+    parts += ["\n".join(_registers(backend, kernels, first_case)) for backend, kernels in compiled.items()]
     return "\n".join(parts)
 
 
@@ -69,7 +133,7 @@ def _call(case: str, ideal: int, backends: dict[str, list[Figures]]) -> Iterator
             yield _line(
                 [
                     "" if i else f"`{backend}`",
-                    f"`{kernel.kernel}`",
+                    f"`{_without_number(kernel.kernel)}`",
                     " × ".join(str(size) for size in kernel.grid if size > 1) or "1",
                     str(kernel.threads),
                     f"{kernel.instructions:.1f}",
@@ -87,16 +151,25 @@ def _call(case: str, ideal: int, backends: dict[str, list[Figures]]) -> Iterator
     yield f"\nIdeal: {ideal / 1e3:.1f} kB read and written. Requested: {told}.\n"
 
 
-def _registers(backend: str, architectures: dict[str, dict[str, Resources]]) -> Iterator[str]:
+def _registers(
+    backend: str, architectures: dict[str, dict[str, Resources]], first_case: dict[str, str]
+) -> Iterator[str]:
+    """A kernel has a line; one of Triton's also for each case that had it compiled anew."""
     yield f"### `{backend}`\n"
-    yield from _head(["kernel", *(f"{name}: {what}" for name in architectures for what in ("registers", "spills"))])
+    yield from _head(
+        ["kernel", "of", *(f"{name}: {what}" for name in architectures for what in ("registers", "spills"))]
+    )
     for kernel in dict.fromkeys(kernel for kernels in architectures.values() for kernel in kernels):
-        cells = []
+        cells = [f"`{_without_number(kernel)}`", first_case.get(kernel, "")]
         for kernels in architectures.values():
-            found = kernels.get(kernel)
-            cells += ["", ""] if found is None else [str(found.registers), str(found.spills)]
-        yield _line([f"`{kernel}`", *cells])
+            cells += map(str, kernels.get(kernel, ("", "")))
+        yield _line(cells)
     yield ""
+
+
+def _without_number(kernel: str) -> str:
+    """A kernel's name without what tells Triton's variants apart."""
+    return re.sub(r"_kernel_\d+$", "_kernel", kernel)
 
 
 def _head(columns: list[str]) -> Iterator[str]:
@@ -106,3 +179,7 @@ def _head(columns: list[str]) -> Iterator[str]:
 
 def _line(cells: list[str]) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+
+
+if __name__ == "__main__":
+    main()
