@@ -36,7 +36,7 @@ A call is forward and backward, on a device of 132 multiprocessors. **instructio
 for sm_90, × 32 / elements (logits, or values of a map); **moves** are among them, and ptxas drops most. **lanes**: the
 share of a warp's lanes that are active. **read** and **written**: the 32-byte sectors that the requests of all warps
 touch, in kB, of which a cache serves some; **least**: how many times the sectors that the bytes asked for would fill.
-**banks**: wavefronts of the requests to shared memory, of those without conflicts.
+**banks**: wavefronts of the requests to shared memory, of those without conflicts. Maps are channels-last.
 """
 STATIC = """\
 ## Registers
@@ -116,10 +116,7 @@ def document(
     parts += ["\n".join(_call(case, *facts)) for case, facts in called.items()]
     parts.append(STATIC)
     first_case = {
-        kernel.kernel: case
-        for case, (_, backends) in reversed(called.items())
-        for kernels in backends.values()
-        for kernel in kernels
+        kernel.kernel: case for case, (_, backends) in reversed(called.items()) for kernel in backends.get("triton", ())
     }
     parts += ["\n".join(_registers(backend, kernels, first_case)) for backend, kernels in compiled.items()]
     return "\n".join(parts)
@@ -154,12 +151,13 @@ def _call(case: str, ideal: int, backends: dict[str, list[Figures]]) -> Iterator
 def _registers(
     backend: str, architectures: dict[str, dict[str, Resources]], first_case: dict[str, str]
 ) -> Iterator[str]:
-    """A kernel has a line; one of Triton's also for each case that had it compiled anew."""
+    """A kernel has a line; one of Triton's for each case that had it compiled anew."""
     yield f"### `{backend}`\n"
     yield from _head(
         ["kernel", "of", *(f"{name}: {what}" for name in architectures for what in ("registers", "spills"))]
     )
-    for kernel in dict.fromkeys(kernel for kernels in architectures.values() for kernel in kernels):
+    known = dict.fromkeys(kernel for kernels in architectures.values() for kernel in kernels)
+    for kernel in known if first_case.keys() & known.keys() else sorted(known):
         cells = [f"`{_without_number(kernel)}`", first_case.get(kernel, "")]
         for kernels in architectures.values():
             cells += map(str, kernels.get(kernel, ("", "")))
