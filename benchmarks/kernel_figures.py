@@ -41,7 +41,7 @@ touch, in kB, of which a cache serves some; **least**: how many times the sector
 STATIC = """\
 ## Registers
 
-A thread's **registers** as ptxas gives them, and **spills**, the instructions that store to or load from a thread's own
+A thread's registers as ptxas gives them, and **spills**, the instructions that store to or load from a thread's own
 memory. Template arguments of the CUDA kernels: the number of experts (losses); the dtype (0 float32, 2 bfloat16, 3
 float16), the channels that a thread loads at once, and whether the deep branch has a residual end (fusion). The Triton
 kernels are those of the calls above.
@@ -153,9 +153,7 @@ def _registers(
 ) -> Iterator[str]:
     """A kernel has a line; one of Triton's for each case that had it compiled anew."""
     yield f"### `{backend}`\n"
-    yield from _head(
-        ["kernel", "of", *(f"{name}: {what}" for name in architectures for what in ("registers", "spills"))]
-    )
+    yield from _head(["kernel", "of", *(cell for name in architectures for cell in (name, "spills"))])
     known = dict.fromkeys(kernel for kernels in architectures.values() for kernel in kernels)
     for kernel in known if first_case.keys() & known.keys() else sorted(known):
         cells = [f"`{_without_number(kernel)}`", first_case.get(kernel, "")]

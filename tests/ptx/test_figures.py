@@ -70,7 +70,7 @@ class Record:
         for kernel, case, *cells in rows:
             for i in range(0, len(cells), 2):
                 if cells[i]:
-                    architecture = header[2 + i].partition(":")[0]
+                    architecture = header[2 + i]
                     self.registers[backend, architecture, kernel, case] = Resources(*map(int, cells[i : i + 2]))
 
 
