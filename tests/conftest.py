@@ -27,6 +27,7 @@ from hypothesis import settings
 from limits import Limits
 from PIL import Image
 from programs import LIMIT, MARK, Programs
+from ptx import readable
 
 # For the tests and all programs that they start: what the caller's terminal, language, proxy, launcher or Python is set
 # to would change what is printed, fetched or waited for.
@@ -245,8 +246,8 @@ def compile_cuda(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -
         assert tool is not None, "nvcc brings cuobjdump along, and so does Triton"
         functions = [text.partition("\n") for text in output_of([tool, "-sass", str(cubin)]).split("Function : ")[1:]]
         return CompiledKernels(
-            {_readable(match["name"]): match.groupdict() for match in RESOURCES.finditer(report)},
-            {_readable(mangled.strip()): code for mangled, _, code in functions},
+            {readable(match["name"]): match.groupdict() for match in RESOURCES.finditer(report)},
+            {readable(mangled.strip()): code for mangled, _, code in functions},
         )
 
     return compiled
@@ -259,15 +260,6 @@ def _cuobjdump(folder: Path) -> str | None:
     if found is None and triton is not None and triton.origin is not None:
         found = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     return found
-
-
-def _readable(mangled: str) -> str:
-    """``dkt_forward_kernel<3>`` from the name in the object file."""
-    match = re.search(r"_cu_[0-9a-f]{8}(\d+)(\w+)", mangled)
-    assert match, mangled
-    name, rest = match[2][: int(match[1])], match[2][int(match[1]) :]
-    arguments = re.findall(r"L(?:NS_\d+\w+?E|[ib])(\d+)E", rest.partition("EEv")[0] + "E") if rest[0] == "I" else []
-    return name + (f"<{', '.join(arguments)}>" if arguments else "")
 
 
 @pytest.fixture
