@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERPRETER = ROOT / "tests" / "ptx"
 sys.path.insert(0, str(INTERPRETER))
 
-from build import build_library, build_ptx  # noqa: E402
+from compiling import build_library, build_ptx  # noqa: E402
 from figures import CASES, Figures, Resources, of_triton, resources_of_cuda, resources_of_triton  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "records" / "kernels_static.md"

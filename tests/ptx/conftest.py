@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from build import build_library, build_ptx
+from compiling import build_library, build_ptx
 from programs import Programs
 
 HERE = Path(__file__).parent

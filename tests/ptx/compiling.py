@@ -97,7 +97,7 @@ def _run_all(run: Run, commands: list[list[object]]) -> None:
         list(pool.map(work, commands))
 
 
-if __name__ == "__main__":  # python tests/ptx/build.py FOLDER: for use by hand
+if __name__ == "__main__":  # python tests/ptx/compiling.py FOLDER: for use by hand
     import os
     import shutil
     import subprocess
