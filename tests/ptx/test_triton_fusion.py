@@ -144,7 +144,9 @@ def check(case: Case, architecture: str) -> None:
         with on_the_interpreter(driver, order) as happened:
             found.append(results(case, maps, vectors, *rest, "triton"))
         assert happened.launches and not happened.reports, happened.reports
-        assert not happened.unwritten, happened.unwritten
+        # What the sums of experts without ReLU are relative to [K, B, C]: the others' part is neither written nor read.
+        partly = [(case.experts, *case.shape[:2])] if any(relu) and not all(relu) else []
+        assert all(shape in partly for shape, _ in happened.unwritten), happened.unwritten
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]), "the order of the blocks shows"
 
     def plain(dtype):
