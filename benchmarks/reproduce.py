@@ -158,7 +158,7 @@ def train(queue: Sequence[Run], data_dir: str) -> int:
         places = ("--output-dir", str(run.directory), "--resume", "auto", "--save-every", str(SAVE_EVERY))
         status = _call([sys.executable, *run.command(data_dir)[1:], *places])
         if status != 0:
-            print(f"{run.name} ended with status {status}; the same command goes on with it", file=sys.stderr)
+            print(f"{run.name} ended with status {status}; the same command resumes it", file=sys.stderr)
             return status
     return 0
 

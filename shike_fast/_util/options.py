@@ -123,7 +123,7 @@ class Option:
 
     @property
     def has_default(self) -> bool:
-        """Whether it has a default of its own."""
+        """Whether it has a default."""
         return self.default is not dataclasses.MISSING
 
     @property

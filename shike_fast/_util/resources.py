@@ -19,8 +19,8 @@ _REMEDIES = {
     errno.ENOSPC: "make room, then repeat the command",
 }
 _ELSE = "see to it, then repeat the command"
-_MEMORY = ("DefaultCPUAllocator", "bad_alloc")  # in the texts of torch, which has no type of its own for a full memory
-_THREAD = "can't start new thread"  # Python's text: it has no type of its own for that
+_MEMORY = ("DefaultCPUAllocator", "bad_alloc")  # in the texts of torch, which has no exception type for a full memory
+_THREAD = "can't start new thread"  # Python's text: it has no exception type for that
 
 
 def is_lacking(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""The two recipes that a data set without one of its own is trained with; each value can be overridden by a flag.
+"""The two recipes for data sets that come without one; each value can be overridden by a flag.
 
 A recipe is a mapping of training settings by name: ``model``, ``epochs`` (of both stages), ``stage2_epochs`` (those of
 them that re-train the classifiers), ``batch_size``, ``lr``, ``stage2_lr``, ``weight_decay``, and whatever differs from

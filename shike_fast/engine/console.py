@@ -17,7 +17,7 @@ _LINE_EVERY = 60.0  # seconds between lines within an epoch where there is no te
 
 
 class _Output(RichConsole):
-    """Standard output; a run goes on, silently, when whoever read it has gone (``... | head``)."""
+    """Standard output; a run continues silently when its reader has gone (``... | head``)."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

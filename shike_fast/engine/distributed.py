@@ -86,7 +86,7 @@ class Processes:
         return int(numbers)
 
     def send_buffers(self, module: nn.Module) -> None:
-        """Give every process the first one's buffers: the running statistics that it took of its own images."""
+        """Give every process the first one's buffers: the running statistics of its own shard."""
         if self.is_distributed:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
@@ -152,7 +152,7 @@ def join(device: str | None) -> Iterator[Processes]:
         device: what ``--device`` names.
 
     Raises:
-        ConfigError: if the environment is contradictory, or this process does not get a device of its own.
+        ConfigError: if the environment is contradictory, or this process does not get its own device.
         RunError: if the processes do not find each other.
     """
     processes = launched()

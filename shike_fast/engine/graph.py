@@ -79,7 +79,7 @@ class CudaGraphRunner:
             ):
                 self._function(*static)
         except RuntimeError as error:
-            # the end of a failed capture raises an error of its own, over the one that says why
+            # the end of a failed capture raises another error, over the one that says why
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None

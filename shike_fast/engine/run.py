@@ -45,8 +45,8 @@ class Action(enum.Enum):
     """What happens."""
 
     BEGIN = "a new run, in a directory that is not in use"
-    RESUME = "the run in the directory goes on there"
-    BRANCH = "the run of FILE goes on in another directory, which is not in use"
+    RESUME = "resume the run in the directory"
+    BRANCH = "resume the run of FILE in another directory, which is not in use"
 
 
 _WHICH = "--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE"

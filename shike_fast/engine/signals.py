@@ -43,7 +43,7 @@ class GracefulStop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        self._restore()  # whoever asks twice wants it now
+        self._restore()  # a second signal ends the process at once
 
     def _restore(self) -> None:
         while self._previous:

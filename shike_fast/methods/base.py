@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, dataclass_transform
@@ -26,7 +27,7 @@ def second_classifiers(model: Any) -> Iterable[nn.Parameter]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with an optimizer of its own.
+    """A part of a run that has its own optimizer.
 
     Attributes:
         name: one word.
@@ -53,7 +54,7 @@ class Stage:
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(option,))
 @dataclass(kw_only=True, eq=False, repr=False)
-class Method:
+class Method(ABC):
     """A training method. A subclass is one file; :func:`~shike_fast.methods.register_method` shows a whole one.
 
     A subclass is a dataclass whose fields are its hyper-parameters, each declared by
@@ -101,7 +102,7 @@ class Method:
         """
         return {}
 
-    @classmethod
+    @classmethod  # noqa: B027  # a hook
     def extend_model(cls, model: nn.Module, settings: Any) -> None:
         """Add modules of the method's own to a new network, such as a router: ``model.router = ...``.
 
@@ -119,6 +120,7 @@ class Method:
             features = model.features(images)
         return model.classify(features, stage.classifiers)
 
+    @abstractmethod
     def loss(
         self, logits: Tensor, target: Tensor, *, stage: Stage, epoch: int = 0, **inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,19 +136,18 @@ class Method:
         Returns:
             A scalar, the mean over the batch, and its terms: detached scalars, named as in ``stage.terms``.
         """
-        raise NotImplementedError
 
     def phase(self, epoch: int) -> int:
-        """The epoch that :meth:`loss` is told in ``epoch``; a captured step is captured anew where it changes.
+        """The epoch that :meth:`loss` receives in ``epoch``; a captured step is captured anew where it changes.
 
         By default they are the same. A loss that stays, or changes in a few epochs only, returns the last of these.
         """
         return epoch
 
-    def start_epoch(self, epoch: int, model: nn.Module, stage: Stage) -> None:
+    def start_epoch(self, epoch: int, model: nn.Module, stage: Stage) -> None:  # noqa: B027  # a hook
         """Called before the 0-based ``epoch``, and again where a stopped run resumes within it: to the same effect."""
 
-    def after_step(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027  # a hook
         """Called after every step of the optimizer, such as for a moving average of the weights."""
 
     def evaluated(self, model: nn.Module) -> nn.Module:
@@ -161,7 +162,7 @@ class Method:
         """What a checkpoint keeps of the method: tensors and plain values."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  # a hook
         """Undo :meth:`state`, after the first call of :meth:`evaluated`."""
 
 

@@ -6,6 +6,7 @@ Fusion, heads, the stages' parameters, and activation checkpointing come from he
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
@@ -43,19 +44,20 @@ class FeatureMap:
     halvings: int
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module, ABC):
     """A block that ends in a BatchNorm, a shortcut and ReLU: ``relu(last_norm(y) + shortcut)``.
 
     Where a branch is an :class:`torch.nn.Sequential` that ends in one, its end and the fusion are one operator.
     """
 
     @property
+    @abstractmethod
     def last_norm(self) -> nn.Module:
-        raise NotImplementedError
+        """The BatchNorm at the end."""
 
+    @abstractmethod
     def before_last_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input of the last BatchNorm, and the shortcut that is added to its output."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         y, shortcut = self.before_last_norm(x)
@@ -65,7 +67,7 @@ class ResidualBlock(nn.Module):
         return F.relu(out, inplace=True)
 
 
-class MultiExpertNetwork(nn.Module):
+class MultiExpertNetwork(nn.Module, ABC):
     r"""Base of all multi-expert networks: K branches share a trunk, and two sets of K classifiers share the features.
 
     .. math:: f_k = \mathrm{GAP}(deep_k \odot S_k(shallow_{k \bmod M})), \qquad z_k = s \cos(f_k, W_k)
@@ -165,9 +167,9 @@ class MultiExpertNetwork(nn.Module):
             return CosineClassifier(self.num_experts, dim, self.num_classes, self.scale)
         return LinearClassifier(self.num_experts, dim, self.num_classes)
 
+    @abstractmethod
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         """The trunk: images [B, in_channels, H, W] -> maps [B, C, H', W'] by name; the last one enters the branches."""
-        raise NotImplementedError
 
     def pretrained_name(self, key: str) -> str | None:
         """The name in a file of weights of the plain network for an entry of the state_dict, None where it has none."""

@@ -175,7 +175,7 @@ class _Function(torch.autograd.Function):
             return (None,) * (2 + len(needs))
         create_graph = torch.is_grad_enabled()
         if ctx.computed is not None and not create_graph and is_plain(grad_output):
-            # Given away: whoever asks a second time gets a gradient computed anew.
+            # Handed over once: a second backward computes it anew.
             computed, ctx.computed = ctx.computed, None
             if grad_output.item() != 1.0:
                 computed *= grad_output

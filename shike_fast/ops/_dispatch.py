@@ -272,7 +272,7 @@ _self_tests: dict[int, str | None] = {}  # device -> why it failed
 def _failed_self_test(index: int) -> str | None:
     """Why a kernel of the library does not run on this GPU with this driver, or None.
 
-    The library has code for some GPUs and a CUDA runtime of its own, so PyTorch may run where it does not. Tried once a
+    The library has code for some GPUs and its own CUDA runtime, so PyTorch may run where it does not. Tried once a
     device, since it waits for it; that and its allocation would spoil a CUDA graph that is being captured.
     """
     if index not in _self_tests:

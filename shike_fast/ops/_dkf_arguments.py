@@ -77,7 +77,7 @@ class DkfArguments(NamedTuple):
         return first.new_empty(shape, dtype=accumulation_dtype(first.dtype))
 
     def new_results(self, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Memory for f [K, B, C], sums [K, S, B, C], normalisers [n, 3, C] and statistics [n, 2, C].
+        """Memory for f [K, B, C], sums [K, S, B, C], mean and rstd [n, 3, C] and statistics [n, 2, C].
 
         Where it is not training, the latter two are empty.
         """

@@ -164,7 +164,7 @@ def test_a_queue_that_was_stopped_goes_on(reproduce, tmp_path, number):
     _, errors = queue.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert queue.returncode == 143
-        assert "digits-lt-short-seed0 ended with status 143; the same command goes on with it" in errors
+        assert "digits-lt-short-seed0 ended with status 143; the same command resumes it" in errors
     before = reproduce.Run(reproduce.ROWS[0], 0, runs).history()
     assert 0 < len(before) < 400
 

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from shike_fast import models, ops
+from shike_fast import methods, models, ops
+from shike_fast.data.images.augmented import AugmentedDataset
 from shike_fast.errors import CheckpointError
 from shike_fast.evaluate import main as evaluate
 from shike_fast.models import registry
@@ -168,3 +169,17 @@ def test_the_example_of_register_model():
     assert "plain_cnn" in models.list_models()
     names["logits"].sum().backward()
     assert names["model"].fine[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("base", "missing"),
+    [
+        (models.MultiExpertNetwork, "feature_maps"),
+        (models.ResidualBlock, "before_last_norm, last_norm|before_last_norm.*last_norm"),
+        (methods.Method, "loss"),
+        (AugmentedDataset, "batch"),
+    ],
+)
+def test_what_a_subclass_must_define_is_named_when_it_is_made(base, missing):
+    with pytest.raises(TypeError, match=f"abstract method.*({missing})"):
+        type("Unfinished", (base,), {})()

@@ -51,7 +51,7 @@ def jitter_draws(words: Words) -> JitterDraws:
 
 
 class ColourJitter(Operations):
-    """Scale brightness, contrast and saturation of each image by factors of its own, in an order of its own.
+    """Scale brightness, contrast and saturation of each image by its own factors, in its own order.
 
     The factors travel as the bits of float32 numbers.
     """

@@ -55,7 +55,7 @@ def read_images(path: Path, names: tuple[str, ...] | None = None) -> tuple[Liste
 
     Args:
         path: the file.
-        names: of the categories, for a file that has none of its own; None: it must have some.
+        names: of the categories, for a file that has none; None: it must have some.
 
     Returns:
         The images, and the names of the categories by id.

@@ -98,7 +98,7 @@ def parse(path: bytes) -> Place:
         part, inner = b"val", folders[1:]
     else:
         return Place(None, None, file)
-    # One form joins nested categories: apartment_building-outdoor. No category has a hyphen of its own.
+    # One form joins nested categories: apartment_building-outdoor. No category has a hyphen.
     return Place(part, b"/".join(inner).replace(b"-", b"/") or None, file)
 
 

@@ -1,5 +1,6 @@
 """What all data sets of images have in common: samples by index, augmented and normalised on any device."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from shike_fast.data.augment.batched import Augmentation, BatchedAugmentation, Normalise
 
 
-class AugmentedDataset(Dataset[tuple[Tensor, int]]):
+class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
     """Images with labels, an augmentation and a normalisation.
 
     Attributes:
@@ -64,9 +65,9 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]]):
         images, labels = self.batch(np.array([range(len(self))[index]]), seed=self.seed, epoch=0)
         return images[0], int(labels[0])
 
+    @abstractmethod
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Normalised float32 images [B, C, H, W], channels-last, and int64 labels [B].
 
         A row depends on (seed, epoch, index) alone.
         """
-        raise NotImplementedError

@@ -91,7 +91,7 @@ class ImageDataset(AugmentedDataset):
         self.strict = strict
         self.margin = margin
         self._mean = mean
-        self._broken = BrokenImages(len(labels), self.stand_in, most=len(labels))  # met by whoever has no loader
+        self._broken = BrokenImages(len(labels), self.stand_in, most=len(labels))  # used where there is no loader
 
     @property
     def stand_in(self) -> str:

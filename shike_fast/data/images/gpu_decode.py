@@ -119,7 +119,7 @@ def resize_windows(images: Sequence[Tensor], plans: Sequence[Resizing], size: in
     nothing is read back.
 
     Args:
-        images: uint8 [3, H, W] of one device, each of a size of its own.
+        images: uint8 [3, H, W] of one device, each of any size.
         plans: the windows and what becomes of them.
         size: S.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Prefetcher:
-    """Works one batch ahead in a stream of its own: each is begun before the one before it is handed out.
+    """Works one batch ahead on its own stream: each is begun before the one before it is handed out.
 
     The stream is the same in all epochs: what PyTorch keeps of the memory used in one stream serves no other.
 

@@ -26,7 +26,7 @@ from shike_fast.data.loaders import messages
 from shike_fast.errors import RunError, ShikeError
 
 _AHEAD = 2  # requests that a process has at a time: it never waits for the next one
-_HEARTBEAT = 1.0  # seconds after which whoever waits looks whether that still makes sense
+_HEARTBEAT = 1.0  # seconds after which a waiting process checks that the other side is alive
 _PATIENCE = 5.0  # seconds in which processes may end by themselves
 
 

@@ -52,9 +52,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file() and not (folder / UNFINISHED).is_file():
         raise DataError(f"{folder}: a pack without its {MANIFEST}; {AGAIN}")
     if not path.is_file():
-        raise DataError(
-            f"{folder}: an unfinished pack; repeat the command that makes it, which goes on from where it was"
-        )
+        raise DataError(f"{folder}: an unfinished pack; repeat the command that makes it, which resumes the work")
     content = _read(path)
     try:
         version = decode_json(content, dict)["version"]
