@@ -25,6 +25,7 @@ FLOORS = (
     ("data.datasets", "data.loaders"),
     ("data",),
     ("data.commands", "engine"),
+    ("_full_verification",),
     ("data.__main__", "info", "verify", "train", "evaluate", "predict"),
     ("__main__", "__init__"),
 )

@@ -197,7 +197,8 @@ def _prepare(plan: Plan, processes: distributed.Processes, profile: bool) -> Tra
     device = distributed.choose_device_of(processes, config.device)
     use_device(device)
     processes.run_on_all(lambda: check_device(config, device))
-    _verify_kernels(device, processes)
+    if ops.needs_verification(device):
+        ops.verify(device)  # of several processes on one machine the others wait for the first
     if config.download:
         processes.broadcast_from_main(lambda: load_data(config).name)  # it alone downloads to a folder that all share
     dataset = processes.run_on_all(lambda: load_data(config))
@@ -214,14 +215,6 @@ def _prepare(plan: Plan, processes: distributed.Processes, profile: bool) -> Tra
         profile=profile,
         source=plan.source,
     )
-
-
-def _verify_kernels(device: torch.device, processes: distributed.Processes) -> None:
-    """Where nothing is known of them; of several processes on one machine the others wait for the first."""
-    if ops.needs_verification(device):
-        if processes.is_main:
-            print(f"verifying kernels on {device}, once", file=sys.stderr)
-        ops.verify(device)
 
 
 def _require_same(dataset: data.LongTailData, fingerprint: str) -> None:

@@ -124,6 +124,7 @@ class Operator:
                 known = verify(device)
             proven = _verification.order(self.name, known, tensor.dtype, size)
             order = tuple(name for name in proven if name in self.backends)
+            _verification.tell_fallback(self.name, known, _verification.name_of(device), order[0])
         else:
             order = tuple(self.backends)[-1:]  # the reference
         self._orders[device, tensor.dtype, size] = order
@@ -181,19 +182,24 @@ def verify(device: torch.device | str, *, again: bool = False, seconds: float = 
         tried``), ``reason`` and ``times``.
     """
     device = torch.device(device)
-    names = [name for name, operator in OPERATORS.items() if len(operator.backends) > 1]
-    found = _verification.verify(device, names, _missing_on, again=again, seconds=seconds)
+    found = _verification.verify(device, _with_kernels(), _missing_on, again=again, seconds=seconds)
     for operator in OPERATORS.values():
         operator.forget()
     return found
 
 
 def needs_verification(device: torch.device | str) -> bool:
-    """Whether nothing is known of the device's backends, and this is a moment to find out."""
+    """Whether something of the device's backends is still unknown, and this is a moment to find out."""
     device = torch.device(device)
-    if device.type not in _verification.BACKENDS or _verification.known(device) is not None:
+    known = _verification.known(device) or {}
+    untried = _verification.unknown(known, device, _with_kernels())
+    if all(_missing_on(backend, device) is not None for backend in untried):
         return False
     return _verification.may_verify(torch.empty(0, device=device)) is None
+
+
+def _with_kernels() -> list[str]:
+    return [name for name, operator in OPERATORS.items() if len(operator.backends) > 1]
 
 
 def verdicts() -> dict[str, Verdicts]:
@@ -223,7 +229,9 @@ def _order_when_compiled(operator: str, device: torch.device, dtype: torch.dtype
     if known is None:
         _verification.tell_unknown(_verification.name_of(device), "a compiler is at work")
         return "reference"
-    return ",".join(_verification.order(operator, known, dtype, "large"))
+    order = _verification.order(operator, known, dtype, "large")
+    _verification.tell_fallback(operator, known, _verification.name_of(device), order[0])
+    return ",".join(order)
 
 
 def _cuda_build_missing(native_missing: str | None) -> str | None:

@@ -5,23 +5,18 @@ A backend that writes where it must not, crashes or hangs ends its own process; 
 
 import contextlib
 import json
-import math
 import os
-import resource
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from shike_fast.ops import _verdicts
 from shike_fast.ops._guards import PLAIN_TENSORS, is_plain
+from shike_fast.ops._process import REPORT, python, run
 from shike_fast.ops._verdicts import CRASHED, NOT_TRIED, PASSED, TIMED_OUT, Verdict, Verdicts
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # of a kind of device, besides the reference
@@ -29,14 +24,10 @@ SECONDS = 20.0  # for all operators of a backend
 CROWDED = 6  # times as long may trials on a CPU last, whose own time counts there: others may use the cores
 MARGIN = 1.25  # times as fast must be what is preferred to a backend that stands before it
 REFERENCE_MARGIN = 2.0  # and the reference: where it is nearly as fast, results shall not hang on a measurement
-COMMAND = (  # arguments follow; the search path comes first, so that the same package is tried
-    sys.executable or "python",
-    "-c",
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from shike_fast.ops._trials import main; main()",
-)
+TRIALS = python("from shike_fast.ops._trials import main; main()")
 
 _known: dict[str, Verdicts] = {}  # by device, as "cpu" or "cuda:0"
-_untold: set[str] = set()  # devices of which nothing is known and of which the user has been told
+_told: set[str] = set()  # warnings that the user has had
 _forked = False
 
 
@@ -81,20 +72,53 @@ def verify(
         seconds: for all operators of one backend.
     """
     wanted = _verdicts.machine(device)
+    names = list(operators)
     with _verdicts.alone():  # the others of one launch find what the first one found
-        found = None if again else _verdicts.load(wanted)
-        if found is None:
-            names = list(operators)
-            found = {}
-            for backend in BACKENDS.get(device.type, ()):
-                reason = missing(backend, device)
-                if reason is None:
-                    found[backend] = tried(backend, device, names, seconds=seconds)
-                else:
-                    found[backend] = {name: Verdict(NOT_TRIED, reason) for name in names}
-            _verdicts.store(wanted, found)
+        found = {} if again else dict(_verdicts.load(wanted) or {})
+        untried = unknown(found, device, names)
+        reasons = {backend: missing(backend, device) for backend in untried}
+        for backend, reason in reasons.items():
+            if reason is not None:
+                found[backend] = {
+                    **found.get(backend, {}),
+                    **dict.fromkeys(untried[backend], Verdict(NOT_TRIED, reason)),
+                }
+        if None in reasons.values():
+            with _progress(wanted["device"]):
+                for backend, left in untried.items():
+                    if reasons[backend] is None:
+                        found[backend] = {**found.get(backend, {}), **tried(backend, device, left, seconds=seconds)}
+        if untried and (failure := _verdicts.store(wanted, found)) is not None:
+            warnings.warn(
+                f"shike_fast: what verification found cannot be kept: {failure}", RuntimeWarning, stacklevel=3
+            )
     _known[name_of(device)] = found
     return found
+
+
+def unknown(verdicts: Verdicts, device: torch.device, operators: Sequence[str]) -> dict[str, list[str]]:
+    """The operators without a verdict, by backend of the device."""
+    backends = BACKENDS.get(device.type, ())
+    left = {backend: [name for name in operators if name not in verdicts.get(backend, {})] for backend in backends}
+    return {backend: names for backend, names in left.items() if names}
+
+
+@contextlib.contextmanager
+def _progress(device: str) -> Iterator[None]:
+    """A line on standard error, as it lasts a while: ``shike_fast: verifying kernels on NVIDIA H100, once: 14 s``."""
+    started = time.monotonic()
+    _say(f"shike_fast: verifying kernels on {device}, once")
+    try:
+        yield
+    finally:
+        _say(f": {time.monotonic() - started:.0f} s\n")
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # full or closed: nothing that a result depends on
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def tried(
@@ -103,7 +127,7 @@ def tried(
     operators: Sequence[str],
     *,
     seconds: float = SECONDS,
-    command: Sequence[str] | None = None,
+    program: Sequence[str] | None = None,
 ) -> dict[str, Verdict]:
     """Try operators on a backend; one that ends its process costs the others nothing but a new process."""
     on_cpu = device.type == "cpu"
@@ -111,7 +135,7 @@ def tried(
     verdicts: dict[str, Verdict] = {}
     remaining = list(operators)
     while remaining:
-        found = _process(command or COMMAND, backend, device, remaining, deadline, seconds if on_cpu else None)
+        found = _process(program or TRIALS, backend, device, remaining, deadline, seconds if on_cpu else None)
         verdicts |= found
         if not found:
             break
@@ -120,7 +144,7 @@ def tried(
 
 
 def _process(
-    command: Sequence[str],
+    program: Sequence[str],
     backend: str,
     device: torch.device,
     operators: Sequence[str],
@@ -128,65 +152,21 @@ def _process(
     processor_seconds: float | None,
 ) -> dict[str, Verdict]:
     """The verdicts up to the operator with which the process ended."""
-    with tempfile.TemporaryDirectory(prefix="shike_fast-") as folder:
-        report, errors = Path(folder) / "report", Path(folder) / "errors"
-        report.touch()
-        arguments = [json.dumps(sys.path), backend, name_of(device), str(report), *operators]
-        try:
-            with errors.open("wb") as file:
-                process = subprocess.Popen(
-                    [*command, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=file,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            return {name: Verdict(NOT_TRIED, f"no process can be started: {error}") for name in operators}
-        timed_out = False
-        try:
-            if processor_seconds is not None:
-                _limit(process.pid, processor_seconds)
-            process.wait(max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            _end(process)
-        lines = report.read_text(encoding="utf-8").splitlines()
-        last_words = errors.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2][:300]
-    timed_out = timed_out or process.returncode == -signal.SIGXCPU
-    verdicts, begun = _read(lines)
+    words = [json.dumps(sys.path), backend, name_of(device), REPORT, *operators]
+    try:
+        ended = run([*program, *words], deadline - time.monotonic(), processor_seconds=processor_seconds)
+    except OSError as error:
+        return {name: Verdict(NOT_TRIED, f"no process can be started: {error}") for name in operators}
+    verdicts, begun = _read(ended.report)
     if begun is None and len(verdicts) < len(operators):
         begun = operators[len(verdicts)], "its start"
     if begun is not None:
         name, case = begun
-        if timed_out:
-            verdicts[name] = Verdict(TIMED_OUT, f"{case}: no end within the time for this backend")
-        elif process.returncode < 0:
-            verdicts[name] = Verdict(CRASHED, f"{case}: {signal.Signals(-process.returncode).name}")
-        else:
-            verdicts[name] = Verdict(CRASHED, f"{case}: status {process.returncode}: {last_words or 'without a word'}")
-        if timed_out:
+        verdicts[name] = Verdict(TIMED_OUT if ended.timed_out else CRASHED, f"{case}: {ended.how()}")
+        if ended.timed_out:
             left = Verdict(TIMED_OUT, f"{name} took the time for this backend")
             verdicts |= {other: left for other in operators if other not in verdicts}
     return verdicts
-
-
-def _limit(pid: int, seconds: float) -> None:
-    """SIGXCPU ends a process that has used so much of the processors; elsewhere than on Linux nothing does."""
-    if sys.platform == "linux":
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
-            resource.prlimit(pid, resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the process and of all that it started."""
-    if process.poll() is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
-        process.wait()
 
 
 def _read(lines: Sequence[str]) -> tuple[dict[str, Verdict], tuple[str, str] | None]:
@@ -259,14 +239,38 @@ def may_verify(tensor: torch.Tensor) -> str | None:
 
 def tell_unknown(device: str, reason: str) -> None:
     """Say once a device that the reference runs there."""
-    if device not in _untold:
-        _untold.add(device)
-        warnings.warn(
-            f"shike_fast: the reference runs on {device}, since its kernels have not been verified there and cannot be "
-            f"now ({reason}); run python -m shike_fast.verify",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _warn_once(
+        f"shike_fast: the reference runs on {device}, since its kernels have not been verified there and cannot be now "
+        f"({reason}); run python -m shike_fast.verify"
+    )
+
+
+def tell_fallback(operator: str, verdicts: Verdicts, device: str, chosen: str) -> None:
+    """Say once which backends were wanted and did not prove themselves; none that is slower, or missing beside another.
+
+    Args:
+        operator: its name.
+        verdicts: what is known of the device.
+        device: its name.
+        chosen: the backend that runs.
+    """
+    for backend, of_ops in verdicts.items():
+        verdict = of_ops.get(operator)
+        if verdict is None or verdict.status == PASSED:
+            continue
+        if verdict.status != NOT_TRIED:
+            said = f"{operator}: {backend} {verdict.status} on {device}: {verdict.reason}; {chosen} runs"
+        elif chosen == "reference" and not any(v.status == PASSED for ops in verdicts.values() for v in ops.values()):
+            said = f"the reference runs on {device}: {backend} {verdict.status}: {verdict.reason}"
+        else:
+            continue
+        _warn_once(f"shike_fast: {said}")
+
+
+def _warn_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def describe(operator: str, verdicts: Verdicts, where: str) -> str:

@@ -34,7 +34,7 @@ def unknown(monkeypatch, tmp_path):
     """Nothing is known of any device; the folder of what is found."""
     monkeypatch.setenv("SHIKE_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(_verification, "_known", {})
-    monkeypatch.setattr(_verification, "_untold", set())
+    monkeypatch.setattr(_verification, "_told", set())
     for operator in _dispatch.OPERATORS.values():
         monkeypatch.setattr(operator, "_orders", {})
     return tmp_path / "cache"
@@ -57,7 +57,7 @@ def unknown(monkeypatch, tmp_path):
 def test_a_broken_backend_gets_its_verdict(kind, status, reason):
     """Operators before and after it are none the worse."""
     names = ["dkf_pool", "expert_cross_entropy", "balanced_softmax_loss"]
-    found = _verification.tried("cpu", CPU, names, seconds=300, command=broken(kind))
+    found = _verification.tried("cpu", CPU, names, seconds=300, program=broken(kind))
     assert set(found) == set(names)
     assert found["expert_cross_entropy"].status == status
     assert re.search(reason, found["expert_cross_entropy"].reason), found["expert_cross_entropy"].reason
@@ -67,15 +67,15 @@ def test_a_broken_backend_gets_its_verdict(kind, status, reason):
 @slow
 def test_an_endless_loop_ends():
     names = ["expert_cross_entropy", "dkt_loss"]
-    found = _verification.tried("cpu", CPU, names, seconds=8, command=broken("forever"))  # it takes 2 s to begin
-    assert found["expert_cross_entropy"] == Verdict(TIMED_OUT, "float32 3x5x7: no end within the time for this backend")
+    found = _verification.tried("cpu", CPU, names, seconds=8, program=broken("forever"))  # it takes 2 s to begin
+    assert found["expert_cross_entropy"] == Verdict(TIMED_OUT, "float32 3x5x7: no end within its time")
     assert found["dkt_loss"] == Verdict(TIMED_OUT, "expert_cross_entropy took the time for this backend")
 
 
 def test_a_process_that_cannot_begin():
-    (verdict,) = _verification.tried("cpu", CPU, ["dkt_loss"], command=["/no/such/program"]).values()
+    (verdict,) = _verification.tried("cpu", CPU, ["dkt_loss"], program=["/no/such/program"]).values()
     assert verdict.status == NOT_TRIED and verdict.reason.startswith("no process can be started: ")
-    (verdict,) = _verification.tried("cpu", CPU, ["dkt_loss"], command=[sys.executable, "-c", "1 / 0"]).values()
+    (verdict,) = _verification.tried("cpu", CPU, ["dkt_loss"], program=[sys.executable, "-c", "1 / 0"]).values()
     assert verdict == Verdict(CRASHED, "its start: status 1: ZeroDivisionError: division by zero")
 
 
@@ -107,8 +107,12 @@ def test_the_first_call_finds_out_and_the_next_ones_know(unknown, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["wrong", "segmentation fault"])
 def test_the_reference_runs_in_place_of_a_broken_backend(unknown, monkeypatch, kind):
-    monkeypatch.setattr(_verification, "COMMAND", broken(kind))
-    assert ops.expert_cross_entropy(LOGITS, TARGET).item() == pytest.approx(2 * 1.3862944)
+    monkeypatch.setattr(_verification, "TRIALS", broken(kind))
+    with pytest.warns(RuntimeWarning, match=r"expert_cross_entropy: cpu (failed|crashed) on cpu: .*; reference runs"):
+        assert ops.expert_cross_entropy(LOGITS, TARGET).item() == pytest.approx(2 * 1.3862944)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        ops.expert_cross_entropy(LOGITS.bfloat16(), TARGET)
     assert _dispatch.OPERATORS["expert_cross_entropy"].choose(None, LOGITS, TARGET) == "reference"
     assert _dispatch.OPERATORS["dkt_loss"].choose(None, LOGITS, TARGET) == "cpu"
     (line,) = [line for line in ops.what_runs("cpu") if line.startswith("expert_cross_entropy: ")]
@@ -138,20 +142,47 @@ def test_a_compiler_meets_the_reference_until_something_is_known(unknown):
     assert torch.isfinite(first)
 
 
-def test_two_processes_of_a_launch_try_once(unknown, programs, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "verdict"),
+    [
+        ("wrong", "failed"),
+        *(
+            pytest.param(kind, verdict, marks=slow)
+            for kind, verdict in (
+                ("nan", "failed"),
+                ("not deterministic", "failed"),
+                ("past the end", "failed"),
+                ("segmentation fault", "crashed"),
+                ("exit", "crashed"),
+                ("forever", "timed out"),
+                ("out of memory", "not tried"),
+                ("exception", "failed"),
+            )
+        ),
+    ],
+)
+def test_two_processes_of_a_launch_try_once(unknown, programs, tmp_path, kind, verdict):
     counted = tmp_path / "counted.py"
     counted.write_text(f"open({str(tmp_path / 'count')!r}, 'a').write('x')\nexec(open({str(BROKEN)!r}).read())\n")
     code = (
         "import sys, torch\nfrom shike_fast import ops\nfrom shike_fast.ops import _verification\n"
-        f"_verification.COMMAND = [sys.executable, {str(counted)!r}, 'wrong']\n_verification.SECONDS = 300\n"
-        "ops.dkt_loss(torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64))\nprint(*ops.what_runs('cpu'), sep='\\n')"
+        f"_verification.TRIALS = [sys.executable, {str(counted)!r}, {kind!r}]\n"
+        f"ops.verify('cpu', seconds={8 if kind == 'forever' else 300})\n"
+        "loss = ops.expert_cross_entropy(torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64))\n"
+        "assert abs(loss.item() - 2 * 1.3862944) < 1e-5\nprint(*ops.what_runs('cpu'), sep='\\n')"
     )
     both = [programs.start([sys.executable, "-c", code]) for _ in range(2)]
     for done in map(programs.finish, both):
         assert done.returncode == 0, done.stderr
-        assert "expert_cross_entropy: reference (cpu failed: float32 3x5x7: gradients" in done.stdout
-        assert "dkt_loss: cpu (verified on this CPU, " in done.stdout
-    assert (tmp_path / "count").read_text() == "x"
+        if verdict == "not tried":  # which is not kept: only the process that tried knows why
+            assert "expert_cross_entropy: reference (" in done.stdout
+        else:
+            assert re.search(rf"^expert_cross_entropy: reference \(cpu {verdict}: .+\)$", done.stdout, re.MULTILINE)
+            assert f"RuntimeWarning: shike_fast: expert_cross_entropy: cpu {verdict} on cpu: " in done.stderr
+        if kind != "forever":
+            assert "dkt_loss: cpu (verified on this CPU, " in done.stdout
+    processes = {"segmentation fault": 2, "exit": 2, "out of memory": 2}  # where one more tries what is left
+    assert len((tmp_path / "count").read_text()) == processes.get(kind, 1)
 
 
 @pytest.mark.slow
@@ -217,9 +248,34 @@ def test_what_is_stored_is_loaded(unknown, verdicts):
     assert [path.name for path in unknown.iterdir()] == ["verdicts.json"]
 
 
-def test_what_could_not_be_tried_is_tried_another_time(unknown):
-    _verdicts.store({"device": "one"}, {"cuda": {"dkt_loss": Verdict(NOT_TRIED, "no memory")}})
-    assert _verdicts.load({"device": "one"}) == {"cuda": {}}
+def test_what_could_not_be_tried_is_tried_another_time(unknown, monkeypatch):
+    tried = []
+
+    def trial(backend, device, operators, **_):
+        tried.append(list(operators))
+        return {op: Verdict(NOT_TRIED, "no memory") if op == "dkf_pool" else passed(1.0, 2.0) for op in operators}
+
+    monkeypatch.setattr(_verification, "tried", trial)
+    found = ops.verify("cpu")
+    assert found["cpu"]["dkf_pool"] == Verdict(NOT_TRIED, "no memory")
+    assert "dkf_pool" not in _verdicts.load(_verdicts.machine(CPU))["cpu"]
+    assert not ops.needs_verification("cpu")
+    _verification._known.clear()  # another process
+    assert ops.needs_verification("cpu")
+    assert ops.verify("cpu")["cpu"]["dkt_loss"] == passed(1.0, 2.0)
+    assert tried == [list(found["cpu"]), ["dkf_pool"]]
+
+
+def test_a_backend_that_is_missing_is_not_asked_for_again_and_again(unknown, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_missing_on", lambda *_: "the compiled library is missing")
+    assert not ops.needs_verification("cpu")
+    with pytest.warns(
+        RuntimeWarning, match="the reference runs on cpu: cpu not tried: the compiled library is missing"
+    ):
+        ops.dkt_loss(LOGITS, TARGET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.dkf_pool(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
 
 
 def test_old_machines_are_forgotten(unknown):
@@ -264,6 +320,9 @@ def test_a_folder_that_cannot_be_made_is_no_error(unknown, verdicts, monkeypatch
     assert _verdicts.store({"device": "one"}, verdicts)
     with _verdicts.alone():
         assert unknown.is_file()
+    monkeypatch.setattr(_verification, "tried", lambda *_, **__: verdicts["cpu"])
+    with pytest.warns(RuntimeWarning, match="what verification found cannot be kept: "):
+        assert ops.verify("cpu")["cpu"] == verdicts["cpu"]
 
 
 def test_every_part_of_the_key_counts():
