@@ -23,6 +23,7 @@ import torch
 from shike_fast import ops
 from shike_fast._full_verification import PARTS, run_parts
 from shike_fast._util.cli import ArgumentParser, choose_device, run_command
+from shike_fast._util.files import atomic_write
 from shike_fast.errors import ConfigError
 from shike_fast.ops._verdicts import CRASHED, FAILED, TIMED_OUT, Verdict, Verdicts, machine, plain, verdict_file
 
@@ -35,7 +36,7 @@ def make_parser() -> ArgumentParser:
     add("--again", action="store_true", help="try what is known already, too")
     add("--seconds", type=float, default=20.0, metavar="S", help="for all operators of a backend (default 20)")
     add("--full", nargs="*", metavar="PART", help=f"all parts, or some: {', '.join(PARTS)}")
-    add("--output-dir", type=Path, metavar="DIR", help="of --full: keep what the parts print (default: verification)")
+    add("--output-dir", type=Path, metavar="DIR", help="of --full: for all that it finds (default: verification)")
     add("--json", action="store_true", help="print one JSON object, to attach to a report")
     return parser
 
@@ -68,12 +69,14 @@ def _verify(arguments: dict[str, Any]) -> int:
     if not as_json:
         print(f"kept in {verdict_file()}")
     if parts is not None:
+        folder = arguments["output_dir"] or Path("verification")
         report["parts"] = []
-        for part in run_parts(parts, devices, arguments["output_dir"] or Path("verification"), arguments["seconds"]):
+        for part in run_parts(parts, devices, folder, arguments["seconds"]):
             report["parts"].append(part._asdict())
             statuses.add(part.status)
             if not as_json:
                 print(part.text(), flush=True)
+            atomic_write(folder / "verification.json", json.dumps(report, indent=2).encode())
     if as_json:
         print(json.dumps(report, indent=2))
     return 1 if statuses & {FAILED, CRASHED, TIMED_OUT} else 0
