@@ -1,6 +1,6 @@
 // What the CUDA kernels of depth-wise knowledge fusion share. Their bodies are sequences of steps that all threads of a
-// block take, with a barrier after each; `Team` runs the steps: BlockTeam on the device, a loop over threads in
-// cuda_emulation.cpp. A step keeps what it needs later in its thread's state or in the team's shared memory.
+// block take, with a barrier after each. A step keeps what it needs later in its thread's state or in the shared memory
+// of its team.
 #pragma once
 
 #include <cstdint>

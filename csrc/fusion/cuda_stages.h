@@ -1,5 +1,4 @@
-// The launches of each call of depth-wise knowledge fusion. `Run` makes them: on a device (cuda_launch.cu), or one
-// block and one thread after another on the CPU (cuda_emulation.cpp).
+// The launches of each call of depth-wise knowledge fusion. `Run` makes them (cuda_launch.cu).
 #pragma once
 
 #include <cstddef>
