@@ -79,13 +79,13 @@ def _levels(devices: Sequence[torch.device], seconds: float) -> Iterator[Part]:
     """The instruction sets that the kernels do not use by themselves here."""
     if all(device.type != "cpu" for device in devices) or native_error() is not None:
         return
-    device, library = torch.device("cpu"), native()
+    device = torch.device("cpu")
+    library = native()
     for level in library.cpu_levels():
         if level == library.cpu_level():
             continue
         started = time.monotonic()
-        choice = f"from shike_fast.ops._native import native; native().set_cpu_level({level!r})"
-        program = python(f"{choice}; from shike_fast.ops._trials import main; main()")
+        program = python(f"from shike_fast.ops._trials import main; main({level!r})")
         found = tried("cpu", device, list(ops.verify(device)["cpu"]), seconds=seconds, program=program)
         bad = [(op, verdict) for op, verdict in found.items() if verdict.status != PASSED]
         reason = "; ".join(f"{op} {verdict.status}: {verdict.reason}" for op, verdict in bad)

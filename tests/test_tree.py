@@ -120,6 +120,13 @@ def test_losses_and_fusion_share_only_what_is_common(folder):
             assert set(pattern.findall(path.read_text(encoding="utf-8"))) <= {"common", room}, path
 
 
+def test_csrc_emulates_nothing():
+    """Kernels are run by the tests (tests/ptx), and what only tests need is built by them (tests/csrc)."""
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if "emulat" in path.name + path.read_text(encoding="utf-8")]
+
+
 def test_no_file_is_long():
     files = [path for suffix in ("py", "h", "cpp", "cu") for path in ROOT.glob(f"*/**/*.{suffix}")]
     parts = ("csrc", "kernels", PACKAGE, "tests", "benchmarks")

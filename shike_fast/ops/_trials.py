@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shike_fast._util.resources import is_out_of_memory
+from shike_fast.ops._native import native
 from shike_fast.ops._timings import timed
 from shike_fast.ops._trial_cases import CASES, Case
 
@@ -37,8 +38,10 @@ class Failure(Exception):
     """What is wrong, in one clause."""
 
 
-def main() -> None:
-    """Try the operators that the command line names."""
+def main(cpu_level: str | None = None) -> None:
+    """Try the operators that the command line names, on an instruction set of the CPU or on the one in use."""
+    if cpu_level is not None:
+        native().set_cpu_level(cpu_level)
     backend, device, report, *names = sys.argv[1:]
     _die_with_the_parent()
     if device == "cpu":

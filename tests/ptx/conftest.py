@@ -5,44 +5,33 @@ the last bits of approximate instructions, time, warps that diverge and never me
 warp in shared memory, streams and graphs, AMD's GPUs.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compiling import build_library, build_ptx
 from programs import Programs
+from shared import shared_folder
 
 HERE = Path(__file__).parent
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process of the session at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @pytest.fixture(scope="session")
 def ptx_build(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``ptx_build("90")``: the folder with the library and, beside others, the PTX for this architecture."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "ptx"
 
     def build(architecture: str) -> Path:
         if NVCC is None:
             pytest.skip("needs nvcc")
-        with _locked(folder.with_suffix(".lock")):
+        with shared_folder(tmp_path_factory, "ptx") as folder:
             if not (folder / "built").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder)
                 folder.mkdir()
                 build_library(folder, programs.run, NVCC)
                 (folder / "built").touch()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import BOUND, DTYPES, Outcome, strided, summary
-from host import Order, cuda, ops
+from host import Order, cuda, native_loss, ops
 from torch import Tensor
 
 Logits = Tensor | list[Tensor]
@@ -29,6 +29,9 @@ ORDERS = {
     "descending alone": Order("descending", alone=True),
     "random alone": Order("random", alone=True, seed=8),
 }
+
+
+BATCH_MEAN = (1.0, 1.0, 0.0, -30.0, False)  # options of dkt_forward: both weights, teacher's and student's target
 
 
 class LossCase(NamedTuple):
@@ -214,11 +217,81 @@ def run_all(cases: Iterable[LossCase], ulps: int = 0) -> dict[str, Any]:
     return summary({str(tuple(case)): run(case, ulps) for case in cases})
 
 
+# ---- the hardest negative
+
+
+def difficult_rows() -> dict[str, tuple[Tensor, Tensor, int]]:
+    """Logits of three experts, targets and multiprocessors."""
+    torch.manual_seed(0)
+    found = {}
+    pairs = [(5, 2999), (1023, 1024), (7, 8), (40, 2048), (255, 2600)]
+    for classes, processors in ((3000, 132), (3000, 1), (20011, 2000)):
+        z = torch.zeros(3, len(pairs), classes)
+        for row, (low, high) in enumerate(pairs):
+            z[:, row, [low, high * classes // 3000]] = 2.0
+            z[1:, row, low] += torch.tensor([1.0, -1.0])  # other logits, the same sum
+        found[f"ties of {classes} classes, {processors}"] = z, torch.zeros(len(pairs), dtype=torch.int64), processors
+    for scale in (1e-3, 1.0, 30.0, 1e4):
+        z, target = torch.randn(3, 4, 1501), torch.tensor([0, 700, 1500, 3])
+        z[:, 0, 900] += 8.0
+        z[:, 1, 700] += 8.0  # the target
+        z[:, 2] = z[:, 2] * 0.1 + torch.linspace(0, 4, 1501)  # every chunk moves the maxima and replaces the negative
+        z[:, 3] = 1.0
+        found[f"one class above all, a ramp, equal ones, times {scale}"] = z * scale, target, 132
+    return found
+
+
+def hardest_negatives() -> dict[str, Outcome]:
+    """Saved are the largest logits and the hardest negative, the lowest of tied classes, both exactly."""
+    outcomes = {}
+    for name, (z, target, processors) in difficult_rows().items():
+        outcome = outcomes[name] = Outcome()
+        with cuda(processors) as device:
+            _, terms, saved = native_loss.dkt_forward([z], target, None, *BATCH_MEAN)
+            gradient = native_loss.dkt_backward(torch.ones(()), [z], target, None, saved, *BATCH_MEAN)
+        outcome.seen("lockstep", device)
+        places = target.view(1, -1, 1)
+        maxima = z.scatter(2, places.expand(3, -1, 1), -torch.inf).amax(2)
+        total = (z[0] + z[1] + z[2]).scatter(1, places[0], -torch.inf)
+        outcome.same("maxima", saved[:, :3], maxima.T)
+        outcome.same("hardest negative", saved[:, -1], torch.from_numpy(total.numpy().argmax(1)).float())
+        options = {"hardest_weight": 1.0, "mutual_weight": 1.0, "kl_reduction": "batchmean", "return_terms": True}
+        exact = evaluate("dkt", z.double(), target, 1.0, "reference", **options)
+        assert exact.terms is not None
+        rounding = 24 * 2.0**-23 * (z.abs().max().item() + 30)  # of a log-probability: that of its logits
+        outcome.within(
+            "terms", ((terms.double() - exact.terms).abs() - 4e-6 * exact.terms.abs()).max().item(), rounding
+        )
+        largest = exact.gradient.abs().max().item()
+        allowed = (2 * rounding + 4e-6 * largest) / len(target)
+        outcome.within("gradient", (gradient.double() - exact.gradient).abs().max().item(), allowed)
+    return outcomes
+
+
+def terms_that_are_off() -> dict[str, Outcome]:
+    """They are zero, and a class that no expert may choose does no harm."""
+    outcomes = {}
+    for name, masked in (("finite", 0.0), ("a logit of minus infinity", -torch.inf)):
+        outcome = outcomes[f"terms that are off, {name}"] = Outcome()
+        torch.manual_seed(0)
+        z, target = torch.randn(3, 2, 100), torch.tensor([1, 99])
+        z[0, :, 5] += masked
+        with cuda() as device:
+            _, terms, saved = native_loss.dkt_forward([z], target, None, 0.0, 0.0, *BATCH_MEAN[2:])
+        outcome.seen("lockstep", device)
+        exact = evaluate("cross-entropy", z.double(), target, 1.0, "reference")
+        outcome.within("cross-entropy", abs(terms[0].item() - exact.loss.item()), 1e-5 * exact.loss.item())
+        if masked == 0.0:
+            outcome.same("divergences", terms[1:], torch.zeros(2))
+            outcome.within("saved, not finite", float((~saved.isfinite()).sum()), 0.0)
+    return outcomes
+
+
 # ---- what the tests ask for
 
 
 def quick() -> dict[str, Any]:
-    """Every number of experts, dtype, layout and kind of values; rows of one block and of several."""
+    """Every number of experts, dtype, layout and kind of values; rows of one block and of several; difficult rows."""
     layouts, values, dtypes = (itertools.cycle(names) for names in (LAYOUTS, VALUES[1:], DTYPES))
     cases = []
     for experts in range(1, 9):
@@ -230,7 +303,8 @@ def quick() -> dict[str, Any]:
     cases.append(
         LossCase("cross-entropy", 2, 1, 33000, "f32", "list, unaligned", "normal", 2000, ("descending alone",))
     )
-    return run_all(cases)
+    outcomes = {str(tuple(case)): run(case) for case in cases}
+    return summary(outcomes | hardest_negatives() | terms_that_are_off())
 
 
 def matrix(experts: int, seed: int) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from common import BOUND, DTYPES, Outcome, error, faults, summary
+from disturbances import DISTURBANCES
 from host import BASE, SIZE, STATE, compiled, cuda, library, native_dkf, native_loss, ops
 from loss_cases import evaluate
 from torch import Tensor
+from torch.nn.functional import batch_norm
 
 DKT_OPTIONS = (10.0, 1.0, 0.0, -30.0, False)  # hardest and mutual weight, teacher's and student's target, detached
 
@@ -38,9 +40,27 @@ def traps() -> dict[str, Any]:
     return found
 
 
+def refusal() -> str:
+    """The message where maps are in float64."""
+    with cuda():
+        try:
+            native_dkf.dkf_statistics([torch.zeros(16, 24, 7, 7, dtype=torch.float64)])
+        except RuntimeError as failure:
+            return str(failure)
+    return "nothing was raised"
+
+
 def quick() -> dict[str, Any]:
     """What needs little time."""
-    return {"self test": self_test(), "traps": traps(), "variances": variances([[1, 56, 26, 27]])}
+    return {
+        "self test": self_test(),
+        "traps": traps(),
+        "refusal": refusal(),
+        "variances": variances([[1, 56, 26, 27]], ["none", "the first value of each sample"])
+        | variances([[8, 16, 14, 14]], [*DISTURBANCES]),
+        "features": features([8, 16, 14, 14], 4),
+        "maps": summary(constant_channels() | followed() | not_a_number()),
+    }
 
 
 def factors() -> dict[str, Any]:
@@ -113,19 +133,102 @@ def variance_errors(maps: Tensor, processors: int = 132) -> tuple[float, float]:
     return of_variance.max().item() / eps, of_mean.max().item() / eps
 
 
-def variances(shapes: list[list[int]]) -> dict[str, list[float]]:
-    """The errors of random maps, and of maps with a first value 30 standard deviations away, as at a padded border."""
+def variances(shapes: list[list[int]], disturbances: list[str]) -> dict[str, list[float]]:
+    """The errors of random maps, and of those to which something was done."""
     found = {}
     for shape in shapes:
         for name, dtype in (("f32", torch.float32), ("f16", torch.float16)):
             for layout in (torch.contiguous_format, torch.channels_last):
-                for outlier in (0.0, 30.0):
+                for disturbance in disturbances:
                     torch.manual_seed(1)
                     maps = torch.randn(shape).mul(1.16)
-                    maps[:, :, 0, 0] += outlier
+                    DISTURBANCES[disturbance](maps)
                     errors = variance_errors(maps.to(dtype).contiguous(memory_format=layout))
-                    found[f"{name} {shape} {layout} outlier {outlier}"] = [*errors]
+                    found[f"{name} {shape} {layout} {disturbance}"] = [*errors]
     return found
+
+
+def forward_of(
+    maps: list[Tensor], relu: bool = False, bias: Tensor | None = None, processors: int = 4
+) -> tuple[cuda, list[Tensor]]:
+    """One expert's deep and shallow map and, folded, its shortcut: f, sums, mean and rstd in training."""
+    norms = len(maps) - 1
+    arguments = native_dkf.DkfArguments([maps[0]], [maps[1]], maps[2:], [None] * norms, [bias] * norms, [relu])
+    with cuda(processors) as device:
+        results = native_dkf.dkf_forward(arguments, None, [1e-5] * norms, [], [0.1] * norms)
+    return device, [*results]
+
+
+def features(shape: list[int], processors: int) -> dict[str, list[float]]:
+    """Of the one-reading form: squared errors relative to eager PyTorch's; in all, the largest, the worst sample's."""
+    found = {}
+    for name, disturb in DISTURBANCES.items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(1)
+            deep, shallow = torch.rand(shape), torch.randn(shape)
+            disturb(shallow)
+            product = deep.double() * batch_norm(shallow.double(), None, None, training=True)
+            eager = (deep * batch_norm(shallow, None, None, training=True)).mean((2, 3))  # NCHW, the more exact
+            device, (f, *_) = forward_of(
+                [each.contiguous(memory_format=layout) for each in (deep, shallow)], processors=processors
+            )
+            size = product.abs().mean((2, 3))
+            mine, usual = (((x.double() - product.mean((2, 3))) / size).square() for x in (f[0], eager))
+            assert not faults(device), faults(device)
+            ratios = mine.mean() / usual.mean(), mine.max() / usual.max(), (mine.mean(1) / usual.mean(1)).max()
+            found[f"{name} {layout}"] = [ratio.item() for ratio in ratios]
+    return found
+
+
+def constant_channels() -> dict[str, Outcome]:
+    """Their mean is exact, and their variance is 0."""
+    outcomes = {}
+    for value in (0.0, 0.1, 1e4):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            outcome = outcomes[f"all are {value}, {layout}"] = Outcome()
+            deep, shallow = torch.randn(4, 24, 7, 7), torch.full((4, 24, 7, 7), value)
+            maps = [each.contiguous(memory_format=layout) for each in (deep, shallow)]
+            with cuda(4) as device:
+                statistics = native_dkf.dkf_statistics(maps[1:])[0]
+            outcome.seen("statistics", device)
+            expected = torch.tensor([value, 0.0, 0.0])[:, None].expand(3, 24)
+            outcome.within("statistics", (statistics - expected).abs().max().item(), 0.0)
+            device, (f, *_) = forward_of(maps, bias=torch.ones(24))
+            outcome.seen("forward", device)
+            outcome.within("f", error(f[0], deep.mean((2, 3))), 1e-5)
+    return outcomes
+
+
+def followed() -> dict[str, Outcome]:
+    """A map that the features follow: d(weight) is large then, and cancels all but eps of the map's gradient."""
+    outcome = Outcome()
+    shallow = (torch.randn(16, 24, 7, 7) + 1e4).contiguous(memory_format=torch.channels_last)
+    arguments = native_dkf.DkfArguments([shallow - 1e4], [shallow], [], [None], [None], [False])
+    with cuda(4) as device:
+        _, sums, mean_rstd, _ = native_dkf.dkf_forward(arguments, None, [1e-5], [], [0.1])
+        vectors = native_dkf.dkf_vector_gradients(arguments, torch.ones(1, 16, 24), sums)
+        gradients = native_dkf.dkf_map_gradients(arguments, torch.ones(1, 16, 24), mean_rstd, vectors, 1 / (16 * 49))
+    outcome.seen("lockstep", device)
+    leaf = shallow.double().requires_grad_()
+    f = ((leaf.detach() - 1e4) * batch_norm(leaf, None, None, training=True)).mean((2, 3))
+    (expected,) = torch.autograd.grad(f.sum(), [leaf])
+    outcome.within("gradient", (gradients[1] - expected).abs().max().item(), 2e-5 / 49)
+    return {"features that follow a map": outcome}
+
+
+def not_a_number() -> dict[str, Outcome]:
+    """It shows in the feature of its sample and channel, and in no other channel."""
+    outcomes = {}
+    for kind, count, relu in (("no ReLU", 2, False), ("ReLU", 2, True), ("folded", 3, True)):
+        outcome = outcomes[f"NaN, {kind}"] = Outcome()
+        maps = [torch.randn(4, 24, 7, 7).contiguous(memory_format=torch.channels_last) for _ in range(count)]
+        maps[1][2, 5, 0, 0] = torch.nan
+        device, (f, *_) = forward_of(maps, relu)
+        outcome.seen("lockstep", device)
+        others = [channel for channel in range(24) if channel != 5]
+        outcome.within("hidden", float(~f[0, 2, 5].isnan()), 0.0)
+        outcome.within("spread", float((~f[0, :, others].isfinite()).sum()), 0.0)
+    return outcomes
 
 
 def many_statistics() -> dict[str, Any]:
