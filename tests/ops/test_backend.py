@@ -1,5 +1,7 @@
 """Choice among backends, with implementations registered for the test only."""
 
+import contextlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -54,12 +56,21 @@ def test_the_order_of_registration_does_not_matter(registry):
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 2.0
 
 
-@pytest.mark.parametrize("verdict", [None, Verdict(FAILED, "wrong"), Verdict(NOT_TRIED, "no GPU")])
-def test_a_backend_that_has_not_passed_runs_only_by_name(registry, monkeypatch, verdict):
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (None, None),
+        (Verdict(FAILED, "wrong"), "expert_cross_entropy: triton failed on cpu: wrong; reference runs"),
+        (Verdict(NOT_TRIED, "no GPU"), "the reference runs on cpu: triton not tried: no GPU"),
+    ],
+)
+def test_a_backend_that_has_not_passed_runs_only_by_name(registry, monkeypatch, verdict, said):
+    monkeypatch.setattr(_verification, "_told", set())
     known = {"triton": {} if verdict is None else {"expert_cross_entropy": verdict}}
     monkeypatch.setitem(_verification._known, "cpu", known)
     registry["expert_cross_entropy"].add("triton", result(1.0))
-    assert ops.expert_cross_entropy(LOGITS, TARGET).item() != 1.0
+    with contextlib.nullcontext() if said is None else pytest.warns(RuntimeWarning, match=re.escape(said)):
+        assert ops.expert_cross_entropy(LOGITS, TARGET).item() != 1.0
     assert ops.expert_cross_entropy(LOGITS, TARGET, backend="triton").item() == 1.0
 
 
