@@ -1,6 +1,5 @@
 """Builds what the interpreter runs: PTX, and the library's host code on a CUDA runtime without a GPU."""
 
-import itertools
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
@@ -16,12 +15,10 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = {"losses": "losses/cuda_launch.cu", "fusion": "fusion/cuda_launch.cu", "common": "common/device.cu"}
 # Without the CPU kernels: nobody calls them, and the functions that would are found only when they are called.
+# In two files, for the headers and templates of pybind11 take most of the time; the two bindings use the same names.
 HOST = (
-    "common/arguments.cpp",
-    "common/bindings.cpp",
-    "common/device.cpp",
-    "losses/bindings.cpp",
-    "fusion/bindings.cpp",
+    ("common/arguments.cpp", "common/bindings.cpp", "common/device.cpp", "losses/bindings.cpp"),
+    ("fusion/bindings.cpp",),
 )
 CONFIGURATION = f"""#pragma once
 #define SHIKE_WITH_CUDA 1
@@ -30,6 +27,14 @@ namespace shike::build {{
 inline constexpr char kVersion[] = "{__version__}", kCompiler[] = "", kFlags[] = "", kOpenMp[] = "", kBuildType[] = "",
                       kCudaVersion[] = "", kCudaArchitectures[] = "", kCudaFlags[] = "", kCudaReason[] = "";
 }}
+"""
+# SHIKE_BINDINGS of csrc/common/module.h gives these two names once a file.
+_PART = """\
+#define shike_bindings shike_bindings_{number}
+#define shike_registration shike_registration_{number}
+#include "{source}"
+#undef shike_bindings
+#undef shike_registration
 """
 Run = Callable[[Iterable[object]], CompletedProcess]
 
@@ -56,10 +61,12 @@ def build_library(folder: Path, run: Run, nvcc: str) -> None:
         objects.append(folder / f"{room}.cu.o")
         command = [*_nvcc(nvcc, "90"), *_includes(folder), "--keep", "--keep-dir", keep, "-c", CSRC / source]
         commands.append([*command, "-o", objects[-1]])
-    for number, source in zip(itertools.count(), HOST, strict=False):
-        objects.append(folder / f"{number}.o")
-        flags = ["-std=c++17", "-O0", "-w", "-fPIC", "-fvisibility=hidden"]
-        commands.append(["g++", *flags, *_includes(folder), "-c", CSRC / source, "-o", objects[-1]])
+    flags = ["-std=c++17", "-O0", "-w", "-fPIC", "-fvisibility=hidden", *_includes(folder)]
+    for sources in HOST:
+        file = folder / sources[-1].replace("/", "_")
+        file.write_text("".join(_PART.format(source=source, number=number) for number, source in enumerate(sources)))
+        objects.append(file.with_suffix(".o"))
+        commands.append(["g++", *flags, "-c", file, "-o", objects[-1]])
     commands.append(
         ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", HERE / "fakecuda.c", "-o", fake, "-lpthread"]
     )
