@@ -310,7 +310,7 @@ def quick() -> dict[str, Any]:
 def matrix(experts: int, seed: int) -> dict[str, Any]:
     random = Random(1000 * seed + experts)
     cases = []
-    for batch, classes in itertools.product((1, 2, 3, 33), (2, 3, 7, 10, 100, 101, 365, 1000)):
+    for batch, classes in itertools.product((1, 3, 33), (2, 3, 7, 10, 100, 101, 365, 1000)):
         for dtype, op in itertools.product(DTYPES, ("dkt", random.choice(["cross-entropy", "balanced"]))):
             orders = (random.choice([*ORDERS]),) if random.random() < 0.25 else ()
             shape = op, experts, batch, classes, dtype, random.choice(LAYOUTS), random.choice(VALUES)

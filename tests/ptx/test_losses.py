@@ -28,13 +28,13 @@ def test_matrix(interpreted, experts):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "100"])
 def test_other_architectures(interpreted, architecture):
-    check(interpreted("loss_cases", "sample", architecture=architecture, count=120, seed=int(architecture)))
+    check(interpreted("loss_cases", "sample", architecture=architecture, count=80, seed=int(architecture)))
 
 
 @pytest.mark.slow
 def test_approximate_instructions_may_be_off(interpreted):
     """By two units in the last place, as a device's may be."""
-    check(interpreted("loss_cases", "sample", count=120, seed=2, ulps=2))
+    check(interpreted("loss_cases", "sample", count=80, seed=2, ulps=2))
 
 
 @pytest.mark.slow
