@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
+import measured_on
 import peer
 import torch
 
@@ -129,7 +129,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": machine.commit(),
+        "commit": measured_on.commit(),
         "cpu_seconds": seconds,
         "paths": {
             path: {measure: summary([row[measure] for row in rows[path]]) for measure in measured} for path in rows

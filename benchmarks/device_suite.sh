@@ -5,9 +5,7 @@
 #
 # FOLDER (default: device-results) receives all results. The parts, all by default, one after the other:
 #
-#     tests       the device tests without Triton's
-#     sanitizer   the memory checkers, on this library's kernels alone
-#     triton      Triton's device tests, which mostly compile
+#     trials, timings, tests, sanitizer, triton   those of `python -m shike_fast.verify --full`
 #     benchmarks  the benchmarks of the operators; Triton compiles there too
 #     training    the benchmarks of whole training steps, of the experts' last stages and of image loading; torch.compile
 #                 works there
@@ -22,7 +20,7 @@ results=$(mkdir -p "${1:-device-results}" && cd "${1:-device-results}" && pwd) |
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-python3}
 shift
-parts=${*:-tests sanitizer triton benchmarks training}
+parts=${*:-trials timings tests sanitizer triton benchmarks training}
 budget=470  # seconds of a part
 failed=0
 : >"$results/summary.txt"
@@ -39,15 +37,6 @@ step() {
     [[ $status -eq 0 ]] || failed=1
 }
 
-# Only kernels whose names contain "shike" are watched: the others would take most of the time, and are not ours.
-sanitize() {
-    local tool=$1 dtype=$2
-    shift 2
-    step "compute-sanitizer $tool, $dtype" 150 sanitizer.txt \
-        compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=shike "$@" \
-        "$python" benchmarks/device_smoke.py cuda cuda "$dtype"
-}
-
 build() {
     step "devices" 30 info.txt nvidia-smi
     step "PyTorch sees a GPU" 60 info.txt "$python" -c "import torch; print(torch.zeros(1, device='cuda').device)"
@@ -61,11 +50,9 @@ benchmark() {
         --benchmark-json="$results/$name.json"
 }
 
-device_tests() {
-    local name=$1 limit=$2
-    shift 2
-    step "$name" "$limit" tests.txt "$python" -m pytest -n 0 -m gpu tests -q -o timeout=200 --durations=15 \
-        --junitxml="$results/${name// /_}.xml" "$@"
+verify() {
+    step "verify --full $1" 460 verify.txt "$python" -m shike_fast.verify --full "$1" --device cuda --seconds 60 \
+        --output-dir "$results/$1"
 }
 
 for part in $parts; do
@@ -73,21 +60,7 @@ for part in $parts; do
     printf '\n##### %s\n' "$part" | tee -a "$results/summary.txt"
     build
     case $part in
-    tests)
-        device_tests "device tests" 420 -k "not triton"
-        ;;
-    sanitizer)
-        if command -v compute-sanitizer >/dev/null; then
-            sanitize memcheck float32 --leak-check no
-            sanitize racecheck bfloat16
-            sanitize synccheck bfloat16
-            sanitize initcheck float16
-        else
-            printf '%-40s not run: compute-sanitizer is not on PATH\n' "memory checkers" | tee -a "$results/summary.txt"
-            failed=1
-        fi
-        ;;
-    triton) device_tests "Triton tests" 420 -k triton ;;
+    trials | timings | tests | sanitizer | triton) verify "$part" ;;
     benchmarks)
         for file in benchmarks/bench_*.py; do
             name=$(basename "$file" .py)

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shike_fast.ops._dispatch import unverified
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "records" / "benchmarks.md"
 INTRODUCTION = """\
@@ -42,27 +40,21 @@ def main() -> None:
 
 def document() -> str:
     """The whole text of docs/records/benchmarks.md."""
-    parts = [INTRODUCTION, "\n".join(_verification())]
-    parts += ["\n".join(_run(json.loads(path.read_text(encoding="utf-8")))) for path in sorted(RESULTS.glob("*.json"))]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    parts = [INTRODUCTION, "\n".join(_devices(runs)), *("\n".join(_run(run)) for run in runs)]
     for path in sorted((RESULTS / "fast_against_plain").glob("*.json")):
         parts.append("\n".join(_accuracy(path.stem, json.loads(path.read_text(encoding="utf-8")))))
     return "\n".join(parts)
 
 
-def _verification() -> Iterator[str]:
+def _devices(runs: list[dict[str, Any]]) -> Iterator[str]:
     yield "## What has run on a device\n"
-    pending: dict[str, list[str]] = {}
-    for name in ("triton", "cuda"):
-        if ops := unverified(name):
-            pending.setdefault(", ".join(f"`{op}`" for op in sorted(ops)), []).append(f"`{name}`")
-    for ops, names in pending.items():
-        yield _wrapped(
-            f"- {' and '.join(names)}: no test has passed on a device yet for {ops}. They run only when asked for by "
-            "name, and no figure of them is given.",
-            "  ",
-        )
-    if not pending:
-        yield "Every backend has passed its tests on a device."
+    infos = [result["extra_info"] for run in runs for result in run["benchmarks"]]
+    gpus = sorted({info["device"] for info in infos if "launches" in info})
+    if gpus:
+        yield _wrapped(f"Recorded on: {', '.join(gpus)}.")
+    else:
+        yield _wrapped("No run on a GPU is recorded yet: no figure of `cuda` and `triton` is given.")
     yield ""
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
+import measured_on
 import results_page
 import torch
 from results_page import Row
@@ -186,8 +186,8 @@ def _sitting(run: Run, data_dir: str) -> dict[str, Any]:
         "command": shlex.join(run.command(data_dir)),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "epochs_before": len(run.history()),
-        "commit": machine.commit(),
-        "hardware": machine.hardware(),
+        "commit": measured_on.commit(),
+        "hardware": measured_on.hardware(),
         "torch": torch.__version__,
     }
 

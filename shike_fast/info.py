@@ -19,8 +19,8 @@ from shike_fast._util.cli import ArgumentParser, run_command
 from shike_fast._util.plugins import add_plugin_option, parse_with_plugins
 from shike_fast._version import __version__
 from shike_fast.data.images.gpu_decode import NoHardwareDecoderError, hardware_decoder
-from shike_fast.ops._dispatch import unverified
 from shike_fast.ops._native import native, native_error
+from shike_fast.ops._verdicts import plain
 
 
 def collect() -> dict[str, Any]:
@@ -31,7 +31,7 @@ def collect() -> dict[str, Any]:
         ``cuda`` as PyTorch and as the compiled library see it, each with a ``reason`` if it sees none), ``native``
         (``available``, ``error``, ``build``), ``images`` (``jpeg``, the decoder of the CPU; ``gpu_decoder``, None where
         JPEG can be decoded by the GPU, else why not) and ``backends`` (name -> ``available``, ``reason``,
-        ``unverified``: the ops that it runs only when it is named, because they have not passed on a device), and
+        ``verdicts``: by device, and there by operator, what is known of it) and
         ``registered`` (``data sets``, ``methods`` and ``models``: their names).
     """
     error = native_error()
@@ -138,8 +138,13 @@ def _images() -> dict[str, Any]:
 
 def _backends() -> dict[str, dict[str, Any]]:
     reasons = ops.backend_reasons()
+    verdicts = {name: plain(found) for name, found in ops.verdicts().items()}
     return {
-        name: {"available": there, "reason": reasons.get(name), "unverified": unverified(name)}
+        name: {
+            "available": there,
+            "reason": reasons.get(name),
+            "verdicts": {device: found[name] for device, found in verdicts.items() if name in found},
+        }
         for name, there in ops.backends().items()
     }
 
@@ -189,8 +194,12 @@ def _sections(info: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]
 def _backend_rows(backends: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
     for name, backend in backends.items():
         yield name, "available" if backend["available"] else f"missing: {backend['reason']}"
-        if backend["unverified"]:
-            yield "", f"not verified on a device yet, by name only: {', '.join(backend['unverified'])}"
+        for device, of_ops in backend["verdicts"].items():
+            statuses: dict[str, list[str]] = {}
+            for op, verdict in of_ops.items():
+                statuses.setdefault(": ".join(filter(None, (verdict["status"], verdict["reason"]))), []).append(op)
+            for status, names in statuses.items():
+                yield "", f"on {device}, {status}: {', '.join(names)}"
 
 
 def _cuda_rows(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:

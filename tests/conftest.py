@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,8 @@ import torch.multiprocessing as mp
 from hypothesis import settings
 from limits import Limits
 from PIL import Image
-from programs import LIMIT, Programs
+from programs import LIMIT, MARK, Programs
+from ptx import readable
 
 # For the tests and all programs that they start: what the caller's terminal, language, proxy, launcher or Python is set
 # to would change what is printed, fetched or waited for.
@@ -41,6 +43,12 @@ for _name in (
     os.environ.pop(_name, None)
 os.environ |= {"TERM": "xterm", "LC_ALL": "C.UTF-8", "GLOO_SOCKET_IFNAME": "lo"}  # processes meet on this machine
 locale.setlocale(locale.LC_ALL, "")
+
+# Verdicts on kernels are kept for all processes of these tests, and for nobody else.
+if "PYTEST_XDIST_WORKER" not in os.environ and MARK not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="shike_fast-tests-")
+    os.environ["SHIKE_FAST_CACHE"] = _cache.name
+os.environ.pop("SHIKE_FAST_VERIFY", None)
 
 # The same for signals: a script's background job ignores Ctrl-C, and so would all that it starts.
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -92,6 +100,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _threads() -> None:
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)) // processes)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _verified() -> None:
+    """Not by the first call of a test, which may be one that must not start a process."""
+    from shike_fast import ops
+
+    ops.verify("cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -230,8 +246,8 @@ def compile_cuda(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -
         assert tool is not None, "nvcc brings cuobjdump along, and so does Triton"
         functions = [text.partition("\n") for text in output_of([tool, "-sass", str(cubin)]).split("Function : ")[1:]]
         return CompiledKernels(
-            {_readable(match["name"]): match.groupdict() for match in RESOURCES.finditer(report)},
-            {_readable(mangled.strip()): code for mangled, _, code in functions},
+            {readable(match["name"]): match.groupdict() for match in RESOURCES.finditer(report)},
+            {readable(mangled.strip()): code for mangled, _, code in functions},
         )
 
     return compiled
@@ -244,15 +260,6 @@ def _cuobjdump(folder: Path) -> str | None:
     if found is None and triton is not None and triton.origin is not None:
         found = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     return found
-
-
-def _readable(mangled: str) -> str:
-    """``dkt_forward_kernel<3>`` from the name in the object file."""
-    match = re.search(r"_cu_[0-9a-f]{8}(\d+)(\w+)", mangled)
-    assert match, mangled
-    name, rest = match[2][: int(match[1])], match[2][int(match[1]) :]
-    arguments = re.findall(r"L(?:NS_\d+\w+?E|[ib])(\d+)E", rest.partition("EEv")[0] + "E") if rest[0] == "I" else []
-    return name + (f"<{', '.join(arguments)}>" if arguments else "")
 
 
 @pytest.fixture

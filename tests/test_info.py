@@ -12,8 +12,9 @@ import torch
 import shike_fast
 from shike_fast import info, ops
 from shike_fast.ops import _native
-from shike_fast.ops._dispatch import unverified as unverified_on
+from shike_fast.ops._dispatch import OPERATORS
 from shike_fast.ops._native import native, native_error
+from shike_fast.ops._verdicts import plain
 
 
 @pytest.fixture
@@ -84,22 +85,23 @@ def test_collect():
     for name, backend in found["backends"].items():
         assert backend["reason"] == ops.backend_reasons().get(name)
         assert backend["available"] != bool(backend["reason"])
-        assert backend["unverified"] == unverified_on(name)
+        known = {device: plain(found)[name] for device, found in ops.verdicts().items() if name in found}
+        assert backend["verdicts"] == known
     assert found["devices"]["cpu"]["kernels"] == native().cpu_level()
     for view in found["devices"]["cuda"].values():
         assert bool(view["devices"]) != bool(view["reason"])
 
 
 def test_text_shows_every_value():
+    ops.verify("cpu")
     text = info.render(info.collect())
     for wanted in (shike_fast.__version__, torch.__version__, native().build_info()["compiler"], "reference"):
         assert wanted in text
     for name, reason in ops.backend_reasons().items():
         assert any(line.split(maxsplit=1) == [name, f"missing: {reason}"] for line in text.splitlines())
     assert "gpu decoder  " in text
-    unverified = [", ".join(names) for name in ops.backends() if (names := unverified_on(name))]
-    rows = [line.split(": ")[1] for line in text.splitlines() if "not verified on a device yet, by name only: " in line]
-    assert rows == unverified
+    (row,) = [line for line in text.splitlines() if "on cpu, passed: " in line]
+    assert row.split(": ")[1].split(", ") == list(OPERATORS)
 
 
 def test_missing_library_is_reported(library, capsys):

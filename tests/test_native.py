@@ -1,6 +1,8 @@
 """The compiled library that is installed."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,30 @@ def test_build_info():
     assert build["build_type"] == "Release"
     assert (build["cuda"] is None) == bool(build["cuda_reason"]) == (not build["cuda_architectures"])
     assert (build["cuda"] is None) == (build["cuda_flags"] is None)
+
+
+def of_native(path):
+    """The attributes of ``native()`` that a file names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+
+    def is_native(node):
+        return isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "native"
+
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and is_native(node.value)]
+    names = {ast.unparse(target) for node in assigned for target in node.targets}
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in attributes if is_native(node.value) or ast.unparse(node.value) in names}
+
+
+def test_nothing_serves_tests_alone():
+    """Each name of the library is one that the package or a benchmark uses."""
+    root = Path(__file__).parents[1]
+    used = set().union(
+        *(of_native(path) for part in ("shike_fast", "benchmarks") for path in root.glob(f"{part}/**/*.py"))
+    )
+    bound = {name for name in dir(native()) if not name.startswith("__")}
+    assert {"cpu_dkt_forward", "cuda_devices", "extremes"} <= bound & used
+    assert bound - used == set()
 
 
 def loss_call():
@@ -118,6 +144,12 @@ def test_an_argument_of_the_fusion_is_named(changed, message):
     assert torch.allclose(call["vectors"], torch.tensor(2 / 9))  # two samples, each 1 / HW
     with pytest.raises(TypeError, match=f"^{re.escape(f'cpu_dkf_vector_gradients: argument {message}')}$"):
         native().cpu_dkf_vector_gradients(**{**call, **changed})
+
+
+def test_maps_are_counted():
+    maps, statistics = [torch.randn(2, 4, 3, 3)] * 17, torch.empty(17, 3, 4)
+    with pytest.raises(TypeError, match="cpu_dkf_statistics: argument 'maps': expected 1 to 16 elements, got 17"):
+        native().cpu_dkf_statistics(dtype=0, shape=(2, 4, 3, 3), maps=maps, statistics=statistics, threads=1)
 
 
 def why_no_device():

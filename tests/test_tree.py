@@ -25,7 +25,8 @@ FLOORS = (
     ("data.datasets", "data.loaders"),
     ("data",),
     ("data.commands", "engine"),
-    ("data.__main__", "info", "train", "evaluate", "predict"),
+    ("_full_verification",),
+    ("data.__main__", "info", "verify", "train", "evaluate", "predict"),
     ("__main__", "__init__"),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -117,6 +118,13 @@ def test_losses_and_fusion_share_only_what_is_common(folder):
         assert files or (folder, room) == ("kernels", "common")
         for path in files:
             assert set(pattern.findall(path.read_text(encoding="utf-8"))) <= {"common", room}, path
+
+
+def test_csrc_emulates_nothing():
+    """Kernels are run by the tests (tests/ptx), and what only tests need is built by them (tests/csrc)."""
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if "emulat" in path.name + path.read_text(encoding="utf-8")]
 
 
 def test_no_file_is_long():

@@ -69,5 +69,5 @@ SHIKE_BINDINGS(module) {
     module.def("cpu_level", [] { return std::string(shike::chosen_level().second); },
                "The instruction set that the CPU kernels use.");
     module.def("set_cpu_level", &shike::set_cpu_level, py::arg("name"),
-               "Make the CPU kernels use another of cpu_levels(); for tests and comparisons.");
+               "Make the CPU kernels use another of cpu_levels(), in this process.");
 }

@@ -66,39 +66,28 @@ SHIKE_SIMD std::uint32_t narrow_to_float16(float value) {
 }
 #endif
 
+#ifdef __CUDACC__
 // Two numbers of 16 bits in one word.
-SHIKE_HD void widen_bfloat16(std::uint32_t pair, float& low, float& high) {
+SHIKE_DEVICE void widen_bfloat16(std::uint32_t pair, float& low, float& high) {
     low = float_of(pair << 16);
     high = float_of(pair & 0xffff0000u);
 }
-SHIKE_HD void widen_float16(std::uint32_t pair, float& low, float& high) {
-#ifdef __CUDA_ARCH__
+SHIKE_DEVICE void widen_float16(std::uint32_t pair, float& low, float& high) {
     asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
         : "=f"(low), "=f"(high)
         : "r"(pair));
-#else
-    low = widen_float16(pair & 0xffffu);
-    high = widen_float16(pair >> 16);
-#endif
 }
-SHIKE_HD std::uint32_t narrow_to_bfloat16(float low, float high) {
-#ifdef __CUDA_ARCH__
+SHIKE_DEVICE std::uint32_t narrow_to_bfloat16(float low, float high) {
     std::uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
-#else
-    return narrow_to_bfloat16(low) | narrow_to_bfloat16(high) << 16;
-#endif
 }
-SHIKE_HD std::uint32_t narrow_to_float16(float low, float high) {
-#ifdef __CUDA_ARCH__
+SHIKE_DEVICE std::uint32_t narrow_to_float16(float low, float high) {
     std::uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
-#else
-    return narrow_to_float16(low) | narrow_to_float16(high) << 16;
-#endif
 }
+#endif
 
 }  // namespace
 }  // namespace shike

@@ -5,6 +5,7 @@
 
 #ifdef __CUDACC__
 #define SHIKE_HD __host__ __device__ __forceinline__
+#define SHIKE_DEVICE __device__ __forceinline__
 #else
 #define SHIKE_HD SHIKE_SIMD
 #endif

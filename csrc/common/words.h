@@ -1,8 +1,7 @@
-// Words of device memory in the fewest accesses. Compiled for the host too, where tests run what the device runs.
+// Words of device memory in the fewest accesses.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "common/dtype.h"
 #include "common/macros.h"
@@ -14,8 +13,7 @@ SHIKE_HD constexpr int bytes_of(DType dtype) { return dtype == DType::kFloat32 ?
 
 // N neighbouring 32-bit words, N even: the fewest accesses.
 template <int N>
-SHIKE_HD void load_words(const char* from, std::uint32_t (&words)[N]) {
-#ifdef __CUDA_ARCH__
+SHIKE_DEVICE void load_words(const char* from, std::uint32_t (&words)[N]) {
     if constexpr (N == 2) {
         const uint2 two = __ldg(reinterpret_cast<const uint2*>(from));
         words[0] = two.x;
@@ -30,14 +28,10 @@ SHIKE_HD void load_words(const char* from, std::uint32_t (&words)[N]) {
             words[i + 3] = four.w;
         }
     }
-#else
-    std::memcpy(words, from, sizeof words);
-#endif
 }
 
 template <int N>
-SHIKE_HD void store_words(char* to, const std::uint32_t (&words)[N]) {
-#ifdef __CUDA_ARCH__
+SHIKE_DEVICE void store_words(char* to, const std::uint32_t (&words)[N]) {
     if constexpr (N == 2) {
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
     } else {
@@ -48,9 +42,6 @@ SHIKE_HD void store_words(char* to, const std::uint32_t (&words)[N]) {
                          : "memory");
         }
     }
-#else
-    std::memcpy(to, words, sizeof words);
-#endif
 }
 
 }  // namespace

@@ -9,12 +9,12 @@ namespace {
 struct CompensatedSum {
     float leading = 0, rest = 0;
 
-    SHIKE_HD void add(float number) {
+    SHIKE_DEVICE void add(float number) {
         const float total = leading + number, added = total - leading;
         rest += (leading - (total - added)) + (number - added);
         leading = total;
     }
-    SHIKE_HD float value() const { return leading + rest; }
+    SHIKE_DEVICE float value() const { return leading + rest; }
 };
 
 }  // namespace

@@ -21,8 +21,8 @@ constexpr int kVectorRows = 16;  // threads of a channel
 struct VectorState {};
 
 // d(weight) = sum_b u M1, d(bias) = sum_b u M2, and with P1 and P2 those of the deep norm. One block; `k`: the expert.
-template <DType kType, class Team>
-SHIKE_HD void vector_block(Team& team, const VectorArguments& call, unsigned block, int k) {
+template <DType kType>
+SHIKE_DEVICE void vector_block(BlockTeam<VectorState>& team, const VectorArguments& call, unsigned block, int k) {
     const MapShape& shape = call.shape;
     const auto channel_of = [&](int thread) { return std::int64_t(block) * kWarp + thread % kWarp; };
     team.each([&](VectorState&, int thread) {
@@ -70,16 +70,16 @@ template <int V>
 struct ChannelCorrection {
     float constant[V], slope[V];
 
-    SHIKE_HD static void put(float* at, int width, const ChannelNorm& norm, float d_weight, float d_bias) {
+    SHIKE_DEVICE static void put(float* at, int width, const ChannelNorm& norm, float d_weight, float d_bias) {
         const float slope = norm.scale() * norm.rstd * d_weight;
         at[0] = norm.scale() * d_bias - norm.low * slope;
         at[width] = slope;
     }
-    SHIKE_HD void load(const float* at, int width) {
+    SHIKE_DEVICE void load(const float* at, int width) {
         load_channels(at, constant);
         load_channels(at + width, slope);
     }
-    SHIKE_HD float of(int i, float distance) const { return constant[i] + slope[i] * distance; }
+    SHIKE_DEVICE float of(int i, float distance) const { return constant[i] + slope[i] * distance; }
 };
 
 // Shared memory: of the shallow norm's channels 3 affine numbers and 2 of the correction, then those of the deep norm.
@@ -90,7 +90,7 @@ struct NormGradient {
     ChannelAffine<V> affine;
     ChannelCorrection<V> correction;
 
-    SHIKE_HD void load(const float* at, int width) {
+    SHIKE_DEVICE void load(const float* at, int width) {
         affine.load(at, width);
         correction.load(at + 3 * width, width);
     }
@@ -107,8 +107,8 @@ template <DType kType, int V, bool kFolded>
 struct GradientViews {
     MapView<kType, V> deep, shallow, shortcut, d_deep, d_shallow, d_shortcut;
 
-    SHIKE_HD GradientViews(const ExpertFusion& expert, const ExpertGradient& gradient, const MapShape& shape,
-                           std::int64_t c)
+    SHIKE_DEVICE GradientViews(const ExpertFusion& expert, const ExpertGradient& gradient, const MapShape& shape,
+                               std::int64_t c)
         : deep(expert.deep, shape, c), shallow(expert.shallow, shape, c),
           shortcut(kFolded ? expert.shortcut : expert.deep, shape, c), d_deep(gradient.deep, shape, c),
           d_shallow(gradient.shallow, shape, c), d_shortcut(kFolded ? gradient.shortcut : gradient.deep, shape, c) {}
@@ -120,9 +120,9 @@ struct GradientOptions {
 
 // A thread's share of a sample; u: of its channels.
 template <DType kType, int V, bool kFolded>
-SHIKE_HD void sample_gradient(const GradientState<V, kFolded>& own, const GradientViews<kType, V, kFolded>& views,
-                              std::int64_t b, int member, int group, int positions, const float (&u)[V],
-                              GradientOptions options) {
+SHIKE_DEVICE void sample_gradient(const GradientState<V, kFolded>& own, const GradientViews<kType, V, kFolded>& views,
+                                  std::int64_t b, int member, int group, int positions, const float (&u)[V],
+                                  GradientOptions options) {
     constexpr int kUnroll = V > 1 ? 2 : unroll_of(V) / 2;
     const char* deep_sample = views.deep.sample(b);
     const char* shallow_sample = views.shallow.sample(b);
@@ -180,8 +180,9 @@ SHIKE_HD void sample_gradient(const GradientState<V, kFolded>& own, const Gradie
 }
 
 // One block; `k`: the expert.
-template <DType kType, int V, bool kFolded, class Team>
-SHIKE_HD void gradient_block(Team& team, const GradientArguments& call, unsigned block, int k) {
+template <DType kType, int V, bool kFolded>
+SHIKE_DEVICE void gradient_block(BlockTeam<GradientState<V, kFolded>>& team, const GradientArguments& call,
+                                 unsigned block, int k) {
     using State = GradientState<V, kFolded>;
     const FusionPlan& plan = call.plan;
     const MapShape& shape = call.call.shape;

@@ -1,6 +1,6 @@
 // What the CUDA kernels of depth-wise knowledge fusion share. Their bodies are sequences of steps that all threads of a
-// block take, with a barrier after each; `Team` runs the steps: BlockTeam on the device, a loop over threads in
-// cuda_emulation.cpp. A step keeps what it needs later in its thread's state or in the team's shared memory.
+// block take, with a barrier after each. A step keeps what it needs later in its thread's state or in the shared memory
+// of its team.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +11,17 @@
 namespace shike {
 namespace {
 
-#ifdef __CUDACC__
 template <class State>
 struct BlockTeam {
     float* memory;  // shared
     State state;
 
     template <class Step>
-    SHIKE_HD void each(Step step) {
-#ifdef __CUDA_ARCH__
+    SHIKE_DEVICE void each(Step step) {
         step(state, int(threadIdx.x));
         __syncthreads();
-#endif
     }
 };
-#endif
 
 template <DType kType>
 struct WideVector {
@@ -36,10 +32,8 @@ struct WideVector {
 SHIKE_HD constexpr int unroll_of(int vector) { return vector > 1 ? kFewPositions : kPlaneShare; }
 
 // The same number, unknown to the compiler.
-SHIKE_HD int opaque(int number) {
-#ifdef __CUDA_ARCH__
+SHIKE_DEVICE int opaque(int number) {
     asm volatile("" : "+r"(number));
-#endif
     return number;
 }
 
@@ -49,7 +43,7 @@ struct BlockRange {
     std::int64_t sample, end;  // of the samples
     int split;
 
-    SHIKE_HD BlockRange(const FusionPlan& plan, const MapShape& shape, unsigned block) {
+    SHIKE_DEVICE BlockRange(const FusionPlan& plan, const MapShape& shape, unsigned block) {
         split = int(block / unsigned(plan.groups));
         channel = int(block - unsigned(split) * unsigned(plan.groups)) * plan.width();
         sample = split * plan.samples;
@@ -64,12 +58,12 @@ struct MapView {
     std::int64_t sample_step;  // bytes
     PositionStep position;
 
-    SHIKE_HD MapView(const FeatureMap& map, const MapShape& shape, std::int64_t c)
+    SHIKE_DEVICE MapView(const FeatureMap& map, const MapShape& shape, std::int64_t c)
         : channel(static_cast<char*>(map.data) + c * map.c * bytes_of(kType)), sample_step(map.b * bytes_of(kType)),
           position(map, shape) {}
 
-    SHIKE_HD char* sample(std::int64_t b) const { return channel + b * sample_step; }
-    SHIKE_HD std::int64_t offset(int p) const {
+    SHIKE_DEVICE char* sample(std::int64_t b) const { return channel + b * sample_step; }
+    SHIKE_DEVICE std::int64_t offset(int p) const {
         return (V > 1 ? p * position.step : position.at(p)) * bytes_of(kType);  // is_wide: no rows to step over
     }
 };
@@ -79,20 +73,20 @@ struct MapView {
 SHIKE_HD constexpr int slot_stride(int threads) { return threads + 4; }
 
 template <int V>
-SHIKE_HD void publish(float* memory, int threads, int value, int thread, const float (&numbers)[V]) {
+SHIKE_DEVICE void publish(float* memory, int threads, int value, int thread, const float (&numbers)[V]) {
     SHIKE_UNROLL
     for (int i = 0; i < V; ++i) memory[(value * V + i) * slot_stride(threads) + thread] = numbers[i];
 }
 
 // What the thread of one member and row published of a channel, which counts from the block's first.
 template <int V>
-SHIKE_HD float published(const float* memory, const FusionPlan& plan, int value, int channel, int member, int row) {
+SHIKE_DEVICE float published(const float* memory, const FusionPlan& plan, int value, int channel, int member, int row) {
     return memory[(value * V + channel % V) * slot_stride(plan.threads()) + plan.thread_of(channel / V, member, row)];
 }
 
 // The sum over the threads of one sample, in their order.
 template <int V>
-SHIKE_HD float gathered(const float* memory, const FusionPlan& plan, int value, int channel, int row) {
+SHIKE_DEVICE float gathered(const float* memory, const FusionPlan& plan, int value, int channel, int row) {
     float sum = published<V>(memory, plan, value, channel, 0, row);
     for (int member = 1; member < plan.group; ++member) {
         sum += published<V>(memory, plan, value, channel, member, row);
@@ -102,24 +96,18 @@ SHIKE_HD float gathered(const float* memory, const FusionPlan& plan, int value, 
 
 // V numbers of neighbouring channels from shared memory.
 template <int V>
-SHIKE_HD void load_channels(const float* from, float (&numbers)[V]) {
-#ifdef __CUDA_ARCH__
+SHIKE_DEVICE void load_channels(const float* from, float (&numbers)[V]) {
     constexpr int kStep = V > 1 ? 4 : 1;
-#else
-    constexpr int kStep = 1;
-#endif
     SHIKE_UNROLL
     for (int i = 0; i < V; i += kStep) {
         if constexpr (kStep == 1) {
             numbers[i] = from[i];
         } else {
-#ifdef __CUDA_ARCH__
             const float4 four = *reinterpret_cast<const float4*>(from + i);
             numbers[i] = four.x;
             numbers[i + 1] = four.y;
             numbers[i + 2] = four.z;
             numbers[i + 3] = four.w;
-#endif
         }
     }
 }
@@ -129,18 +117,18 @@ struct ChannelNorm {
     float high = 0, low = 0, rstd = 1, weight = 1, bias = 0;
 
     ChannelNorm() = default;
-    SHIKE_HD ChannelNorm(const BatchNorm& norm, const float* mean_rstd, std::int64_t channels, std::int64_t c)
+    SHIKE_DEVICE ChannelNorm(const BatchNorm& norm, const float* mean_rstd, std::int64_t channels, std::int64_t c)
         : high(mean_rstd[c]), low(mean_rstd[channels + c]), rstd(mean_rstd[2 * channels + c]),
           weight(norm.weight == nullptr ? 1 : static_cast<const float*>(norm.weight)[c]),
           bias(norm.bias == nullptr ? 0 : static_cast<const float*>(norm.bias)[c]) {}
 
     // gamma x_hat + beta = scale (x - high) + offset, where x - high loses nothing.
-    SHIKE_HD float scale() const { return weight * rstd; }
-    SHIKE_HD float offset() const { return bias - scale() * low; }
+    SHIKE_DEVICE float scale() const { return weight * rstd; }
+    SHIKE_DEVICE float offset() const { return bias - scale() * low; }
 };
 
 // The norm of expert k's shallow or deep map in channel c.
-SHIKE_HD ChannelNorm channel_norm(const Fusion& call, const void* mean_rstd, int k, bool deep, std::int64_t c) {
+SHIKE_DEVICE ChannelNorm channel_norm(const Fusion& call, const void* mean_rstd, int k, bool deep, std::int64_t c) {
     if (!call.normalised) return {};
     const ExpertFusion& expert = call.expert[k];
     const std::int64_t channels = call.shape.channels, index = deep ? call.count + k : k;
@@ -148,10 +136,10 @@ SHIKE_HD ChannelNorm channel_norm(const Fusion& call, const void* mean_rstd, int
             channels, c};
 }
 
-SHIKE_HD std::int64_t positions_of(const MapShape& shape) { return shape.height * shape.width; }
+SHIKE_DEVICE std::int64_t positions_of(const MapShape& shape) { return shape.height * shape.width; }
 
 // Channel c of sample b in [., B, C].
-SHIKE_HD std::int64_t entry(const MapShape& shape, std::int64_t index, std::int64_t b, std::int64_t c) {
+SHIKE_DEVICE std::int64_t entry(const MapShape& shape, std::int64_t index, std::int64_t b, std::int64_t c) {
     return (index * shape.batch + b) * shape.channels + c;
 }
 

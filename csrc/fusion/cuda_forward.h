@@ -25,12 +25,12 @@ struct ChannelAffine {
     float high[V], scale[V], offset[V];
 
     // Shared memory holds the numbers of a block's channels, `width` apart.
-    SHIKE_HD static void put(float* at, int width, const ChannelNorm& norm) {
+    SHIKE_DEVICE static void put(float* at, int width, const ChannelNorm& norm) {
         at[0] = norm.high;
         at[width] = norm.scale();
         at[2 * width] = norm.offset();
     }
-    SHIKE_HD void load(const float* at, int width) {
+    SHIKE_DEVICE void load(const float* at, int width) {
         load_channels(at, high);
         load_channels(at + width, scale);
         load_channels(at + 2 * width, offset);
@@ -50,15 +50,15 @@ template <DType kType, int V, bool kFolded>
 struct PoolingViews {
     MapView<kType, V> deep, shallow, shortcut;
 
-    SHIKE_HD PoolingViews(const ExpertFusion& expert, const MapShape& shape, std::int64_t c)
+    SHIKE_DEVICE PoolingViews(const ExpertFusion& expert, const MapShape& shape, std::int64_t c)
         : deep(expert.deep, shape, c), shallow(expert.shallow, shape, c),
           shortcut(kFolded ? expert.shortcut : expert.deep, shape, c) {}
 };
 
 // Adds a thread's share of a sample. relu: of the shallow map; a mask keeps what is not a number, as torch.relu does.
 template <DType kType, int V, bool kFolded>
-SHIKE_HD void add_sample(PoolingState<V, kFolded>& own, const PoolingViews<kType, V, kFolded>& views, std::int64_t b,
-                         int member, int group, int positions, bool relu) {
+SHIKE_DEVICE void add_sample(PoolingState<V, kFolded>& own, const PoolingViews<kType, V, kFolded>& views,
+                             std::int64_t b, int member, int group, int positions, bool relu) {
     constexpr int kUnroll = kFolded && V > 1 ? 2 : unroll_of(V);
     const char* deep_sample = views.deep.sample(b);
     const char* shallow_sample = views.shallow.sample(b);
@@ -108,8 +108,8 @@ SHIKE_HD void add_sample(PoolingState<V, kFolded>& own, const PoolingViews<kType
 
 // f and the sums of channel c of sample b from sums about the means' leading parts.
 template <DType kType, bool kFolded>
-SHIKE_HD void finish_sample(const PoolingArguments& call, int k, std::int64_t b, std::int64_t c,
-                            const float (&sum)[4]) {
+SHIKE_DEVICE void finish_sample(const PoolingArguments& call, int k, std::int64_t b, std::int64_t c,
+                                const float (&sum)[4]) {
     const MapShape& shape = call.call.shape;
     const ChannelNorm norm = channel_norm(call.call, call.saved.mean_rstd, k, false, c);
     float* sums = static_cast<float*>(call.saved.sums);
@@ -134,7 +134,7 @@ SHIKE_HD void finish_sample(const PoolingArguments& call, int k, std::int64_t b,
 
 // The share of a block of an expert whose sums are there.
 template <DType kType>
-SHIKE_HD void finish_products(const PoolingArguments& call, const BlockRange& range, int k, int thread) {
+SHIKE_DEVICE void finish_products(const PoolingArguments& call, const BlockRange& range, int k, int thread) {
     const FusionPlan& plan = call.plan;
     const MapShape& shape = call.call.shape;
     const int row_step = plan.threads() / plan.width();  // a width is a power of two; 0: wider than the block
@@ -153,8 +153,9 @@ SHIKE_HD void finish_products(const PoolingArguments& call, const BlockRange& ra
 }
 
 // One block; `k`: the expert.
-template <DType kType, int V, bool kFolded, class Team>
-SHIKE_HD void pooling_block(Team& team, const PoolingArguments& call, unsigned block, int k) {
+template <DType kType, int V, bool kFolded>
+SHIKE_DEVICE void pooling_block(BlockTeam<PoolingState<V, kFolded>>& team, const PoolingArguments& call, unsigned block,
+                                int k) {
     using State = PoolingState<V, kFolded>;
     const FusionPlan& plan = call.plan;
     const MapShape& shape = call.call.shape;

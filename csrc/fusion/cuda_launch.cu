@@ -96,24 +96,71 @@ std::size_t cuda_dkf_statistics_workspace(const MapList& maps, int device) {
 void cuda_dkf_forward(const Fusion& call, const FusionSaved& saved, bool training, void* f, float* statistics,
                       float* workspace, const CudaQueue& queue) {
     DeviceRun run(name_of(call), queue);
-    run_forward(run, call, saved, training, f, statistics, workspace, processors_of(queue.device));
+    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
+    const int processors = processors_of(queue.device);
+    PoolingArguments pooling{};
+    if (needs_statistics(call, training)) {
+        const StatisticsArguments parts =
+            statistics_arguments(call, static_cast<float*>(saved.sums), workspace, processors);
+        run.statistics(parts);
+        MergeArguments merge = merge_arguments(parts, static_cast<float*>(saved.mean_rstd));
+        merge.statistics = statistics;
+        for (int k = 0; k < call.count; ++k) {
+            merge.norm[k] = merged_norm(call.expert[k].norm);
+            if (call.folded) merge.norm[call.count + k] = merged_norm(call.expert[k].deep_norm);
+        }
+        run.merge(merge, parts.maps.count);
+        pooling.products = parts.products;
+        pooling.references = parts.references;
+    }
+    FusionLayout layout(call.shape);
+    for (int k = 0; k < call.count; ++k) {
+        if ((pooling.products >> k & 1u) != 0) continue;
+        layout.add(call.expert[k].deep);
+        layout.add(call.expert[k].shallow);
+        if (call.folded) layout.add(call.expert[k].shortcut);
+    }
+    pooling.call = call;
+    pooling.saved = saved;
+    pooling.f = f;
+    pooling.plan = plan_fusion(call.shape, layout, call.count, processors, kFusionSplits);
+    run.pooling(pooling);
 }
 
 void cuda_dkf_statistics(const MapList& maps, float* statistics, float* workspace, const CudaQueue& queue) {
     DeviceRun run("dkf_statistics", queue);
-    run_statistics(run, maps, statistics, workspace, processors_of(queue.device));
+    check_maps("dkf_statistics", maps.shape, maps.count, 2 * kMaxExperts);
+    const StatisticsArguments parts = statistics_arguments(maps, workspace, processors_of(queue.device));
+    run.statistics(parts);
+    run.merge(merge_arguments(parts, statistics), maps.count);
 }
 
 void cuda_dkf_vector_gradients(const Fusion& call, const FusionSaved& saved, const void* grad_output, float* vectors,
                                const CudaQueue& queue) {
     DeviceRun run(name_of(call), queue);
-    run_vector_gradients(run, call, saved, grad_output, vectors);
+    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
+    if (!call.normalised) return;
+    run.vectors(VectorArguments{call.shape, call.count, call.sums(), static_cast<const float*>(saved.sums), grad_output,
+                                vectors});
 }
 
 void cuda_dkf_map_gradients(const Fusion& call, const FusionSaved& saved, const FusionGradient& gradient,
                             const CudaQueue& queue) {
     DeviceRun run(name_of(call), queue);
-    run_map_gradients(run, call, saved, gradient, processors_of(queue.device));
+    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
+    FusionLayout layout(call.shape);
+    layout.add_vector(gradient.grad_output);
+    for (int k = 0; k < call.count; ++k) {
+        const ExpertFusion& expert = call.expert[k];
+        const ExpertGradient& results = gradient.expert[k];
+        for (const FeatureMap& map : {expert.deep, expert.shallow, results.deep, results.shallow}) layout.add(map);
+        if (!call.folded) continue;
+        layout.add(expert.shortcut);
+        layout.add(results.shortcut);
+    }
+    const int processors = processors_of(queue.device);
+    run.gradients(GradientArguments{call, static_cast<const float*>(saved.mean_rstd), gradient,
+                                    plan_fusion(call.shape, layout, call.count, processors, kFusionSplits)});
 }
 
 }  // namespace shike

@@ -36,8 +36,7 @@ struct MergeState {
 
 // Merges a channel with Chan's formula for many parts: their means, relative to the first, then their squares about the
 // common mean, and what its roundings left.
-template <class Team>
-SHIKE_HD void merge_block(Team& team, const MergeArguments& call, unsigned block, int index) {
+SHIKE_DEVICE void merge_block(BlockTeam<MergeState>& team, const MergeArguments& call, unsigned block, int index) {
     constexpr int kThreads = kWarp * kMergeRows;
     const std::int64_t channels = call.shape.channels;
     const float* partials = call.partials + std::int64_t(index) * call.splits * 3 * channels;

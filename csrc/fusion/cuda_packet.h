@@ -1,4 +1,4 @@
-// Neighbouring numbers of a map in device memory, as floats. Compiled for the host too.
+// Neighbouring numbers of a map in device memory, as floats.
 #pragma once
 
 #include "common/half.h"
@@ -15,21 +15,16 @@ struct Packet {
 
     std::uint32_t words[V == 1 ? 1 : 4];
 
-    SHIKE_HD void load(const char* from) {
+    SHIKE_DEVICE void load(const char* from) {
         if constexpr (V > 1) {
             load_words(from, words);
         } else {
-#ifdef __CUDA_ARCH__
             words[0] = kBytes == 4 ? __ldg(reinterpret_cast<const unsigned*>(from))
                                    : __ldg(reinterpret_cast<const unsigned short*>(from));
-#else
-            words[0] = 0;  // the rest of the word; the library runs on little-endian machines
-            std::memcpy(words, from, kBytes);
-#endif
         }
     }
 
-    SHIKE_HD void store(char* to) const {
+    SHIKE_DEVICE void store(char* to) const {
         if constexpr (V > 1) {
             store_words(to, words);
         } else if constexpr (kBytes == 4) {
@@ -39,12 +34,12 @@ struct Packet {
         }
     }
 
-    SHIKE_HD void clear() {
+    SHIKE_DEVICE void clear() {
         SHIKE_UNROLL
         for (std::uint32_t& word : words) word = 0;
     }
 
-    SHIKE_HD void get(float (&values)[V]) const {
+    SHIKE_DEVICE void get(float (&values)[V]) const {
         float rest;
         SHIKE_UNROLL
         for (int i = 0; i < V; i += kType == DType::kFloat32 ? 1 : 2) {
@@ -55,7 +50,7 @@ struct Packet {
         }
     }
 
-    SHIKE_HD void set(const float (&values)[V]) {
+    SHIKE_DEVICE void set(const float (&values)[V]) {
         SHIKE_UNROLL
         for (int i = 0; i < V; i += kType == DType::kFloat32 ? 1 : 2) {
             const float second = V > 1 ? values[(i + 1) % V] : 0;

@@ -1,5 +1,5 @@
-// How the CUDA kernels of depth-wise knowledge fusion share out maps [B, C, H, W]. Compiled for the host too, where a
-// test runs the same blocks.
+// How the CUDA kernels of depth-wise knowledge fusion share out maps [B, C, H, W]. Compiled for the host too, which
+// makes the plans.
 //
 // A thread owns `vector` neighbouring channels (16 bytes, or one channel) of a sample and some of its positions; a
 // block covers `lanes` such vectors and `rows` samples at a time, with `group` threads for the positions of each; it

@@ -1,5 +1,4 @@
-// The launches of each call of depth-wise knowledge fusion. `Run` makes them: on a device (cuda_launch.cu), or one
-// block and one thread after another on the CPU (cuda_emulation.cpp).
+// What the launches of each call of depth-wise knowledge fusion take: plans, arguments, workspace.
 #pragma once
 
 #include <cstddef>
@@ -131,74 +130,6 @@ inline std::size_t forward_workspace(const Fusion& call, bool training, int proc
 
 inline std::size_t statistics_workspace(const MapList& maps, int processors) {
     return partials_size(statistics_arguments(maps, nullptr, processors));
-}
-
-template <class Run>
-void run_forward(Run& run, const Fusion& call, const FusionSaved& saved, bool training, void* f, float* statistics,
-                 float* workspace, int processors) {
-    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
-    PoolingArguments pooling{};
-    if (needs_statistics(call, training)) {
-        const StatisticsArguments parts =
-            statistics_arguments(call, static_cast<float*>(saved.sums), workspace, processors);
-        run.statistics(parts);
-        MergeArguments merge = merge_arguments(parts, static_cast<float*>(saved.mean_rstd));
-        merge.statistics = statistics;
-        for (int k = 0; k < call.count; ++k) {
-            merge.norm[k] = merged_norm(call.expert[k].norm);
-            if (call.folded) merge.norm[call.count + k] = merged_norm(call.expert[k].deep_norm);
-        }
-        run.merge(merge, parts.maps.count);
-        pooling.products = parts.products;
-        pooling.references = parts.references;
-    }
-    FusionLayout layout(call.shape);
-    for (int k = 0; k < call.count; ++k) {
-        if ((pooling.products >> k & 1u) != 0) continue;
-        layout.add(call.expert[k].deep);
-        layout.add(call.expert[k].shallow);
-        if (call.folded) layout.add(call.expert[k].shortcut);
-    }
-    pooling.call = call;
-    pooling.saved = saved;
-    pooling.f = f;
-    pooling.plan = plan_fusion(call.shape, layout, call.count, processors, kFusionSplits);
-    run.pooling(pooling);
-}
-
-template <class Run>
-void run_statistics(Run& run, const MapList& maps, float* statistics, float* workspace, int processors) {
-    check_maps("dkf_statistics", maps.shape, maps.count, 2 * kMaxExperts);
-    const StatisticsArguments parts = statistics_arguments(maps, workspace, processors);
-    run.statistics(parts);
-    run.merge(merge_arguments(parts, statistics), maps.count);
-}
-
-template <class Run>
-void run_vector_gradients(Run& run, const Fusion& call, const FusionSaved& saved, const void* grad_output,
-                          float* vectors) {
-    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
-    if (!call.normalised) return;
-    run.vectors(VectorArguments{call.shape, call.count, call.sums(), static_cast<const float*>(saved.sums), grad_output,
-                                vectors});
-}
-
-template <class Run>
-void run_map_gradients(Run& run, const Fusion& call, const FusionSaved& saved, const FusionGradient& gradient,
-                       int processors) {
-    check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
-    FusionLayout layout(call.shape);
-    layout.add_vector(gradient.grad_output);
-    for (int k = 0; k < call.count; ++k) {
-        const ExpertFusion& expert = call.expert[k];
-        const ExpertGradient& results = gradient.expert[k];
-        for (const FeatureMap& map : {expert.deep, expert.shallow, results.deep, results.shallow}) layout.add(map);
-        if (!call.folded) continue;
-        layout.add(expert.shortcut);
-        layout.add(results.shortcut);
-    }
-    run.gradients(GradientArguments{call, static_cast<const float*>(saved.mean_rstd), gradient,
-                                    plan_fusion(call.shape, layout, call.count, processors, kFusionSplits)});
 }
 
 }  // namespace

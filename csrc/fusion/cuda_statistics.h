@@ -23,7 +23,7 @@ struct StatisticsArguments {
 
 // One of the compensated sums in a thread's shared memory, where numbers lie `stride` apart.
 template <int V>
-SHIKE_HD void add_compensated(float* sums, int stride, int sum, int i, float number) {
+SHIKE_DEVICE void add_compensated(float* sums, int stride, int sum, int i, float number) {
     float &leading = sums[(2 * sum * V + i) * stride], &rest = sums[((2 * sum + 1) * V + i) * stride];
     CompensatedSum total{leading, rest};
     total.add(number);
@@ -31,7 +31,7 @@ SHIKE_HD void add_compensated(float* sums, int stride, int sum, int i, float num
     rest = total.rest;
 }
 
-SHIKE_HD float median(float a, float b, float c) {
+SHIKE_DEVICE float median(float a, float b, float c) {
     const float low = a < b ? a : b, high = a < b ? b : a, middle = high < c ? high : c;
     return low < middle ? middle : low;
 }
@@ -53,7 +53,7 @@ struct StatisticsState {
     float pivot[V];             // kPivot: of the products, else they are about the centre
     float product[V], deep[V];  // sum deep (x - pivot), sum deep; kPivot: of the present run
 
-    SHIKE_HD void start(float* sums, int stride) {
+    SHIKE_DEVICE void start(float* sums, int stride) {
         count = 0;
         SHIKE_UNROLL
         for (int i = 0; i < V; ++i) centre[i] = sum[i] = square[i] = pivot[i] = product[i] = deep[i] = 0;
@@ -63,7 +63,7 @@ struct StatisticsState {
 
     // Moves the centre to the mean, and ends the run.
     template <bool kProducts>
-    SHIKE_HD void recentre(float* sums, int stride) {
+    SHIKE_DEVICE void recentre(float* sums, int stride) {
         const float inverse = 1 / float(count);
         SHIKE_UNROLL
         for (int i = 0; i < V; ++i) {
@@ -84,7 +84,7 @@ struct StatisticsState {
     }
 
     // To the median of the pivot, the mean and a value.
-    SHIKE_HD void move_pivot(const float (&value)[V], float* sums, int stride) {
+    SHIKE_DEVICE void move_pivot(const float (&value)[V], float* sums, int stride) {
         SHIKE_UNROLL
         for (int i = 0; i < V; ++i) {
             const float moved_to = median(pivot[i], centre[i], value[i]);
@@ -97,7 +97,7 @@ struct StatisticsState {
     // `totals`: their centre, sum x - centre and the squares about it in a CompensatedSum. `joined`: of how many
     // values.
     template <bool kProducts>
-    SHIKE_HD void finish(float* sums, float* totals, int stride, int joined) {
+    SHIKE_DEVICE void finish(float* sums, float* totals, int stride, int joined) {
         if (count == 0) return;
         recentre<kProducts>(sums, opaque(stride));
         join(sums, totals, opaque(stride), joined);
@@ -109,7 +109,7 @@ struct StatisticsState {
         }
     }
 
-    SHIKE_HD void join(const float* sums, float* totals, int stride, int joined) {
+    SHIKE_DEVICE void join(const float* sums, float* totals, int stride, int joined) {
         const float values = float(joined + count), inverse = 1 / values;
         SHIKE_UNROLL
         for (int i = 0; i < V; ++i) {
@@ -139,7 +139,7 @@ struct StatisticsState {
 
 // The mean of the first values of a thread; one of them where they are but two, which is as good.
 template <DType kType, int V, int kUnroll>
-SHIKE_HD void first_centre(const Packet<kType, V> (&x)[kUnroll], int count, float (&mean)[V]) {
+SHIKE_DEVICE void first_centre(const Packet<kType, V> (&x)[kUnroll], int count, float (&mean)[V]) {
     if constexpr (kUnroll <= 2) return x[0].get(mean);
     const float inverse = 1 / float(count);
     float first[V], value[V];
@@ -161,9 +161,9 @@ SHIKE_HD void first_centre(const Packet<kType, V> (&x)[kUnroll], int count, floa
 // values has doubled, and after every run: the squares about it then add up to little more than those about the mean,
 // whatever the values.
 template <bool kProducts, DType kType, int V>
-SHIKE_HD void add_sample(StatisticsState<kType, V>& own, const MapView<kType, V>& view,
-                         const MapView<kType, V>& partner, std::int64_t b, int member, int group, int positions,
-                         float* sums, int stride) {
+SHIKE_DEVICE void add_sample(StatisticsState<kType, V>& own, const MapView<kType, V>& view,
+                             const MapView<kType, V>& partner, std::int64_t b, int member, int group, int positions,
+                             float* sums, int stride) {
     using State = StatisticsState<kType, V>;
     constexpr int kUnroll = kProducts && V > 1 ? unroll_of(V) / 2 : unroll_of(V);
     static_assert(kUnroll <= kRun, "a run has to end at a multiple of kRun");
@@ -224,13 +224,14 @@ SHIKE_HD void add_sample(StatisticsState<kType, V>& own, const MapView<kType, V>
 }
 
 // How many of `total` things fall to one of `sharers`, a power of two, that take turns.
-SHIKE_HD int share_of(std::int64_t total, int sharers, int index) {
+SHIKE_DEVICE int share_of(std::int64_t total, int sharers, int index) {
     return int((total - index + sharers - 1) >> FusionPlan::digit_bits(sharers));
 }
 
 // One block; `index`: the map.
-template <DType kType, int V, class Team>
-SHIKE_HD void statistics_block(Team& team, const StatisticsArguments& call, unsigned block, int index) {
+template <DType kType, int V>
+SHIKE_DEVICE void statistics_block(BlockTeam<StatisticsState<kType, V>>& team, const StatisticsArguments& call,
+                                   unsigned block, int index) {
     using State = StatisticsState<kType, V>;
     const FusionPlan& plan = call.plan;
     const MapShape& shape = call.maps.shape;

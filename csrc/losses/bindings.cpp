@@ -110,7 +110,6 @@ void define_for_cuda(pybind11::module_&) {}
 }  // namespace shike
 
 SHIKE_BINDINGS(module) {
-    module.attr("MAX_EXPERTS") = shike::kMaxExperts;
     module.def("extremes", &shike::extremes, "Smallest and largest of int64 numbers: address, stride, count >= 1.");
     shike::define_for_the_cpu(module);
     shike::define_for_cuda(module);

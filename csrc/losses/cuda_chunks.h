@@ -1,5 +1,4 @@
 // What one CUDA thread learns of a row from its chunks of classes, and how the threads' knowledge becomes a DktState.
-// Compiled for the host too, where a test repeats the kernels' reduction.
 //
 // DktState::add holds the hardest negative out of the teacher's sums class by class. That is a data-dependent exchange
 // of four numbers a class, too much for a kernel that otherwise needs less than fifty instructions a class. So a thread
@@ -20,12 +19,12 @@ struct TeacherSums {
     float sum;    // sum of exp(r - pivot)
     float gap;    // sum of exp(r - pivot) gap
 
-    SHIKE_HD void clear() {
+    SHIKE_DEVICE void clear() {
         pivot = kFloor;
         sum = gap = 0;
     }
 
-    SHIKE_HD void add(const TeacherSums& other) {
+    SHIKE_DEVICE void add(const TeacherSums& other) {
         const float next = larger(pivot, other.pivot);
         const float factor = exponential(pivot - next), others_factor = exponential(other.pivot - next);
         sum = sum * factor + other.sum * others_factor;
@@ -33,7 +32,7 @@ struct TeacherSums {
         pivot = next;
     }
 
-    SHIKE_HD void exchange_if(bool condition, TeacherSums& other) {
+    SHIKE_DEVICE void exchange_if(bool condition, TeacherSums& other) {
         shike::exchange_if(condition, pivot, other.pivot);
         shike::exchange_if(condition, sum, other.sum);
         shike::exchange_if(condition, gap, other.gap);
@@ -50,7 +49,7 @@ struct ChunkStream {
     float hardest;       // the largest sum of logits, attained in the held-out chunk
     float chunk;         // its first class
 
-    SHIKE_HD void clear() {
+    SHIKE_DEVICE void clear() {
         students.clear();
         others.clear();
         held.clear();
@@ -59,7 +58,7 @@ struct ChunkStream {
     }
 
     // Adds the classes first ... first + N - 1. Those that are left out have the logits kAbsent.
-    SHIKE_HD void add(const float (&z)[N][K], float first) {
+    SHIKE_DEVICE void add(const float (&z)[N][K], float first) {
         float top[K];
         students.add(z, top, true);
         TeacherSums entry{top[0], 0, 0};
@@ -78,7 +77,7 @@ struct ChunkStream {
     }
 
     // Adds another stream of the row. The students' pivots are the same.
-    SHIKE_HD void merge(ChunkStream other) {
+    SHIKE_DEVICE void merge(ChunkStream other) {
         students.add_sums(other.students, true);
         others.add(other.others);
         add_to_teacher((other.hardest > hardest) | ((other.hardest == hardest) & (other.chunk < chunk)), other.held,
@@ -86,7 +85,7 @@ struct ChunkStream {
     }
 
     // The state of the whole row; z: the logits of the held-out chunk.
-    SHIKE_HD DktState<float, K> state(const float (&z)[N][K]) const {
+    SHIKE_DEVICE DktState<float, K> state(const float (&z)[N][K]) const {
         DktState<float, K> result;
         result.clear();
         static_cast<StudentState<float, K>&>(result) = students;
@@ -98,7 +97,7 @@ struct ChunkStream {
     }
 
 private:
-    SHIKE_HD void add_to_teacher(bool harder, TeacherSums& entry, float entry_hardest, float entry_chunk) {
+    SHIKE_DEVICE void add_to_teacher(bool harder, TeacherSums& entry, float entry_hardest, float entry_chunk) {
         held.exchange_if(harder, entry);
         hardest = harder ? entry_hardest : hardest;
         chunk = harder ? entry_chunk : chunk;

@@ -1,5 +1,5 @@
 // How the CUDA kernels share out rows: a group of threads serves a row, in chunks of classes. Compiled for the host
-// too, where a test runs the same split and the same order of reduction.
+// too, which makes the plans.
 #pragma once
 
 #include <cstdint>

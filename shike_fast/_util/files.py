@@ -119,8 +119,10 @@ def advice(error: OSError) -> str:
     return "see to the disk or choose another folder"
 
 
-def lock(file: IO[Any]) -> None:
+def lock(file: IO[Any], *, wait: bool = False) -> None:
     """Hold an open file for this process, until it is closed; where there are no locks, warn and continue.
+
+    With ``wait``, until no other process holds it.
 
     Raises:
         HeldElsewhereError: another process holds it.
@@ -128,7 +130,7 @@ def lock(file: IO[Any]) -> None:
     try:
         import fcntl
 
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return
     except ImportError:
         reason = "no POSIX system"

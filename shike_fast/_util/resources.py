@@ -19,7 +19,8 @@ _REMEDIES = {
     errno.ENOSPC: "make room, then repeat the command",
 }
 _ELSE = "see to it, then repeat the command"
-_MEMORY = ("DefaultCPUAllocator", "bad_alloc")  # in the texts of torch, which has no exception type for a full memory
+# In the texts of torch, which has no exception type for them.
+_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "CUDA out of memory", "CUDA error: out of memory")
 _THREAD = "can't start new thread"  # Python's text: it has no exception type for that
 
 

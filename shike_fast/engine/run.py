@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shike_fast import data
+from shike_fast import data, ops
 from shike_fast._util.cli import check_workers, choose_device, make_deterministic, use_device
 from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
@@ -197,6 +197,8 @@ def _prepare(plan: Plan, processes: distributed.Processes, profile: bool) -> Tra
     device = distributed.choose_device_of(processes, config.device)
     use_device(device)
     processes.run_on_all(lambda: check_device(config, device))
+    if ops.needs_verification(device):
+        ops.verify(device)  # of several processes on one machine the others wait for the first
     if config.download:
         processes.broadcast_from_main(lambda: load_data(config).name)  # it alone downloads to a folder that all share
     dataset = processes.run_on_all(lambda: load_data(config))
@@ -255,5 +257,15 @@ def _headline(trainer: Trainer) -> str:
         f"of {int(counts.max())} to {int(counts.min())}, {len(dataset.test):,} test images\n"
         f"{config.method}, {config.model}, {config.num_experts} expert{'s' if config.num_experts > 1 else ''}, "
         f"{config.shown_epochs} epochs, {where}, seed {config.seed}{going_on}\n"
+        f"{_kernels(trainer.device)}\n"
         f"writing to {trainer.output_dir}"
     )
+
+
+def _kernels(device: torch.device) -> str:
+    """One line where all operators run on one backend, else a line each."""
+    lines = ops.what_runs(device)
+    backends = {line.split(": ")[1].split(" ")[0] for line in lines}
+    if len(backends) > 1 or backends == {"reference"}:
+        return "\n".join(lines)
+    return f"kernels: {backends.pop()} (verified on this {'GPU' if device.type == 'cuda' else 'CPU'})"

@@ -1,6 +1,6 @@
 """Losses and feature fusion of multi-expert long-tail training, registered as ``torch.ops.shike_fast.*``."""
 
-from shike_fast.ops._dispatch import backend_reasons, backends
+from shike_fast.ops._dispatch import backend_reasons, backends, needs_verification, verdicts, verify, what_runs
 from shike_fast.ops._dkf_arguments import BatchNormArguments
 from shike_fast.ops.balanced_softmax import balanced_softmax_loss
 from shike_fast.ops.cross_entropy import expert_cross_entropy
@@ -17,4 +17,8 @@ __all__ = [
     "dkf_pool",
     "dkt_loss",
     "expert_cross_entropy",
+    "needs_verification",
+    "verdicts",
+    "verify",
+    "what_runs",
 ]

@@ -8,7 +8,7 @@ PyTorch's dispatcher, so that it costs a few comparisons and traces under ``torc
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from shike_fast.ops import _verification
 from shike_fast.ops._guards import has_tangent
 from shike_fast.ops._native import native, native_error
+from shike_fast.ops._verdicts import Verdicts
 
 LIBRARY = torch.library.Library("shike_fast", "FRAGMENT")
 OPERATORS: dict[str, "Operator"] = {}
 MAX_EXPERTS = 8
-_PREFERENCE = ("cuda", "triton", "cpu", "reference")  # fastest first
+_PREFERENCE = ("cuda", "triton", "cpu", "reference")
+_SMALL, _MEDIUM = 2**16, 2**20  # elements of the first tensor
 _NO_TANGENT = "it has no forward-mode derivative"
 
 
@@ -40,7 +43,6 @@ class Backend:
 
     function: Callable[..., Any]
     refuses: Callable[..., str | None] | None = None  # why it cannot run, in one clause, or None; None: runs everywhere
-    verified: bool = True  # False: it never passed its tests on such a device, and runs only when asked for by name
 
 
 class Operator:
@@ -54,7 +56,8 @@ class Operator:
 
     def __init__(self, name: str, schema: str | None = None, composite: Callable[..., Any] | None = None) -> None:
         self.name = name
-        self.backends: dict[str, Backend] = {}  # fastest first
+        self.backends: dict[str, Backend] = {}  # in the order of _PREFERENCE
+        self._orders: dict[tuple[torch.device, torch.dtype, str], tuple[str, ...]] = {}
         if schema is not None and composite is not None:
             LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
             LIBRARY.impl(name, composite, "CompositeImplicitAutograd")
@@ -67,11 +70,10 @@ class Operator:
         function: Callable[..., Any],
         *,
         refuses: Callable[..., str | None] | None = None,
-        verified: bool = True,
     ) -> None:
         """Make ``function`` the implementation on ``backend``."""
         _check_name(self.name, backend)
-        known = {**self.backends, backend: Backend(function, refuses, verified)}
+        known = {**self.backends, backend: Backend(function, refuses)}
         self.backends = {name: known[name] for name in _PREFERENCE if name in known}
 
     def add_fused(self, function: Callable[..., Any], refuses: Callable[..., str | None]) -> None:
@@ -79,31 +81,61 @@ class Operator:
 
         ``refuses(backend, *args)`` says why the fused kernels do not take these arguments, or None.
         """
-        # Neither of the last two has passed its tests on a device yet, so neither is the default there.
-        for backend, verified in (("cpu", True), ("triton", False), ("cuda", False)):
-            self.add(backend, partial(function, backend), refuses=partial(refuses, backend), verified=verified)
+        for backend in ("cpu", "triton", "cuda"):
+            self.add(backend, partial(function, backend), refuses=partial(refuses, backend))
 
     def run(self, backend: str | None, *args: Any) -> Any:
-        """Call the implementation that ``backend`` names, or the fastest one that takes these arguments."""
+        """Call the implementation that ``backend`` names, or the fastest proven one that takes these arguments."""
         return self.backends[self.choose(backend, *args)].function(*args)
 
     def choose(self, backend: str | None, *args: Any) -> str:
         """The backend that ``run`` takes."""
+        compiling = is_compiling()
         if backend is not None:
             _check_name(self.name, backend)
-            if (reason := self._refusal(backend, args)) is not None:
+            if (reason := self._refusal(backend, args, compiling)) is not None:
                 raise RuntimeError(f"{self.name}: backend {backend!r} cannot run: {reason}")
             return backend
-        for name, candidate in self.backends.items():
-            if candidate.verified and (candidate.refuses is None or candidate.refuses(*args) is None):
+        tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if compiling:
+            order: Sequence[str] = _order_when_compiled(self.name, tensor.device, tensor.dtype).split(",")
+        else:
+            elements = tensor.numel()
+            size = "small" if elements < _SMALL else "medium" if elements < _MEDIUM else "large"
+            order = self._orders.get((tensor.device, tensor.dtype, size)) or self._learn(tensor, size)
+        for name in order:
+            if self._refusal(name, args, compiling) is None:
                 return name
         raise RuntimeError(f"{self.name}: no backend can run with these arguments")
 
-    def _refusal(self, backend: str, args: tuple[Any, ...]) -> str | None:
+    def forget(self) -> None:
+        """Ask for the verdicts again at the next call."""
+        self._orders.clear()
+
+    def _learn(self, tensor: Tensor, size: str) -> tuple[str, ...]:
+        """The proven backends of the tensor's device, the fastest for its dtype and size first."""
+        device = tensor.device
+        if len(self.backends) > 1 and device.type in _verification.BACKENDS:
+            known = _verification.known(device)
+            if known is None:
+                if (reason := _verification.may_verify(tensor)) is not None:
+                    _verification.tell_unknown(_verification.name_of(device), reason)
+                    return ("reference",)
+                known = verify(device)
+            proven = _verification.order(self.name, known, tensor.dtype, size)
+            order = tuple(name for name in proven if name in self.backends)
+            _verification.tell_fallback(self.name, known, _verification.name_of(device), order[0])
+        else:
+            order = tuple(self.backends)[-1:]  # the reference
+        self._orders[device, tensor.dtype, size] = order
+        return order
+
+    def _refusal(self, backend: str, args: tuple[Any, ...], compiling: bool) -> str | None:
         if backend not in self.backends:
             return "it does not implement this op"
+        reason = None if compiling or backend == "reference" else _refuses_transforms(*args)
         refuses = self.backends[backend].refuses
-        return None if refuses is None else refuses(*args)
+        return reason if reason is not None or refuses is None else refuses(*args)
 
 
 def _check_name(op: str, backend: str) -> None:
@@ -135,13 +167,71 @@ def backend_reasons() -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def unverified(backend: str) -> list[str]:
-    """The operators whose implementation on ``backend`` has not passed its tests on a device: it runs by name only."""
-    return [
-        name
-        for name, operator in OPERATORS.items()
-        if backend in operator.backends and not operator.backends[backend].verified
-    ]
+def verify(device: torch.device | str, *, again: bool = False, seconds: float = _verification.SECONDS) -> Verdicts:
+    """Try the backends of a device, each in a process of its own; the fastest that passes runs where none is named.
+
+    The first eager call of an operator on a device does the same. What was found is kept on the disk.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        again: try them although there are verdicts on this device, driver, library, PyTorch and Triton.
+        seconds: for all operators of one backend.
+
+    Returns:
+        backend -> operator -> verdict with ``status`` (``passed``, ``failed``, ``crashed``, ``timed out`` or ``not
+        tried``), ``reason`` and ``times``.
+    """
+    device = torch.device(device)
+    found = _verification.verify(device, _with_kernels(), _missing_on, again=again, seconds=seconds)
+    for operator in OPERATORS.values():
+        operator.forget()
+    return found
+
+
+def needs_verification(device: torch.device | str) -> bool:
+    """Whether something of the device's backends is still unknown, and this is a moment to find out."""
+    device = torch.device(device)
+    known = _verification.known(device) or {}
+    untried = _verification.unknown(known, device, _with_kernels())
+    if all(_missing_on(backend, device) is not None for backend in untried):
+        return False
+    return _verification.may_verify(torch.empty(0, device=device)) is None
+
+
+def _with_kernels() -> list[str]:
+    return [name for name, operator in OPERATORS.items() if len(operator.backends) > 1]
+
+
+def verdicts() -> dict[str, Verdicts]:
+    """What is known of the backends of this machine's devices, by device: ``cpu``, ``cuda:0`` and so on."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    found = {_verification.name_of(device): _verification.known(device) for device in devices}
+    return {name: known for name, known in found.items() if known is not None}
+
+
+def what_runs(device: torch.device | str) -> list[str]:
+    """A line an operator: the backend that runs on a device where none is named, and why."""
+    device = torch.device(device)
+    known = _verification.known(device) or {}
+    where = "GPU" if device.type == "cuda" else "CPU"
+    return [_verification.describe(name, known, where) for name in OPERATORS]
+
+
+def _missing_on(backend: str, device: torch.device) -> str | None:
+    return cuda_missing(device) if backend == "cuda" else _MISSING[backend]()
+
+
+def _order_when_compiled(operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What :meth:`Operator._order` finds, for all sizes; a compiler must not start a process."""
+    if device.type not in _verification.BACKENDS or len(OPERATORS[operator].backends) == 1:
+        return "reference"
+    known = _verification.known(device)
+    if known is None:
+        _verification.tell_unknown(_verification.name_of(device), "a compiler is at work")
+        return "reference"
+    order = _verification.order(operator, known, dtype, "large")
+    _verification.tell_fallback(operator, known, _verification.name_of(device), order[0])
+    return ",".join(order)
 
 
 def _cuda_build_missing(native_missing: str | None) -> str | None:
@@ -205,7 +295,8 @@ def _failed_self_test(index: int) -> str | None:
 
 
 # All that torch.compiler.assume_constant_result does, but that imports torch._dynamo, which takes longer than PyTorch.
-_failed_self_test._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (_failed_self_test, _order_when_compiled):
+    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010  # functions have no such attribute to mypy
 
 
 _ROOMS = {"dkt": "losses", "cross_entropy": "losses", "dkf": "fusion"}  # folders of shike_fast.kernels
@@ -241,10 +332,8 @@ def refuses_tensor(backend: str, tensor: Tensor, what: str) -> str | None:
     return None
 
 
-def refuses_transforms(*args: Any) -> str | None:
+def _refuses_transforms(*args: Any) -> str | None:
     """Why no fused kernel can run under what transforms these arguments, tensors and sequences of them, or None."""
-    if is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active():
         transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack()}
         if torch._C._functorch.TransformType.Vmap in transforms:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shike_fast.ops._autograd import Fused
 from shike_fast.ops._checks import gradient_like, stacked
-from shike_fast.ops._dispatch import MAX_EXPERTS, Operator, refuses_tensor, refuses_transforms
+from shike_fast.ops._dispatch import MAX_EXPERTS, Operator, refuses_tensor
 
 MAX_CLASSES = 2**24 - 1  # the kernels keep class numbers, and 2²⁴ for none, in float32
 
@@ -32,7 +32,7 @@ def loss_operator(
         return operator.op(stacked(logits), *args)
 
     def refuses_arguments(backend: str, logits: Tensor | Sequence[Tensor], *args: Any) -> str | None:
-        reason = _refuses_logits(backend, logits, any_number_of_experts) or refuses_transforms(logits, *args)
+        reason = _refuses_logits(backend, logits, any_number_of_experts)
         return reason if reason is not None or refuses is None else refuses(logits, *args)
 
     operator.add("reference", reference)

@@ -339,8 +339,6 @@ def _refuses(
             return f"it takes maps of one dtype, got {describe(deep[0])} and {describe(map_)}"
     if len(deep) > _dispatch.MAX_EXPERTS:
         return f"it takes at most {_dispatch.MAX_EXPERTS} experts, got {len(deep)}"
-    if (reason := _dispatch.refuses_transforms(deep, shallow, shortcut, *norms)) is not None:
-        return reason
     if any(norm.training != norms[0].training for norm in norms):
         return "some normalisations train and some do not"
     if deep[0].shape[0] == 0:

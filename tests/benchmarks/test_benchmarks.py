@@ -25,17 +25,14 @@ def test_document_is_generated(report):
     assert (ROOT / "docs" / "records" / "benchmarks.md").read_text(encoding="utf-8") == report.document()
 
 
-def test_unverified_backends_are_named(report, monkeypatch):
-    text = report.document()
-    for name in ("triton", "cuda"):
-        (listed,) = [line for line in text.splitlines() if "no test has passed on a device" in line] or [""]
-        assert (f"`{name}`" in listed) == bool(report.unverified(name))
-    monkeypatch.setattr(report, "unverified", lambda name: ["dkt_loss"] if name == "cuda" else ["dkf_pool"])
-    lines = report.document().splitlines()
-    assert any(line.startswith("- `triton`: no test has passed on a device yet for `dkf_pool`.") for line in lines)
-    assert any(line.startswith("- `cuda`: no test has passed on a device yet for `dkt_loss`.") for line in lines)
-    monkeypatch.setattr(report, "unverified", lambda name: [])
-    assert "Every backend has passed its tests on a device." in report.document()
+def test_devices_of_recorded_runs_are_named(report):
+    def run(**info):
+        return {"benchmarks": [{"extra_info": info}]}
+
+    nothing = "\n".join(report._devices([run(device="some processor")]))
+    assert "No run on a GPU is recorded yet" in nothing and "some processor" not in nothing
+    runs = [run(device="NVIDIA H100", launches=2), run(device="some processor")]
+    assert "Recorded on: NVIDIA H100.\n" in "\n".join(report._devices(runs))
 
 
 @pytest.mark.slow

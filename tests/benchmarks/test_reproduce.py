@@ -123,7 +123,7 @@ def test_a_queue_trains_records_and_skips(reproduce, tmp_path, capfd):
     assert result["command"].endswith(
         "--dataset digits-lt --model resnet8 --batch-size 64 --epochs 3 --seed 1 --amp off"
     )
-    assert result["commit"] == (reproduce.machine.commit() or "unknown")
+    assert result["commit"] == (reproduce.measured_on.commit() or "unknown")
     assert result["hardware"].endswith("cores")
     assert len(result["class_accuracy"]) == len(result["class_counts"]) == 10
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
@@ -235,10 +235,10 @@ def test_sources_that_are_no_checkout_have_no_commit(reproduce, tmp_path, monkey
     subprocess.run([*git, "init", "--quiet"], check=True)
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
     (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(reproduce.machine, "ROOT", tmp_path / "inside")
-    assert reproduce.machine.commit() is None
-    monkeypatch.setattr(reproduce.machine, "ROOT", tmp_path)
-    assert re.fullmatch("[0-9a-f]{10}", reproduce.machine.commit())
+    monkeypatch.setattr(reproduce.measured_on, "ROOT", tmp_path / "inside")
+    assert reproduce.measured_on.commit() is None
+    monkeypatch.setattr(reproduce.measured_on, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{10}", reproduce.measured_on.commit())
 
 
 def test_the_picture(reproduce, tmp_path):

@@ -1,43 +1,24 @@
 """How the CUDA kernels of depth-wise knowledge fusion share out maps over blocks and threads."""
 
-from typing import NamedTuple
+import ctypes
 
 import pytest
 import torch
-from emulated_fusion import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shike_fast.ops._native import native
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 
-class Map(NamedTuple):
-    """A map at an aligned address that is never read."""
-
-    strides: tuple[int, int, int, int]
-
-    def data_ptr(self) -> int:
-        return 4096
-
-    def stride(self) -> tuple[int, int, int, int]:
-        return self.strides
-
-
-def plan_of(shape, dtype, layout, count, processors, statistics=False):
+def plan_of(plans, shape, dtype, layout, count, processors, statistics=False):
     _, channels, height, width = shape
     strides = {
         "channels last": (channels * height * width, 1, channels * width, channels),
         "NCHW": (channels * height * width, height * width, width, 1),
     }[layout]
     names = "vector by_channel lanes group rows groups splits samples".split()
-    numbers = native().dkf_plan(
-        dtype=DTYPES[dtype],
-        shape=shape,
-        maps=[Map(strides)] * 2,
-        count=count,
-        processors=processors,
-        statistics=statistics,
-    )
+    four, numbers = ctypes.c_int64 * 4, (ctypes.c_int64 * len(names))()
+    plans.fusion_plan(four(*shape), four(*strides), DTYPES[dtype], count, processors, statistics, numbers)
     return dict(zip(names, numbers, strict=True))
 
 
@@ -50,8 +31,8 @@ def plan_of(shape, dtype, layout, count, processors, statistics=False):
     st.sampled_from([1, 20, 132, 170]),
     st.booleans(),
 )
-def test_plan(shape, dtype, layout, count, processors, statistics):
-    plan = plan_of(shape, dtype, layout, count, processors, statistics)
+def test_plan(plans, shape, dtype, layout, count, processors, statistics):
+    plan = plan_of(plans, shape, dtype, layout, count, processors, statistics)
     batch, channels = shape[:2]
     vectors, threads = -(-channels // plan["vector"]), plan["lanes"] * plan["group"] * plan["rows"]
     for digit in ("lanes", "group", "rows"):
@@ -70,7 +51,7 @@ def test_plan(shape, dtype, layout, count, processors, statistics):
 @pytest.mark.parametrize("shape", [(128, 64, 8, 8), (256, 2048, 7, 7), (256, 2048, 14, 14)])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("statistics", [False, True])
-def test_plan_fills_a_device(layout, shape, count, statistics):
-    plan = plan_of(shape, torch.bfloat16, layout, count, 132, statistics)
+def test_plan_fills_a_device(plans, layout, shape, count, statistics):
+    plan = plan_of(plans, shape, torch.bfloat16, layout, count, 132, statistics)
     blocks = plan["groups"] * plan["splits"] * count
     assert blocks >= 2 * 132 or plan["lanes"] * plan["group"] * plan["rows"] <= 64

@@ -1,5 +1,7 @@
 """Choice among backends, with implementations registered for the test only."""
 
+import contextlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -7,16 +9,20 @@ import pytest
 import torch
 
 from shike_fast import ops
-from shike_fast.ops import _dispatch
+from shike_fast.ops import _dispatch, _verification
+from shike_fast.ops._verdicts import FAILED, NOT_TRIED, PASSED, Verdict
 
 LOGITS, TARGET = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64)
 
 
 @pytest.fixture
 def registry(monkeypatch):
-    """The records with the reference implementations only, restored after the test."""
+    """The records with the reference implementations only, restored after the test; all else counts as proven."""
     for operator in _dispatch.OPERATORS.values():
         monkeypatch.setattr(operator, "backends", {"reference": operator.backends["reference"]})
+        monkeypatch.setattr(operator, "_orders", {})
+    proven = {name: dict.fromkeys(_dispatch.OPERATORS, Verdict(PASSED)) for name in ("cuda", "triton", "cpu")}
+    monkeypatch.setitem(_verification._known, "cpu", proven)
     return _dispatch.OPERATORS
 
 
@@ -38,6 +44,7 @@ def test_the_fastest_backend_that_accepts_runs(registry):
     )
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 1.0
     registry["expert_cross_entropy"].add("cuda", result(3.0), refuses=lambda *args: None)
+    registry["expert_cross_entropy"].forget()
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 3.0
     assert ops.expert_cross_entropy(LOGITS, TARGET, backend="cpu").item() == 1.0
     assert ops.expert_cross_entropy(LOGITS, TARGET, backend="reference").item() == pytest.approx(2 * 1.3862944)
@@ -49,9 +56,21 @@ def test_the_order_of_registration_does_not_matter(registry):
     assert ops.expert_cross_entropy(LOGITS, TARGET).item() == 2.0
 
 
-def test_an_unverified_backend_runs_only_by_name(registry):
-    registry["expert_cross_entropy"].add("triton", result(1.0), verified=False)
-    assert ops.expert_cross_entropy(LOGITS, TARGET).item() != 1.0
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (None, None),
+        (Verdict(FAILED, "wrong"), "expert_cross_entropy: triton failed on cpu: wrong; reference runs"),
+        (Verdict(NOT_TRIED, "no GPU"), "the reference runs on cpu: triton not tried: no GPU"),
+    ],
+)
+def test_a_backend_that_has_not_passed_runs_only_by_name(registry, monkeypatch, verdict, said):
+    monkeypatch.setattr(_verification, "_told", set())
+    known = {"triton": {} if verdict is None else {"expert_cross_entropy": verdict}}
+    monkeypatch.setitem(_verification._known, "cpu", known)
+    registry["expert_cross_entropy"].add("triton", result(1.0))
+    with contextlib.nullcontext() if said is None else pytest.warns(RuntimeWarning, match=re.escape(said)):
+        assert ops.expert_cross_entropy(LOGITS, TARGET).item() != 1.0
     assert ops.expert_cross_entropy(LOGITS, TARGET, backend="triton").item() == 1.0
 
 
@@ -76,7 +95,7 @@ def test_a_backend_of_other_ops_says_so(registry):
 
 
 def test_no_backend_at_all(registry):
-    registry["expert_cross_entropy"].add("reference", result(1.0), verified=False)
+    registry["expert_cross_entropy"].add("reference", result(1.0), refuses=lambda *args: "it is broken")
     with pytest.raises(RuntimeError, match=r"^expert_cross_entropy: no backend can run with these arguments$"):
         ops.expert_cross_entropy(LOGITS, TARGET)
 
@@ -84,12 +103,6 @@ def test_no_backend_at_all(registry):
 def test_names_are_checked(registry):
     with pytest.raises(ValueError, match=r"^dkt_loss: backend must be None or one of .*, got 'gpu'$"):
         registry["dkt_loss"].add("gpu", result(1.0))
-
-
-def test_unverified_backends_are_listed(registry):
-    registry["dkt_loss"].add("cuda", result(1.0), verified=False)
-    registry["expert_cross_entropy"].add("cuda", result(1.0))
-    assert _dispatch.unverified("cuda") == ["dkt_loss"] and _dispatch.unverified("reference") == []
 
 
 LOSSES = {

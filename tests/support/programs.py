@@ -13,7 +13,7 @@ from typing import Any
 
 LIMIT = 900.0  # seconds that only a program that hangs needs; a test may take longer
 
-_MARK = "SHIKE_FAST_TESTS"  # variable of the environment that a program hands on to all that it starts
+MARK = "SHIKE_FAST_TESTS"  # variable of the environment that a program hands on to all that it starts
 
 
 class Programs:
@@ -29,7 +29,7 @@ class Programs:
         mark = f"{self.mark}{next(self._numbers)}/"
         # A pytest among the programs is no part of this one.
         environment = {k: v for k, v in options.pop("env", os.environ).items() if not k.startswith("PYTEST_")}
-        environment[_MARK] = environment.get(_MARK, "") + mark
+        environment[MARK] = environment.get(MARK, "") + mark
         defaults = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         defaults["start_new_session"] = True
         process = subprocess.Popen([str(word) for word in command], env=environment, **defaults | options)
@@ -81,7 +81,7 @@ def kill_marked(mark: str) -> None:
 
 def marked(mark: str) -> Iterator[int]:
     """The processes that a program with this mark has started, and itself."""
-    entry = f"{_MARK}=".encode()
+    entry = f"{MARK}=".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # another user's, or one that has just ended
             for variable in (process / "environ").read_bytes().split(b"\0"):

@@ -1,0 +1,178 @@
+"""The inputs on which a backend is tried, by operator, and those on which it is timed."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shike_fast import ops
+
+
+class Case(NamedTuple):
+    """Inputs of an operator: ``call(*leaves, backend=...)`` returns a tensor; leaves are differentiable."""
+
+    name: str
+    call: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+    values: bool = True  # False: inputs that are not finite, where only which results are finite is compared
+
+
+def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    low = (torch.bfloat16, torch.float16)
+    return (torch.float32, torch.float64, *low) if device.type == "cpu" else (torch.float32, *low)
+
+
+def _random(device: torch.device, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(device)
+
+
+def _targets(device: torch.device, batch: int, classes: int) -> Tensor:
+    return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def _loss_cases(call: Callable[..., Callable[..., Tensor]]) -> Callable[[torch.device], Iterator[Case]]:
+    """Of a loss: ``call(target, classes)`` returns a function of logits, one tensor or several, and a backend."""
+
+    def cases(device: torch.device) -> Iterator[Case]:
+        shapes = [(3, 5, 7), (1, 1, 2), (8, 2, 1003), (3, 33, 100), (2, 3, 20011)]
+        for dtype in _dtypes(device):
+            for experts, batch, classes in shapes if dtype == torch.float32 else shapes[:1]:
+                logits = _random(device, experts, batch, classes, scale=3.0).to(dtype)
+                function = call(_targets(device, batch, classes), classes)
+                yield Case(f"{name_of(dtype)} {experts}x{batch}x{classes}", _one(function), (logits,))
+        function = call(_targets(device, 5, 19), 19)
+        apart = tuple(_random(device, 5, 20, seed=k)[:, 1:] for k in range(3))
+        yield Case("float32 experts apart, not aligned", _several(function), apart)
+        yield Case("float32 transposed", _one(function), (_random(device, 19, 5, 3).permute(2, 1, 0),))
+        yield Case("float32 logits of 60", _one(function), (_random(device, 3, 5, 19, scale=60.0),))
+        yield Case("float32 equal logits", _one(function), (torch.ones(3, 5, 19, device=device),))
+        for value in (float("nan"), float("inf")):
+            logits = _random(device, 3, 5, 19)
+            logits[1, 2, 3] = value
+            yield Case(f"float32 with {value}", _one(function), (logits,), values=False)
+
+    return cases
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``float32`` and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda logits, backend: function(logits, backend=backend)
+
+
+def _several(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *logits, backend: function(list(logits), backend=backend)
+
+
+def _dkt(target: Tensor, classes: int) -> Callable[..., Tensor]:
+    return lambda logits, backend: ops.dkt_loss(logits, target, backend=backend)
+
+
+def _cross_entropy(target: Tensor, classes: int) -> Callable[..., Tensor]:
+    bias = (torch.arange(classes, device=target.device) % 7 - 3) / 4  # exact in all dtypes
+    return lambda logits, backend: ops.expert_cross_entropy(
+        logits, target, bias=bias, label_smoothing=0.1, backend=backend
+    )
+
+
+def _balanced(target: Tensor, classes: int) -> Callable[..., Tensor]:
+    counts = torch.arange(classes, 0, -1, device=target.device)
+    return lambda logits, backend: ops.balanced_softmax_loss(logits, target, counts, backend=backend)
+
+
+def _fusion_cases(call: Callable[..., Callable[..., Tensor]], maps: int) -> Callable[[torch.device], Iterator[Case]]:
+    """Of a fusion: ``call(channels, relu)`` returns a function of 2·``maps`` maps and a backend."""
+
+    def cases(device: torch.device) -> Iterator[Case]:
+        shapes = [(3, 17, 5, 3), (2, 8, 1, 2), (4, 64, 8, 8), (2, 33, 7, 7)]
+        for dtype in _dtypes(device):
+            for shape in shapes if dtype == torch.float32 else shapes[:1]:
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    for relu in (False, True):
+                        given = tuple(
+                            _away_from_0(_random(device, *shape, seed=i)).to(dtype).to(memory_format=layout)
+                            for i in range(2 * maps)
+                        )
+                        kind = "channels-last" if layout == torch.channels_last else "contiguous"
+                        size = "x".join(map(str, shape))
+                        name = f"{name_of(dtype)} {size} {kind}{' relu' if relu else ''}"
+                        yield Case(name, call(shape[1], relu), given)
+        sliced = tuple(_random(device, 2, 9, 9, 6, seed=i)[:, 1:, ::2, 1::2] for i in range(2 * maps))
+        yield Case("float32 sliced", call(8, False), sliced)
+        broken = [_random(device, 3, 17, 5, 3, seed=i) for i in range(2 * maps)]
+        broken[0][1, 2, 3, 1] = float("nan")
+        yield Case("float32 with nan", call(17, True), tuple(broken), values=False)
+
+    return cases
+
+
+def _away_from_0(x: Tensor) -> Tensor:
+    """Rounding must not decide what a ReLU lets through."""
+    return x + 0.05 * x.sign()
+
+
+def _pool(channels: int, relu: bool) -> Callable[..., Tensor]:
+    return lambda deep, shallow, backend: ops.dkf_pool(deep, shallow, backend=backend)
+
+
+def _norm(map_: Tensor) -> ops.BatchNormArguments:
+    channels, dtype = map_.shape[1], torch.float64 if map_.dtype == torch.float64 else torch.float32
+    weight = torch.ones(channels, dtype=dtype, device=map_.device)
+    bias = torch.full_like(weight, 9.0)  # far from where a ReLU has its kink
+    return ops.BatchNormArguments(weight, bias, None, None, True, 0.1, 1e-5)
+
+
+def _bn_pool(channels: int, relu: bool) -> Callable[..., Tensor]:
+    def call(deep: Tensor, shallow: Tensor, backend: str) -> Tensor:
+        weight, bias, *_ = _norm(shallow)
+        return ops.dkf_bn_pool(deep, shallow, weight, bias, None, None, training=True, relu=relu, backend=backend)
+
+    return call
+
+
+def _experts(channels: int, relu: bool) -> Callable[..., Tensor]:
+    def call(*maps: Tensor, backend: str) -> Tensor:
+        deep, shallow = maps[: len(maps) // 2], maps[len(maps) // 2 :]
+        norms = [_norm(map_) for map_ in shallow]
+        return ops.dkf_experts(deep, shallow, norms, relu=[relu] * len(deep), backend=backend)
+
+    return call
+
+
+CASES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
+    "dkt_loss": _loss_cases(_dkt),
+    "expert_cross_entropy": _loss_cases(_cross_entropy),
+    "balanced_softmax_loss": _loss_cases(_balanced),
+    "dkf_pool": _fusion_cases(_pool, 1),
+    "dkf_bn_pool": _fusion_cases(_bn_pool, 1),
+    "dkf_experts": _fusion_cases(_experts, 2),
+}
+
+_SIZES = {  # logits of the losses, maps of the fusion
+    "small": ((3, 64, 100), (32, 16, 8, 8)),
+    "medium": ((3, 128, 1000), (64, 64, 8, 8)),
+    "large": ((3, 256, 8142), (64, 2048, 7, 7)),
+}
+
+
+def timed_cases(operator: str, device: torch.device) -> Iterator[Case]:
+    """By dtype and size, as ``float32 small``; on a CPU no large ones, which take seconds."""
+    on_gpu = device.type == "cuda"
+    for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
+        for size, (loss_shape, map_shape) in _SIZES.items():
+            if size == "large" and not on_gpu:
+                continue
+            name = f"{name_of(dtype)} {size}"
+            if operator.startswith("dkf"):
+                make = {"dkf_pool": _pool, "dkf_bn_pool": _bn_pool, "dkf_experts": _experts}[operator]
+                maps = (_random(device, *map_shape, seed=i).to(dtype) for i in range(2))
+                leaves = tuple(m.to(memory_format=torch.channels_last) for m in maps)
+                yield Case(name, make(map_shape[1], False), leaves)
+            else:
+                loss = {"dkt_loss": _dkt, "expert_cross_entropy": _cross_entropy}.get(operator, _balanced)
+                function = loss(_targets(device, loss_shape[1], loss_shape[2]), loss_shape[2])
+                yield Case(name, _one(function), (_random(device, *loss_shape).to(dtype),))

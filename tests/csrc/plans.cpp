@@ -1,0 +1,53 @@
+// The plans of the CUDA kernels, for ctypes: which blocks and threads serve what. They are host code without CUDA.
+
+#include <cstdint>
+
+#include "fusion/cuda_plan.h"
+#include "losses/cuda_plan.h"
+
+using std::int64_t;
+
+// group, rows and splits.
+extern "C" void loss_plan(int experts, int64_t rows, int64_t classes, int processors, bool reducing, int* numbers) {
+    const shike::BlockPlan plan = shike::plan_blocks(shike::chunk_of(experts), rows, classes, processors, reducing);
+    numbers[0] = plan.group;
+    numbers[1] = plan.rows;
+    numbers[2] = plan.splits;
+}
+
+// For each class of a row how many of its threads visit it, the last of them, how many BlockPlan::serves names, and the
+// last of those.
+extern "C" void threads_of_classes(int experts, int classes, int shift, int group, int splits, int (*numbers)[4]) {
+    const shike::BlockPlan plan{shike::chunk_of(experts), group, 1, splits};
+    for (int split = 0; split < splits; ++split) {
+        for (int thread = 0; thread < group; ++thread) {
+            for (int first = plan.first_class(thread, split, shift); first < classes; first += plan.stride()) {
+                for (int c = first < 0 ? 0 : first; c < first + plan.chunk && c < classes; ++c) {
+                    ++numbers[c][0];
+                    numbers[c][1] = split * group + thread;
+                }
+            }
+            for (int c = 0; c < classes; ++c) {
+                if (!plan.serves(c, thread, split, shift)) continue;
+                ++numbers[c][2];
+                numbers[c][3] = split * group + thread;
+            }
+        }
+    }
+}
+
+// vector, by_channel, lanes, group, rows, groups, splits and samples. Two maps of this shape and these strides, at an
+// aligned address that is never read; `count`: experts or maps of the launch.
+extern "C" void fusion_plan(const int64_t* shape, const int64_t* strides, int dtype, int count, int processors,
+                            bool statistics, int64_t* numbers) {
+    const shike::MapShape maps{shape[0], shape[1], shape[2], shape[3], shike::DType(dtype)};
+    const shike::FeatureMap map{reinterpret_cast<void*>(4096), strides[0], strides[1], strides[2], strides[3]};
+    shike::FusionLayout layout(maps);
+    layout.add(map);
+    layout.add(map);
+    const int most = statistics ? shike::kStatisticsSplits : shike::kFusionSplits;
+    const shike::FusionPlan plan = shike::plan_fusion(maps, layout, count, processors, most);
+    const int64_t all[] = {plan.vector, plan.by_channel, plan.lanes, plan.group,
+                           plan.rows,   plan.groups,     plan.splits, plan.samples};
+    for (int i = 0; i < 8; ++i) numbers[i] = all[i];
+}
