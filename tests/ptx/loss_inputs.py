@@ -145,6 +145,7 @@ def check(outcome: Outcome, case: LossCase, place: Place, on_device: OnDevice) -
         return evaluate(case.op, logits, target, scale, backend, **options)
 
     mine = on_device(LOCKSTEP, evaluated)
+    assert mine.gradient.dtype == z.dtype and mine.gradient.shape == z.shape
     exactly = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
     exact = evaluate(case.op, z.double(), target, scale, "reference", **exactly)
     eager = evaluate(case.op, logits, target, scale, "reference", **options)
