@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 BOUND = {"f32": 1e-5, "bf16": 2.0**-7, "f16": 2.0**-10}
-ROUNDING = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-11}  # of a result that was computed in float32
 LOCKSTEP = "lockstep"  # the usual order: all blocks together, ascending
 OTHER_ORDERS = {
     "descending": Order("descending"),
