@@ -34,7 +34,7 @@ def make_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--device", help="cpu, cuda or cuda:N; default all of this machine")
     add("--again", action="store_true", help="try what is known already, too")
-    add("--seconds", type=float, default=20.0, metavar="S", help="for all operators of a backend (default 20)")
+    add("--seconds", type=float, default=20.0, metavar="S", help="for all backends of a device (default 20)")
     add("--full", nargs="*", metavar="PART", help=f"all parts, or some: {', '.join(PARTS)}")
     add("--output-dir", type=Path, metavar="DIR", help="of --full: for all that it finds (default: verification)")
     add("--json", action="store_true", help="print one JSON object, to attach to a report")

@@ -117,11 +117,12 @@ class Operator:
         device = tensor.device
         if len(self.backends) > 1 and device.type in _verification.BACKENDS:
             known = _verification.known(device)
-            if known is None:
-                if (reason := _verification.may_verify(tensor)) is not None:
+            if known is None or any(self.name in names for names in _untried(device).values()):
+                if (reason := _verification.may_verify(tensor)) is None:
+                    known = verify(device)
+                elif known is None:
                     _verification.tell_unknown(_verification.name_of(device), reason)
                     return ("reference",)
-                known = verify(device)
             proven = _verification.order(self.name, known, tensor.dtype, size)
             order = tuple(name for name in proven if name in self.backends)
             _verification.tell_fallback(self.name, known, _verification.name_of(device), order[0])
@@ -175,7 +176,7 @@ def verify(device: torch.device | str, *, again: bool = False, seconds: float = 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         again: try them although there are verdicts on this device, driver, library, PyTorch and Triton.
-        seconds: for all operators of one backend.
+        seconds: for all backends.
 
     Returns:
         backend -> operator -> verdict with ``status`` (``passed``, ``failed``, ``crashed``, ``timed out`` or ``not
@@ -191,11 +192,13 @@ def verify(device: torch.device | str, *, again: bool = False, seconds: float = 
 def needs_verification(device: torch.device | str) -> bool:
     """Whether something of the device's backends is still unknown, and this is a moment to find out."""
     device = torch.device(device)
-    known = _verification.known(device) or {}
-    untried = _verification.unknown(known, device, _with_kernels())
-    if all(_missing_on(backend, device) is not None for backend in untried):
-        return False
-    return _verification.may_verify(torch.empty(0, device=device)) is None
+    return bool(_untried(device)) and _verification.may_verify(torch.empty(0, device=device)) is None
+
+
+def _untried(device: torch.device) -> dict[str, list[str]]:
+    """The operators of which nothing is known, by the backends that might run."""
+    untried = _verification.unknown(_verification.known(device) or {}, device, _with_kernels())
+    return {backend: names for backend, names in untried.items() if _missing_on(backend, device) is None}
 
 
 def _with_kernels() -> list[str]:

@@ -20,7 +20,7 @@ from shike_fast.ops._process import REPORT, python, run
 from shike_fast.ops._verdicts import CRASHED, NOT_TRIED, PASSED, TIMED_OUT, Verdict, Verdicts
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # of a kind of device, besides the reference
-SECONDS = 20.0  # for all operators of a backend
+SECONDS = 20.0  # for all backends of a device
 CROWDED = 6  # times as long may trials on a CPU last, whose own time counts there: others may use the cores
 MARGIN = 1.25  # times as fast must be what is preferred to a backend that stands before it
 REFERENCE_MARGIN = 2.0  # and the reference: where it is nearly as fast, results shall not hang on a measurement
@@ -69,7 +69,7 @@ def verify(
         operators: their names.
         missing: says why a backend cannot run on the device at all, or None.
         again: try them whatever the file says.
-        seconds: for all operators of one backend.
+        seconds: for all of them; one may take its share, and what those before it have left.
     """
     wanted = _verdicts.machine(device)
     names = list(operators)
@@ -85,13 +85,14 @@ def verify(
                 }
         if None in reasons.values():
             with _progress(wanted["device"]):
-                for backend, left in untried.items():
-                    if reasons[backend] is None:
-                        found[backend] = {**found.get(backend, {}), **tried(backend, device, left, seconds=seconds)}
-        if untried and (failure := _verdicts.store(wanted, found)) is not None:
-            warnings.warn(
-                f"shike_fast: what verification found cannot be kept: {failure}", RuntimeWarning, stacklevel=3
-            )
+                possible = [backend for backend in untried if reasons[backend] is None]
+                end = time.monotonic() + seconds
+                for number, backend in enumerate(possible):
+                    share = seconds if device.type == "cpu" else (end - time.monotonic()) / (len(possible) - number)
+                    now = tried(backend, device, untried[backend], seconds=share)
+                    found[backend] = {**found.get(backend, {}), **now}
+            if (failure := _verdicts.store(wanted, found)) is not None:
+                _warn_once(f"shike_fast: what verification found cannot be kept: {failure}")
     _known[name_of(device)] = found
     return found
 
@@ -136,11 +137,18 @@ def tried(
     remaining = list(operators)
     while remaining:
         found = _process(program or TRIALS, backend, device, remaining, deadline, seconds if on_cpu else None)
+        if verdicts:  # it had less than the whole time
+            found = {name: _untimely(verdict) for name, verdict in found.items()}
         verdicts |= found
         if not found:
             break
         remaining = [name for name in remaining if name not in found]
     return verdicts
+
+
+def _untimely(verdict: Verdict) -> Verdict:
+    """One that had not the whole time for itself may have done nothing wrong: Triton compiles, and keeps it."""
+    return Verdict(NOT_TRIED, f"the time was over at {verdict.reason}") if verdict.status == TIMED_OUT else verdict
 
 
 def _process(
@@ -162,9 +170,10 @@ def _process(
         begun = operators[len(verdicts)], "its start"
     if begun is not None:
         name, case = begun
-        verdicts[name] = Verdict(TIMED_OUT if ended.timed_out else CRASHED, f"{case}: {ended.how()}")
+        verdict = Verdict(TIMED_OUT if ended.timed_out else CRASHED, f"{case}: {ended.how()}")
+        verdicts[name] = verdict if name == operators[0] else _untimely(verdict)
         if ended.timed_out:
-            left = Verdict(TIMED_OUT, f"{name} took the time for this backend")
+            left = Verdict(NOT_TRIED, f"the time was over at {name}")
             verdicts |= {other: left for other in operators if other not in verdicts}
     return verdicts
 
@@ -260,8 +269,8 @@ def tell_fallback(operator: str, verdicts: Verdicts, device: str, chosen: str) -
             continue
         if verdict.status != NOT_TRIED:
             said = f"{operator}: {backend} {verdict.status} on {device}: {verdict.reason}; {chosen} runs"
-        elif chosen == "reference" and not any(v.status == PASSED for ops in verdicts.values() for v in ops.values()):
-            said = f"the reference runs on {device}: {backend} {verdict.status}: {verdict.reason}"
+        elif not any(of.get(operator, verdict).status == PASSED for of in verdicts.values()):
+            said = f"the reference runs on {device}: {backend} not tried: {verdict.reason}"
         else:
             continue
         _warn_once(f"shike_fast: {said}")

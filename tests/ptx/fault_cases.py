@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import error, reported, strided
+from common import strided
 from faults import FAULTS, Fault
 from host import Order, cuda, load_text, native_loss, ops, readable, text_of
+from outcomes import error, reported
 from torch import Tensor
 
 Outcome = tuple[cuda, float]  # and the error, relative to what is allowed

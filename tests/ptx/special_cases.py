@@ -5,10 +5,11 @@ import ctypes
 from typing import Any
 
 import torch
-from common import BOUND, DTYPES, Outcome, error, faults, summary
+from common import summary
 from disturbances import DISTURBANCES
 from host import BASE, SIZE, STATE, compiled, cuda, library, native_dkf, native_loss, ops
-from loss_cases import evaluate
+from loss_inputs import evaluate
+from outcomes import BOUND, DTYPES, Outcome, error, faults
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
