@@ -120,6 +120,7 @@ class Operator:
             if known is None or any(self.name in names for names in _untried(device).values()):
                 if (reason := _verification.may_verify(tensor)) is None:
                     known = verify(device)
+                    _verification.say(f"shike_fast: {_verification.describe(self.name, known, device)}\n")
                 elif known is None:
                     _verification.tell_unknown(_verification.name_of(device), reason)
                     return ("reference",)
@@ -216,8 +217,7 @@ def what_runs(device: torch.device | str) -> list[str]:
     """A line an operator: the backend that runs on a device where none is named, and why."""
     device = torch.device(device)
     known = _verification.known(device) or {}
-    where = "GPU" if device.type == "cuda" else "CPU"
-    return [_verification.describe(name, known, where) for name in OPERATORS]
+    return [_verification.describe(name, known, device) for name in OPERATORS]
 
 
 def _missing_on(backend: str, device: torch.device) -> str | None:

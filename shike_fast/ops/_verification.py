@@ -108,14 +108,15 @@ def unknown(verdicts: Verdicts, device: torch.device, operators: Sequence[str]) 
 def _progress(device: str) -> Iterator[None]:
     """A line on standard error, as it lasts a while: ``shike_fast: verifying kernels on NVIDIA H100, once: 14 s``."""
     started = time.monotonic()
-    _say(f"shike_fast: verifying kernels on {device}, once")
+    say(f"shike_fast: verifying kernels on {device}, once")
     try:
         yield
     finally:
-        _say(f": {time.monotonic() - started:.0f} s\n")
+        say(f": {time.monotonic() - started:.0f} s\n")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Write to standard error, if there is one."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):  # full or closed: nothing that a result depends on
             sys.stderr.write(text)
@@ -282,8 +283,9 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def describe(operator: str, verdicts: Verdicts, where: str) -> str:
+def describe(operator: str, verdicts: Verdicts, device: torch.device) -> str:
     """``dkt_loss: cuda (verified on this GPU, 6.2 times the reference)``, or why the reference runs."""
+    where = "GPU" if device.type == "cuda" else "CPU"
     if not verdicts:
         return f"{operator}: reference (not verified on this {where}; run python -m shike_fast.verify)"
     (first, *_) = order(operator, verdicts, torch.float32, "large")

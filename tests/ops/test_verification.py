@@ -100,7 +100,7 @@ def test_the_backends_of_this_machine_pass(unknown):
     assert ops.verdicts()["cpu"] == found
 
 
-def test_the_first_call_finds_out_and_the_next_ones_know(unknown, monkeypatch):
+def test_the_first_call_finds_out_and_the_next_ones_know(unknown, monkeypatch, capsys):
     started = itertools.count()
     real = _verification._process
     monkeypatch.setattr(_verification, "_process", lambda *args: next(started) or real(*args))
@@ -109,6 +109,9 @@ def test_the_first_call_finds_out_and_the_next_ones_know(unknown, monkeypatch):
     ops.dkt_loss(torch.zeros(8, 64, 2048), torch.zeros(64, dtype=torch.int64))
     ops.expert_cross_entropy(LOGITS, TARGET)
     assert next(started) == 1 and not ops.needs_verification("cpu")
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and re.fullmatch(r"shike_fast: verifying kernels on .+, once: \d+ s", told[0])
+    assert re.match(r"shike_fast: dkt_loss: (cpu \(verified on this CPU, |reference \()", told[1])
     _verification._known.clear()  # another process
     for operator in _dispatch.OPERATORS.values():
         operator.forget()
