@@ -81,7 +81,7 @@ def _measured(folder: Path, nvcc: str) -> str:
 
 
 def _of_cuda(folder: Path) -> dict[str, list[Figures]]:
-    """In a process of its own, whose memory is the interpreter's."""
+    """In a separate process, whose memory is the interpreter's."""
     environment = {
         "LD_PRELOAD": str(folder / "libfakecuda.so"),
         "PTX_BUILD": str(folder),

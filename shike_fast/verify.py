@@ -1,6 +1,6 @@
 """Verify the kernels on this machine: ``python -m shike_fast.verify``.
 
-Each backend of a device is tried in a process of its own: accuracy against float64, odd and unaligned sizes, values
+Each backend of a device is tried in a separate process: accuracy against float64, odd and unaligned sizes, values
 that are not finite, writes outside of outputs, equal bits in two runs. What passes is timed beside the reference, and
 from then on the fastest that passed runs where no backend is named. The verdicts are kept for this device, driver,
 library, PyTorch and Triton.

@@ -154,7 +154,7 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
 def interpret(programs: Programs) -> Callable[[str, list[str]], None]:
     """``interpret(file, checks)``: run these functions of a test file, and no other, with interpreted Triton kernels.
 
-    Triton decides at its import whether it interprets, so they run in processes of their own.
+    Triton decides at its import whether it interprets, so they run in separate processes.
     """
 
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -170,7 +170,7 @@ def backend_reasons() -> dict[str, str]:
 
 
 def verify(device: torch.device | str, *, again: bool = False, seconds: float = _verification.SECONDS) -> Verdicts:
-    """Try the backends of a device, each in a process of its own; the fastest that passes runs where none is named.
+    """Try the backends of a device, each in a separate process; the fastest that passes runs where none is named.
 
     The first eager call of an operator on a device does the same. What was found is kept on the disk.
 

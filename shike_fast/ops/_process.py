@@ -1,4 +1,4 @@
-"""A process of its own, with a limit of time, for what may crash or hang."""
+"""A separate process, with a limit of time, for what may crash or hang."""
 
 import contextlib
 import math

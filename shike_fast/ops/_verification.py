@@ -1,4 +1,4 @@
-"""Trying backends in processes of their own, and what this process knows of them.
+"""Trying backends in separate processes, and what this process knows of them.
 
 A backend that writes where it must not, crashes or hangs ends its own process; the verdict says how.
 """

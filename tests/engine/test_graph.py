@@ -157,7 +157,7 @@ except RunError as error:
 
 @pytest.mark.gpu
 def test_on_a_device_a_wait_is_told_in_a_line(programs):
-    """In a process of its own: some versions of PyTorch record nothing more after a recording that failed."""
+    """In a separate process: some versions of PyTorch record nothing more after a recording that failed."""
     printed = programs.run([sys.executable, "-c", WAITING]).stdout
     assert printed.startswith("a step cannot be recorded as a CUDA graph (") and printed.endswith("--no-cuda-graph\n")
 

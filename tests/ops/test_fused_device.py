@@ -97,7 +97,7 @@ def test_nothing_waits_for_the_device(backend):
 @pytest.mark.parametrize("loss", ["torch.nn.functional.cross_entropy(z[0], y)", "ops.dkt_loss(z, y, backend='cuda')"])
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_a_target_out_of_range_on_a_gpu_is_a_device_side_assertion(programs, loss, bad):
-    """It breaks the process's CUDA context, for the kernels as for PyTorch; so in a process of its own."""
+    """It breaks the process's CUDA context, for the kernels as for PyTorch; so in a separate process."""
     code = (
         "import torch; from shike_fast import ops\n"
         f"z, y = torch.randn(3, 2, 5, device='cuda'), torch.tensor([0, {bad}], device='cuda')\n"

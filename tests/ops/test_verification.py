@@ -1,4 +1,4 @@
-"""Backends are tried in processes of their own, whatever becomes of those; the fastest proven one runs."""
+"""Backends are tried in separate processes, whatever becomes of those; the fastest proven one runs."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""The interpreter's build, once a session, and functions of the files here in processes of their own.
+"""The interpreter's build, once a session, and functions of the files here in separate processes.
 
 What the interpreter cannot see: what ptxas makes of PTX (its schedule, a multiplication and an addition that it joins),
 the last bits of approximate instructions, time, warps that diverge and never meet again, hazards between the lanes of a

@@ -41,7 +41,7 @@ def contents(folder):
 
 @pytest.fixture
 def start():
-    """Starts the command in a process of its own, which ends at the latest with the test."""
+    """Starts the command in a separate process, which ends at the latest with the test."""
     started = []
 
     def start(source, out, *options):
