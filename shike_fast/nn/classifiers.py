@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORMALIZE_EPS = 1e-12
+from shike_fast import ops
+from shike_fast.ops.expert_logits import NORMALIZE_EPS, check_precision
 
 
 class _ExpertClassifier(nn.Module):
-    """What the classifiers share: one weight [K, D, C] for all experts, and arithmetic in float32 at least.
+    """What the classifiers share: one weight [K, D, C] for all experts, and :func:`shike_fast.ops.expert_logits`."""
 
-    Under autocast the product still runs in float32: near 30 a bfloat16 logit has a spacing of 0.125, so the best
-    classes would tie, and a tie goes to the lower, more frequent class. The product is below a hundredth of a network's
-    work.
-    """
-
-    def __init__(self, num_experts: int, dim: int, num_classes: int) -> None:
+    def __init__(self, num_experts: int, dim: int, num_classes: int, precision: str, backend: str | None) -> None:
         super().__init__()
         for name, value in (("num_experts", num_experts), ("dim", dim), ("num_classes", num_classes)):
             if value < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+        check_precision(type(self).__name__, precision)
         self.num_experts, self.dim, self.num_classes = num_experts, dim, num_classes
+        self.precision, self.backend = precision, backend
         self.weight = nn.Parameter(torch.empty(num_experts, dim, num_classes))
 
-    def _operands(self, features: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The checked features [K, B, D] and the weight, both in float32 or float64."""
+    def _logits(
+        self, features: Tensor | Sequence[Tensor], bias: Tensor | None = None, cosine_scale: float | None = None
+    ) -> Tensor:
         if not isinstance(features, Tensor):
             features = self._stacked(features)
         if features.dim() != 3 or features.shape[0] != self.num_experts or features.shape[2] != self.dim:
             expected = f"[K={self.num_experts}, B, D={self.dim}]"
             raise ValueError(f"{type(self).__name__}: features must be {expected}, got {list(features.shape)}")
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        return features.to(dtype), self.weight.to(dtype)
+        return ops.expert_logits(
+            features,
+            self.weight,
+            bias,
+            cosine_scale=cosine_scale,
+            precision=self.precision,
+            backend=self.backend,
+        )
 
     def _stacked(self, features: Sequence[Tensor]) -> Tensor:
         name, expected = type(self).__name__, f"[K={self.num_experts}, B, D={self.dim}]"
@@ -52,7 +56,8 @@ class _ExpertClassifier(nn.Module):
         return torch.stack(list(features))
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, dim={self.dim}, num_classes={self.num_classes}"
+        sizes = f"num_experts={self.num_experts}, dim={self.dim}, num_classes={self.num_classes}"
+        return f"{sizes}, precision={self.precision!r}"
 
 
 class CosineClassifier(_ExpertClassifier):
@@ -70,6 +75,9 @@ class CosineClassifier(_ExpertClassifier):
         dim: D, the number of feature channels.
         num_classes: C.
         scale: s, a positive number; the published value is 30.
+        precision: ``"highest"``, with errors as in float32, or ``"high"``, which allows a GPU to round the factors to
+            TF32; ``torch.set_float32_matmul_precision`` allows it as well. See :func:`shike_fast.ops.expert_logits`.
+        backend: as for that operator.
 
     Raises:
         ValueError: an argument is out of range, or ``forward`` gets features of another shape.
@@ -77,8 +85,17 @@ class CosineClassifier(_ExpertClassifier):
     Source: the published code's normalised linear layer and its factor 30.
     """
 
-    def __init__(self, num_experts: int, dim: int, num_classes: int, scale: float = 30.0) -> None:
-        super().__init__(num_experts, dim, num_classes)
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        num_classes: int,
+        scale: float = 30.0,
+        *,
+        precision: str = "highest",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(num_experts, dim, num_classes, precision, backend)
         if not (scale > 0 and math.isfinite(scale)):
             raise ValueError(f"CosineClassifier: scale must be a positive number, got {scale}")
         self.scale = float(scale)
@@ -91,12 +108,7 @@ class CosineClassifier(_ExpertClassifier):
             self.weight.copy_(F.normalize(self.weight, dim=1, eps=NORMALIZE_EPS))
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
-        features, weight = self._operands(features)
-        with _without_autocast(features.device):
-            # The scale goes with the features' norms, [K, B, 1]; the weight's norms, [K, 1, C], divide the product: a
-            # normalised weight is a copy of [K, D, C], and so are the gradients through it.
-            scaled = features * (self.scale / _norm(features, dim=2))
-            return torch.bmm(scaled, weight) / _norm(weight, dim=1)
+        return self._logits(features, cosine_scale=self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -113,13 +125,17 @@ class LinearClassifier(_ExpertClassifier):
         num_experts: K, at least 1.
         dim: D, the number of feature channels.
         num_classes: C.
+        precision: as for :class:`CosineClassifier`.
+        backend: likewise.
 
     Raises:
-        ValueError: an argument is below 1, or ``forward`` gets features of another shape.
+        ValueError: an argument is out of range, or ``forward`` gets features of another shape.
     """
 
-    def __init__(self, num_experts: int, dim: int, num_classes: int) -> None:
-        super().__init__(num_experts, dim, num_classes)
+    def __init__(
+        self, num_experts: int, dim: int, num_classes: int, *, precision: str = "highest", backend: str | None = None
+    ) -> None:
+        super().__init__(num_experts, dim, num_classes, precision, backend)
         self.bias = nn.Parameter(torch.empty(num_experts, num_classes))
         self.reset_parameters()
 
@@ -129,18 +145,4 @@ class LinearClassifier(_ExpertClassifier):
         nn.init.uniform_(self.bias, -1 / math.sqrt(self.dim), 1 / math.sqrt(self.dim))
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
-        features, weight = self._operands(features)
-        with _without_autocast(features.device):
-            return torch.baddbmm(self.bias.to(weight.dtype).unsqueeze(1), features, weight)
-
-
-def _norm(vectors: Tensor, dim: int) -> Tensor:
-    """max(|v|, ε), the dimension kept."""
-    return torch.linalg.vector_norm(vectors, dim=dim, keepdim=True).clamp_min(NORMALIZE_EPS)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    # autocast rejects devices it does not know (meta), even when asked to be off
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+        return self._logits(features, self.bias)

@@ -6,6 +6,7 @@ from shike_fast.ops.balanced_softmax import balanced_softmax_loss
 from shike_fast.ops.cross_entropy import expert_cross_entropy
 from shike_fast.ops.dkf import dkf_bn_pool, dkf_experts, dkf_pool
 from shike_fast.ops.dkt import dkt_loss
+from shike_fast.ops.expert_logits import expert_logits
 
 __all__ = [
     "BatchNormArguments",
@@ -17,6 +18,7 @@ __all__ = [
     "dkf_pool",
     "dkt_loss",
     "expert_cross_entropy",
+    "expert_logits",
     "needs_verification",
     "verdicts",
     "verify",

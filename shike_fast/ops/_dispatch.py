@@ -117,13 +117,14 @@ class Operator:
         device = tensor.device
         if len(self.backends) > 1 and device.type in _verification.BACKENDS:
             known = _verification.known(device)
-            if known is None or any(self.name in names for names in _untried(device).values()):
+            if self._is_to_be_tried(device, known):
                 if (reason := _verification.may_verify(tensor)) is None:
                     known = verify(device)
                     _verification.say(f"shike_fast: {_verification.describe(self.name, known, device)}\n")
                 elif known is None:
                     _verification.tell_unknown(_verification.name_of(device), reason)
                     return ("reference",)
+            known = known or {}
             proven = _verification.order(self.name, known, tensor.dtype, size)
             order = tuple(name for name in proven if name in self.backends)
             _verification.tell_fallback(self.name, known, _verification.name_of(device), order[0])
@@ -131,6 +132,15 @@ class Operator:
             order = tuple(self.backends)[-1:]  # the reference
         self._orders[device, tensor.dtype, size] = order
         return order
+
+    def _is_to_be_tried(self, device: torch.device, known: Verdicts | None) -> bool:
+        if known is None:
+            return self.has_kernels_for(device)
+        return any(self.name in names for names in _untried(device).values())
+
+    def has_kernels_for(self, device: torch.device) -> bool:
+        """Whether a backend of this kind of device implements the operator, besides the reference."""
+        return any(backend in self.backends for backend in _verification.BACKENDS.get(device.type, ()))
 
     def _refusal(self, backend: str, args: tuple[Any, ...], compiling: bool) -> str | None:
         if backend not in self.backends:
@@ -184,7 +194,7 @@ def verify(device: torch.device | str, *, again: bool = False, seconds: float = 
         tried``), ``reason`` and ``times``.
     """
     device = torch.device(device)
-    found = _verification.verify(device, _with_kernels(), _missing_on, again=again, seconds=seconds)
+    found = _verification.verify(device, _implemented(), _missing_on, again=again, seconds=seconds)
     for operator in OPERATORS.values():
         operator.forget()
     return found
@@ -198,12 +208,16 @@ def needs_verification(device: torch.device | str) -> bool:
 
 def _untried(device: torch.device) -> dict[str, list[str]]:
     """The operators of which nothing is known, by the backends that might run."""
-    untried = _verification.unknown(_verification.known(device) or {}, device, _with_kernels())
+    untried = _verification.unknown(_verification.known(device) or {}, device, _implemented())
     return {backend: names for backend, names in untried.items() if _missing_on(backend, device) is None}
 
 
-def _with_kernels() -> list[str]:
-    return [name for name, operator in OPERATORS.items() if len(operator.backends) > 1]
+def _implemented() -> dict[str, list[str]]:
+    """The operators of each backend."""
+    return {
+        backend: [name for name, operator in OPERATORS.items() if backend in operator.backends]
+        for backend in _PREFERENCE
+    }
 
 
 def verdicts() -> dict[str, Verdicts]:
@@ -226,7 +240,7 @@ def _missing_on(backend: str, device: torch.device) -> str | None:
 
 def _order_when_compiled(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """What :meth:`Operator._order` finds, for all sizes; a compiler must not start a process."""
-    if device.type not in _verification.BACKENDS or len(OPERATORS[operator].backends) == 1:
+    if not OPERATORS[operator].has_kernels_for(device):
         return "reference"
     known = _verification.known(device)
     if known is None:
@@ -302,13 +316,16 @@ for _constant in (_failed_self_test, _order_when_compiled):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010  # functions have no such attribute to mypy
 
 
-_ROOMS = {"dkt": "losses", "cross_entropy": "losses", "dkf": "fusion"}  # folders of shike_fast.kernels
+_ROOMS = {"dkt": "losses", "cross_entropy": "losses", "dkf": "fusion", "logits": "classifiers"}  # of shike_fast.kernels
 
 
 def kernels(stem: str, backend: str, native_kernels: ModuleType) -> ModuleType:
     """The module with the backend's ``<stem>_forward`` and so on."""
-    if backend != "triton":
-        return native_kernels
+    return triton_kernels(stem) if backend == "triton" else native_kernels
+
+
+def triton_kernels(stem: str) -> ModuleType:
+    """The module of ``shike_fast.kernels`` with ``<stem>_forward`` and so on."""
     try:
         return importlib.import_module(f"shike_fast.kernels.{_ROOMS[stem]}.{stem}")
     except Exception as error:  # a broken Triton raises anything; say whose failure it is

@@ -147,19 +147,48 @@ def _experts(channels: int, relu: bool) -> Callable[..., Tensor]:
     return call
 
 
+def _logits(**options: object) -> Callable[..., Tensor]:
+    return lambda *leaves, backend: ops.expert_logits(*leaves, **options, backend=backend)  # type: ignore[arg-type]
+
+
+def _factors(device: torch.device, experts: int, batch: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
+    features = _random(device, experts, batch, dim)
+    return features, _random(device, 1, dim, classes, seed=1).expand(experts, -1, -1).contiguous()
+
+
+def _logits_cases(device: torch.device) -> Iterator[Case]:
+    cosine, linear = _logits(cosine_scale=30.0), _logits()
+    for shape in ((3, 5, 64, 100), (2, 70, 7, 9), (60, 3, 132, 202)):  # few alignments: Triton compiles for each
+        yield Case(f"float32 {'x'.join(map(str, shape))}", cosine, _factors(device, *shape))
+    features, weight = _factors(device, 3, 130, 300, 100)
+    without = features.clone(), weight.clone()
+    without[0][0, 5], without[1][-1, :, 99] = 0, 0
+    yield Case("float32 with vectors of 0", cosine, without)
+    yield Case("bfloat16", cosine, (features.bfloat16(), weight.bfloat16()))
+    yield Case("float32 of all lengths", cosine, (features * 1e12, weight * 1e-9))
+    alike = features.abs() + 1, weight.abs() + 1  # nothing cancels: roundings in one direction add up
+    yield Case("float32 alike", cosine, alike)
+    yield Case("float32 strided", cosine, (features[:, ::2].mT.contiguous().mT, weight[:, :, ::2]))
+    yield Case("float32 linear", linear, (features, weight, _random(device, 3, 100, seed=2)))
+    yield Case("float32 as TF32", _logits(cosine_scale=30.0, precision="high"), (features, weight), values=False)
+    features[1, 2, 3] = float("nan")
+    yield Case("float32 with nan", cosine, (features, weight), values=False)
+
+
 CASES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "dkt_loss": _loss_cases(_dkt),
     "expert_cross_entropy": _loss_cases(_cross_entropy),
+    "expert_logits": _logits_cases,
     "balanced_softmax_loss": _loss_cases(_balanced),
     "dkf_pool": _fusion_cases(_pool, 1),
     "dkf_bn_pool": _fusion_cases(_bn_pool, 1),
     "dkf_experts": _fusion_cases(_experts, 2),
 }
 
-_SIZES = {  # logits of the losses, maps of the fusion
-    "small": ((3, 64, 100), (32, 16, 8, 8)),
-    "medium": ((3, 128, 1000), (64, 64, 8, 8)),
-    "large": ((3, 256, 8142), (64, 2048, 7, 7)),
+_SIZES = {  # logits of the losses, maps of the fusion, factors of the logits
+    "small": ((3, 64, 100), (32, 16, 8, 8), (3, 128, 64, 100)),
+    "medium": ((3, 128, 1000), (64, 64, 8, 8), (3, 64, 2048, 1000)),
+    "large": ((3, 256, 8142), (64, 2048, 7, 7), (3, 256, 2048, 8142)),
 }
 
 
@@ -167,11 +196,14 @@ def timed_cases(operator: str, device: torch.device) -> Iterator[Case]:
     """By dtype and size, as ``float32 small``; on a CPU no large ones, which take seconds."""
     on_gpu = device.type == "cuda"
     for dtype in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
-        for size, (loss_shape, map_shape) in _SIZES.items():
+        for size, (loss_shape, map_shape, factors_shape) in _SIZES.items():
             if size == "large" and not on_gpu:
                 continue
             name = f"{name_of(dtype)} {size}"
-            if operator.startswith("dkf"):
+            if operator == "expert_logits":
+                features, weight = _factors(device, *factors_shape)
+                yield Case(name, _logits(cosine_scale=30.0), (features.to(dtype), weight))
+            elif operator.startswith("dkf"):
                 make = {"dkf_pool": _pool, "dkf_bn_pool": _bn_pool, "dkf_experts": _experts}[operator]
                 maps = (_random(device, *map_shape, seed=i).to(dtype) for i in range(2))
                 leaves = tuple(m.to(memory_format=torch.channels_last) for m in maps)

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def known(device: torch.device) -> Verdicts | None:
 
 def verify(
     device: torch.device,
-    operators: Iterable[str],
+    operators: Mapping[str, Sequence[str]],
     missing: Callable[[str, torch.device], str | None],
     *,
     again: bool = False,
@@ -66,16 +66,15 @@ def verify(
 
     Args:
         device: whose backends.
-        operators: their names.
+        operators: of each backend, their names.
         missing: says why a backend cannot run on the device at all, or None.
         again: try them whatever the file says.
         seconds: for all of them; one may take its share, and what those before it have left.
     """
     wanted = _verdicts.machine(device)
-    names = list(operators)
     with _verdicts.alone():  # the others of one launch find what the first one found
         found = {} if again else dict(_verdicts.load(wanted) or {})
-        untried = unknown(found, device, names)
+        untried = unknown(found, device, operators)
         reasons = {backend: missing(backend, device) for backend in untried}
         for backend, reason in reasons.items():
             if reason is not None:
@@ -97,10 +96,10 @@ def verify(
     return found
 
 
-def unknown(verdicts: Verdicts, device: torch.device, operators: Sequence[str]) -> dict[str, list[str]]:
+def unknown(verdicts: Verdicts, device: torch.device, operators: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The operators without a verdict, by backend of the device."""
     backends = BACKENDS.get(device.type, ())
-    left = {backend: [name for name in operators if name not in verdicts.get(backend, {})] for backend in backends}
+    left = {b: [name for name in operators[b] if name not in verdicts.get(b, {})] for b in backends}
     return {backend: names for backend, names in left.items() if names}
 
 
