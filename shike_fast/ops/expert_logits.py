@@ -1,7 +1,6 @@
 """The logits of K linear or cosine classifiers: one batched product."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -106,33 +105,27 @@ def composite_logits(
     features: Tensor, weight: Tensor, bias: Tensor | None, cosine_scale: float | None, precision: str
 ) -> Tensor:
     """The reference computation; its products have the precision that PyTorch is set to."""
+    device = features.device.type
+    # Some devices have no autocast (meta), and turning it off takes longer than all that is done here for one sample.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return composite_logits(features, weight, bias, cosine_scale, precision)
     dtype = accumulation_dtype(features.dtype)
-    x, w = features.to(dtype), weight.to(dtype)
-    with _without_autocast(features.device):
-        if cosine_scale is not None:
-            # The scale goes with the features' norms, [K, B, 1]; the weight's norms, [K, 1, C], divide the product: a
-            # normalised weight is a copy of [K, D, C], and so are the gradients through it.
-            scaled = x * (cosine_scale / _norm(x, dim=2))
-            return torch.bmm(scaled, w) / _norm(w, dim=1)
-        return torch.bmm(x, w) if bias is None else torch.baddbmm(bias.to(dtype).unsqueeze(1), x, w)
+    x, w = _as(dtype, features), _as(dtype, weight)
+    if cosine_scale is not None:
+        # The scale goes with the features' norms, [K, B, 1]; the weight's norms, [K, 1, C], divide the product: a
+        # normalised weight is a copy of [K, D, C], and so are the gradients through it.
+        return torch.bmm(x * (cosine_scale / _norm(x, dim=2)), w) / _norm(w, dim=1)
+    return torch.bmm(x, w) if bias is None else torch.baddbmm(_as(dtype, bias).unsqueeze(1), x, w)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _norm(vectors: Tensor, dim: int) -> Tensor:
     """max(|v|, ε), the dimension kept."""
     return torch.linalg.vector_norm(vectors, dim=dim, keepdim=True).clamp_min(NORMALIZE_EPS)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    # autocast rejects devices it does not know (meta), even when asked to be off
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _reference(features: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    run = composite_logits if is_plain(features, weight) else _OPERATOR.op
-    logits: Tensor = run(features, weight, *rest)
-    return logits
 
 
 # ---- the fused kernels: Triton's, which multiply on tensor cores; vendors' libraries round to TF32 or do not use them
@@ -201,7 +194,7 @@ _FUSED = Fused(f"{_NAME}_fused", forward=_forward, backward=_backward, different
 def _fused_logits(
     features: Tensor, weight: Tensor, bias: Tensor | None, cosine_scale: float | None, precision: str
 ) -> Tensor:
-    x, w, *b = (materialised(t.float()).contiguous() for t in (features, weight, bias) if t is not None)
+    x, w, *b = (materialised(_as(torch.float32, t)).contiguous() for t in (features, weight, bias) if t is not None)
     if _tf32_is_allowed():
         precision = "high"
     # A product for a gradient that nobody wants, of frozen features, would be a third of the work.
@@ -230,5 +223,5 @@ _OPERATOR = Operator(
     "(Tensor features, Tensor weight, Tensor? bias, float? cosine_scale, str precision) -> Tensor",
     composite_logits,
 )
-_OPERATOR.add("reference", _reference)
+_OPERATOR.add("reference", composite_logits)  # which whoever sees an operation sees into
 _OPERATOR.add("triton", _fused_logits, refuses=_refuses)
