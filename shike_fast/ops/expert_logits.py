@@ -47,8 +47,8 @@ def expert_logits(
         cosine_scale: s, a positive number, or None.
         precision: of the products on a GPU, in the words of :func:`torch.set_float32_matmul_precision`. ``"highest"``:
             a cosine errs by less than 2⁻²⁰, as in float32; the kernels split the factors for tensor cores (TF32x3).
-            ``"high"`` allows factors rounded to TF32, with errors up to 2⁻¹⁰. What PyTorch is set to allows it as well,
-            and it alone decides for the reference.
+            ``"high"`` allows factors cut to TF32, with errors up to 2⁻⁹. What PyTorch is set to allows it as well, and
+            it alone decides for the reference.
         backend: ``None`` (the fastest that can run), ``"reference"`` or ``"triton"``.
 
     Returns:

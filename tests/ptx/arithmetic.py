@@ -101,6 +101,13 @@ def from_brain(bits: Any) -> Any:
     return (np.asarray(bits).astype(u32) << u32(16)).view(np.float32)
 
 
+def to_tf32(x: Any) -> Any:
+    """The nearest number of ten bits behind the point, the larger one of two."""
+    bits = np.asarray(x, np.float32).view(u32)
+    finite = (bits & u32(0x7F800000)) != u32(0x7F800000)
+    return np.where(finite, (bits + u32(0x1000)) & u32(0xFFFFE000), bits)
+
+
 def pack16(low: Any, high: Any) -> Any:
     return low.astype(u32) | (high.astype(u32) << u32(16))
 
@@ -213,5 +220,5 @@ def mul_hi(a: Any, b: Any) -> Any:
 FUNCTIONS = {
     **{f.__name__: f for f in (fma32, round_toward_zero, ftz, approximate, ex2, lg2, quotient, remainder, to_half)},
     **{f.__name__: f for f in (from_half, to_brain, from_brain, pack16, round_to_integer, float_to_int, prmt, bfe)},
-    **{f.__name__: f for f in (bfi, lop3, clz, funnel_shift, shift_left, shift_right, mul_hi)},
+    **{f.__name__: f for f in (to_tf32, bfi, lop3, clz, funnel_shift, shift_left, shift_right, mul_hi)},
 }

@@ -11,6 +11,7 @@ from private_memory import PrivateMemory
 from program import DONE, Program
 from scalar_types import NUMPY
 from shared_memory import SharedMemory
+from tensor_cores import TensorCores
 from warps import Warps
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ WAITING = 1 << 20  # added to the program counter of a thread at a barrier
 MOST_STEPS = 20_000_000
 
 
-class Batch(Warps, GlobalMemory, SharedMemory, PrivateMemory):
+class Batch(Warps, TensorCores, GlobalMemory, SharedMemory, PrivateMemory):
     """The threads of some blocks of a launch.
 
     Generated code calls the methods. ``here`` are the active threads, an index into all arrays of threads; ``n`` is
@@ -43,6 +44,7 @@ class Batch(Warps, GlobalMemory, SharedMemory, PrivateMemory):
             self.registers[program.index[register]] = self._unwritten(program.entry.registers[register])
         self._allocate_shared(program.static_shared + launch.dynamic_shared)
         self._allocate_local(program.entry.local_bytes)
+        self._allocate_copies()
 
     def _place(self, block: Any, width: int, height: int) -> None:
         """What each thread knows of itself."""

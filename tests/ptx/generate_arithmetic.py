@@ -261,6 +261,11 @@ class ArithmeticCode(Operands):
             self._check_rounding(i)
             self.write(i.args[0], f"pack16({convert}({low}), {convert}({high}))", "u32", i)
             return
+        if to == "tf32":
+            if i.op[1:] != ["rna", "tf32", "f32"]:
+                raise NotImplementedError(i.text)
+            self.write(i.args[0], f"to_tf32({self.read(i.args[1], 'f32')})", "u32", i)
+            return
         value = self.read(i.args[1], source)
         if source in ("f16", "bf16"):
             value = f"{'from_half' if source == 'f16' else 'from_brain'}({value})"

@@ -3,7 +3,7 @@
 import re
 
 from operands import Operands
-from ptx import Instruction
+from ptx import Instruction, Operand
 from scalar_types import alias
 
 SHARED_BASE, PARAM_BASE, LOCAL_BASE = 1 << 60, 1 << 59, 1 << 58  # of generic addresses
@@ -70,7 +70,22 @@ class MemoryCode(Operands):
     def op_membar(self, i: Instruction) -> None:
         self.emit("batch.fence(here)")
 
-    op_fence = op_membar
+    def op_fence(self, i: Instruction) -> None:
+        if "proxy" not in i.op:  # between kinds of access to shared memory, which are one here
+            self.op_membar(i)
+
+    def op_cp(self, i: Instruction) -> None:
+        if "commit_group" in i.op:
+            self.emit("batch.commit_copies(here)")
+        elif "wait_group" in i.op:
+            self.emit(f"batch.wait_copies({i.args[0].value}, here, n)")
+        elif i.op[1:] in (["async", "ca", "shared", "global"], ["async", "cg", "shared", "global"]):
+            size = i.args[2].value
+            given = self.read(i.args[3], "u32") if len(i.args) > 3 else size
+            places = f"{self.address(i.args[0])}, {self.address(i.args[1])}"
+            self.emit(f"batch.copy_async({places}, {size}, {given}, here, n, {self.mask(i)}, {i.line})")
+        else:
+            raise NotImplementedError(i.text)
 
     # ---- warps
 
@@ -110,6 +125,34 @@ class MemoryCode(Operands):
         self._check_matrix(i)
         values = ", ".join(self.read(part, "u32") for part in i.args[1].value)
         self.emit(f"batch.store_matrix({self.address(i.args[0])}, ({values},), {'trans' in i.op}, here, n, {i.line})")
+
+    def op_mma(self, i: Instruction) -> None:
+        if i.predicate or i.op[3:] != ["m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"]:
+            raise NotImplementedError(i.text)
+        a, b, c = (self._floats(operand.value) for operand in i.args[1:])
+        self._write_floats(i, f"batch.multiply({a}, {b}, {c}, here, n, {i.line})")
+
+    def op_wgmma(self, i: Instruction) -> None:
+        if i.op[1] in ("fence", "commit_group", "wait_group"):
+            return
+        shape = re.fullmatch(r"m64n(\d+)k8", i.op[4])
+        if i.predicate or not shape or i.op[5:] != ["f32", "tf32", "tf32"]:
+            raise NotImplementedError(i.text)
+        if [operand.value for operand in i.args[4:]] != [1, 1]:  # a factor of -1
+            raise NotImplementedError(i.text)
+        left = i.args[1]
+        a = self._floats(left.value) if left.tag == "vec" else self.read(left, "u64")
+        c = self._floats(i.args[0].value)
+        b, adds = self.read(i.args[2], "u64"), self.read(i.args[3], "pred")
+        self._write_floats(i, f"batch.multiply_shared({a}, {b}, {c}, {shape[1]}, {adds}, here, n, {i.line})")
+
+    def _floats(self, operands: list[Operand]) -> str:
+        return f"({', '.join(self.read(operand, 'f32') for operand in operands)},)"
+
+    def _write_floats(self, i: Instruction, expression: str) -> None:
+        product = self.temporary(expression)
+        for n, part in enumerate(i.args[0].value):
+            self.write(part, f"{product}[{n}]", "f32", i)
 
     @staticmethod
     def _check_matrix(i: Instruction) -> None:

@@ -127,6 +127,52 @@ def test_votes_and_reductions(kernel):
     assert words(kernel, 32) == [7 + 31 * 16] * 32
 
 
+def test_a_product_of_matrices(kernel):
+    """Lane 4 i + j holds row i and columns j and j + 4 of a, rows j and j + 4 and column i of b."""
+    a, b = np.random.default_rng(0).integers(-9, 10, (2, 16, 8)).astype(np.float32) / 4
+    lane = np.arange(32)
+    i, j = lane // 4, lane % 4
+    kernel.write(np.stack([a[i, j], a[i + 8, j], a[i, j + 4], a[i + 8, j + 4], b[j, i], b[j + 4, i]], 1))
+    kernel(
+        "mul.wide.s32 %rd3, %r0, 24; add.s64 %rd3, %rd3, %rd0;"
+        + "".join(f"ld.global.b32 %r{10 + n}, [%rd3+{4 * n}];" for n in range(6))
+        + "bar.warp.sync 0xffffffff; mov.f32 %f0, 0f3F800000;"
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1, %f2, %f3, %f4}, {%r10, %r11, %r12, %r13}, "
+        "{%r14, %r15}, {%f0, %f0, %f0, %f0}; mul.wide.s32 %rd3, %r0, 16; add.s64 %rd3, %rd3, %rd0;"
+        "bar.sync 0; st.global.v4.f32 [%rd3+1024], {%f1, %f2, %f3, %f4};"
+    )
+    expected = a @ b[:8] + 1
+    found = np.array(words(kernel, 384, np.float32)[256:]).reshape(32, 4)
+    assert np.array_equal(found, np.stack([expected[i + 8 * (n // 2), 2 * j + n % 2] for n in range(4)], 1))
+    assert kernel.reports == []
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1 + 2.0**-11, 1 + 2.0**-10), (1 + 2.0**-11 - 2.0**-23, 1.0), (-1 - 2.0**-11, -1 - 2.0**-10), (np.inf, np.inf)],
+)
+def test_rounding_to_tf32(kernel, value: float, expected: float):
+    kernel.write(np.full(32, value, np.float32))
+    kernel("ld.global.f32 %f1, [%rd2]; cvt.rna.tf32.f32 %r5, %f1; st.global.b32 [%rd2], %r5;")
+    assert words(kernel, 1, np.float32) == [expected]
+
+
+@pytest.mark.parametrize(("left", "reports"), [(0, []), (1, ["ld.shared: never written"])])
+def test_a_copy_arrives_when_it_is_waited_for(kernel, left: int, reports: list[str]):
+    """The first group of two, of which some threads write 0."""
+    kernel.write(np.arange(1, 65, dtype=np.uint32))
+    kernel(
+        "mul.lo.u32 %r5, %r0, 4; setp.lt.u32 %p1, %r0, 3; selp.b32 %r6, 4, 0, %p1;"
+        "cp.async.ca.shared.global [%r5], [%rd2], 0x4, %r6; cp.async.commit_group;"
+        "cp.async.ca.shared.global [%r5+128], [%rd2+128], 0x4; cp.async.commit_group;"
+        f"cp.async.wait_group {left}; ld.shared.u32 %r7, [%r5]; ld.shared.u32 %r8, [%r5+128]; add.u32 %r7, %r7, %r8;"
+        "st.global.u32 [%rd2], %r7;",
+        shared=".shared .align 16 .b8 values[256];",
+    )
+    assert kernel.reports == reports
+    assert reports or words(kernel, 5) == [34, 36, 38, 36, 37]
+
+
 def test_a_barrier_hands_shared_memory_over(kernel):
     for order in (Order(), Order("descending"), Order("random", seed=3), Order("descending", alone=True)):
         kernel(
