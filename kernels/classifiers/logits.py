@@ -208,7 +208,7 @@ def logits_forward(
     precision: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The logits [K, B, C], the norms [K, B] and [K, C], and for the backward the logits again, which nobody changes.
+    """The logits [K, B, C], the norms [K, B] and [K, C], and to ``keep`` the logits again, which nobody will change.
 
     What is not needed is empty.
     """
@@ -218,9 +218,11 @@ def logits_forward(
         return z, z.new_empty(0), z.new_empty(0), z.new_empty(0)
     norms = torch.linalg.vector_norm(features, dim=2), torch.linalg.vector_norm(weight, dim=1)
     r, c = _scales(*norms, scale, eps)
-    kept = torch.empty_like(z) if keep else None
-    _product(features, weight, z, precision, copy=kept, row_scale=r, column_scale=c)
-    return z, *norms, z.new_empty(0) if kept is None else kept
+    kept = torch.empty_like(z) if keep else z.new_empty(0)
+    # Written twice to one place where nothing is kept: a kernel of its own would first be compiled where the first call
+    # without gradients is, perhaps in a graph that is being captured.
+    _product(features, weight, z, precision, copy=kept if keep else z, row_scale=r, column_scale=c)
+    return z, *norms, kept
 
 
 def logits_backward(

@@ -166,6 +166,33 @@ def test_cosine_classifier_shows_and_checks_its_scale():
             nn.CosineClassifier(1, 2, 3, scale=scale)
 
 
+@pytest.mark.parametrize("kind", [nn.CosineClassifier, nn.LinearClassifier])
+def test_classifiers_hand_their_options_to_the_operator(kind, monkeypatch):
+    calls = []
+    real = ops.expert_logits
+    monkeypatch.setattr(ops, "expert_logits", lambda *args, **options: calls.append(options) or real(*args, **options))
+    features = torch.randn(2, 3, 8)
+    for options in ({}, {"precision": "high"}, {"backend": "reference"}):
+        classifier = kind(2, 8, 10, **options)
+        classifier(features)
+        given = {"precision": "highest", "backend": None} | options
+        assert {name: calls[-1][name] for name in given} == given
+        assert f"precision='{given['precision']}'" in repr(classifier)
+    assert set(classifier.state_dict()) == ({"weight"} if kind is nn.CosineClassifier else {"weight", "bias"})
+    with pytest.raises(ValueError, match=rf"^{kind.__name__}: precision must be 'highest' or 'high', got 'tf32'$"):
+        kind(2, 8, 10, precision="tf32")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: the features are on cpu, not on a GPU"):
+        kind(2, 8, 10, backend="triton")(features)
+
+
+@pytest.mark.parametrize("kind", [nn.CosineClassifier, nn.LinearClassifier])
+def test_classifiers_of_sixty_experts_compile(kind):
+    classifier, features = kind(60, 8, 5), torch.randn(60, 2, 8)
+    compiled = torch.compile(classifier, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features), classifier(features))
+    assert classifier.to("meta")(features.to("meta")).shape == (60, 2, 5)
+
+
 def plain_fusion(fusion, shallow, deep):
     """The same with plain modules, as published: ReLU after every convolution but the one with index 1."""
     x = shallow

@@ -49,6 +49,10 @@ def logits():
     return (torch.randn(3, 5, 7),)
 
 
+def factors():
+    return torch.randn(3, 5, 8), torch.randn(3, 8, 7)
+
+
 def maps():
     return torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
 
@@ -58,6 +62,7 @@ CALLS = {
     "dkt_loss of a sequence": (lambda z: ops.dkt_loss(z.unbind(0), TARGET, detach_teacher=True), logits),
     "expert_cross_entropy": (lambda z: ops.expert_cross_entropy(z, TARGET, label_smoothing=0.1), logits),
     "balanced_softmax_loss": (lambda z: ops.balanced_softmax_loss(z, TARGET, COUNTS), logits),
+    "expert_logits": (lambda x, w: ops.expert_logits(x, w, cosine_scale=30.0), factors),
     "dkf_pool": (ops.dkf_pool, maps),
     "dkf_bn_pool": (
         lambda deep, shallow: ops.dkf_bn_pool(deep, shallow, None, None, None, None, training=True, relu=True),
@@ -90,6 +95,7 @@ OPCHECK = {
     ],
     "expert_cross_entropy": [(logits, (TARGET, None, 0.0)), (logits, (TARGET, torch.randn(3, 7), 0.1))],
     "balanced_softmax_loss": [(logits, (TARGET, COUNTS))],
+    "expert_logits": [(factors, (None, 30.0, "highest")), (factors, (torch.randn(3, 7), None, "high"))],
     "dkf_pool": [(maps, ())],
     "dkf_bn_pool": [
         (maps, (torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6), True, 0.1, 1e-5, True)),
