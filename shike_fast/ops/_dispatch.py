@@ -228,10 +228,11 @@ def verdicts() -> dict[str, Verdicts]:
 
 
 def what_runs(device: torch.device | str) -> list[str]:
-    """A line an operator: the backend that runs on a device where none is named, and why."""
+    """A line an operator that has kernels for a device: the backend that runs where none is named, and why."""
     device = torch.device(device)
     known = _verification.known(device) or {}
-    return [_verification.describe(name, known, device) for name in OPERATORS]
+    with_kernels = (name for name, operator in OPERATORS.items() if operator.has_kernels_for(device))
+    return [_verification.describe(name, known, device) for name in with_kernels]
 
 
 def _missing_on(backend: str, device: torch.device) -> str | None:
