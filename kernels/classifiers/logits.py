@@ -1,8 +1,9 @@
 """Logits of K linear or cosine classifiers, z = x W + b or z = s x̂ Ŵ, and their gradients.
 
-One kernel computes the three matrix products, on tensor cores. What normalises the vectors is multiplied into a tile of
-a factor when it is read, or into a tile of the product before it is written: nothing of the size of the features, the
-weight or the logits is read or written once more for it.
+One kernel computes the three matrix products, on tensor cores, each float32 factor as the sum of two TF32 numbers. What
+normalises the vectors is multiplied into a tile of a factor when it is read, or into a tile of the product before it is
+written. A library's product would need copies of the weight, split, and two bfloat16 numbers for each float32 one would
+leave errors of 2⁻¹⁶.
 
 With r = s / max(|x|, ε) and c = 1 / max(|w|, ε), one number a row and one a column, and g the logits' gradient:
 
@@ -10,8 +11,9 @@ With r = s / max(|x|, ε) and c = 1 / max(|w|, ε), one number a row and one a c
     dx = r ( (g c) Wᵀ − x · r/s² Σ_c g z )
     dW = ( (r x)ᵀ g − W · c Σ_b g z ) c
 
-A sum is absent where the norm is below ε. Both come from one reading of g and z, which are smaller than the weight as
-soon as the batch is smaller than D.
+A sum is absent where the norm is below ε. Both come from one reading of g and of a copy of z, for z may be changed in
+place. Σ_b g z is also the product of w and its gradient without that term; but they are larger as soon as the batch is
+smaller than D, and the gradient would be written twice.
 """
 
 import math
@@ -155,21 +157,23 @@ def _product(
     if out.numel() == 0:
         return
     row_tile, column_tile, depth_tile = TILE
-    _product_kernel[triton.cdiv(rows, row_tile) * triton.cdiv(columns, column_tile), experts](
-        *(a, b, out, copy, depth_scale, row_scale, column_scale, subtracted, row_share, column_share, bias),
-        *(rows, columns, depth),
-        A_TRANSPOSED=a_transposed,
-        B_TRANSPOSED=b_transposed,
-        # Of neighbours in memory. The batch never is one, so that its size compiles nothing anew.
-        ROWS_ALIGN=_alignment(rows) if a_transposed else 1,
-        COLUMNS_ALIGN=_alignment(columns),
-        DEPTH_ALIGN=1 if a_transposed else _alignment(depth),
-        PRECISION=_input_precision(precision),
-        ROWS=row_tile,
-        COLUMNS=column_tile,
-        DEPTH=depth_tile,
-        num_warps=WARPS,
-    )
+    grid = triton.cdiv(rows, row_tile) * triton.cdiv(columns, column_tile), experts
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        _product_kernel[grid](
+            *(a, b, out, copy, depth_scale, row_scale, column_scale, subtracted, row_share, column_share, bias),
+            *(rows, columns, depth),
+            A_TRANSPOSED=a_transposed,
+            B_TRANSPOSED=b_transposed,
+            # Of neighbours in memory. The batch never is one, so that its size compiles nothing anew.
+            ROWS_ALIGN=_alignment(rows) if a_transposed else 1,
+            COLUMNS_ALIGN=_alignment(columns),
+            DEPTH_ALIGN=1 if a_transposed else _alignment(depth),
+            PRECISION=_input_precision(precision),
+            ROWS=row_tile,
+            COLUMNS=column_tile,
+            DEPTH=depth_tile,
+            num_warps=WARPS,
+        )
 
 
 def _alignment(count: int) -> int:
@@ -189,13 +193,14 @@ def _dots(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = DOTS_TILE
     blocks = triton.cdiv(classes, columns)
     of_rows, of_columns = g.new_empty(experts, blocks, batch), g.new_empty(experts, classes)
-    _dots_kernel[blocks, experts](
-        *(g, z, of_rows, of_columns, batch, classes),
-        CLASSES_ALIGN=_alignment(classes),
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(g):
+        _dots_kernel[blocks, experts](
+            *(g, z, of_rows, of_columns, batch, classes),
+            CLASSES_ALIGN=_alignment(classes),
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=4,
+        )
     return of_rows.sum(1), of_columns
 
 

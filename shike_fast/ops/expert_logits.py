@@ -128,7 +128,7 @@ def _norm(vectors: Tensor, dim: int) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=dim, keepdim=True).clamp_min(NORMALIZE_EPS)
 
 
-# ---- the fused kernels: Triton's, which multiply on tensor cores; vendors' libraries round to TF32 or do not use them
+# ---- the fused kernels, which are Triton's
 
 
 def _forward(
