@@ -77,7 +77,7 @@ def check(case: Case, architecture: str) -> None:
         error = ((got - exact_one).abs() / bound).max()
         assert error < ERRORS[case.precision], error.item()
     if bias:
-        torch.testing.assert_close(found[3].double(), expected[3])
+        torch.testing.assert_close(found[3].double(), expected[3], rtol=1e-5, atol=1e-5)
 
 
 def sizes(case, x, w, g):
@@ -95,7 +95,7 @@ def sizes(case, x, w, g):
 
 
 QUICK = (
-    (Case((1, 70, 40, 66)), "sm_80"),
+    (Case((1, 65, 33, 67)), "sm_80"),
     (Case((1, 3, 100, 5), "alike rests", order=ORDERS[2]), "sm_90"),
 )
 
@@ -106,9 +106,9 @@ def test_against_the_reference(case, architecture):
 
 
 MATRIX = (
-    *(Case((1, 3, 2048, 5), values, order=ORDERS[1]) for values in ("normal", "alike", "rests", "alike rests")),
+    *(Case((1, 3, 2048, 5), values, order=ORDERS[1]) for values in ("alike", "alike rests")),
+    *(Case((1, 3, 300, 5), values, order=ORDERS[3]) for values in ("normal", "rests", "spread")),
     *(Case((2, 65, 33, 67), values, order=ORDERS[2]) for values in ("normal", "spread")),
-    Case((1, 3, 2048, 5), "spread", order=ORDERS[3]),
     Case((1, 3, 500, 5), "alike rests", precision="high"),
     Case((2, 70, 130, 66), precision="high", order=ORDERS[2]),
     Case((2, 70, 36, 20), scale=None, order=ORDERS[2]),
