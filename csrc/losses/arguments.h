@@ -44,8 +44,8 @@ inline Experts logits_of(Arguments& in) {
     return experts_of(in["logits"], shape);
 }
 
-inline Targets target_of(Arguments& in) {
-    const Array target = in["target"].array(1);
+inline Targets target_of(const Value& values) {
+    const Array target = values.array(1);
     return {static_cast<const std::int64_t*>(target.data), target.stride[0]};
 }
 
@@ -53,7 +53,7 @@ inline Targets target_of(Arguments& in) {
 inline DktCall dkt_call(Arguments& in, bool saves) {
     DktCall call{};
     call.logits = logits_of(in);
-    call.target = target_of(in);
+    call.target = target_of(in["target"]);
     if (saves) call.saved = in["saved"].memory(2);
     call.factors = static_cast<const double*>(in["factors"].memory_or_null(1));
     call.hardest_weight = in["hardest_weight"].number();
@@ -67,7 +67,7 @@ inline DktCall dkt_call(Arguments& in, bool saves) {
 inline CrossEntropyCall cross_entropy_call(Arguments& in, bool saves) {
     CrossEntropyCall call{};
     call.logits = logits_of(in);
-    call.target = target_of(in);
+    call.target = target_of(in["target"]);
     if (saves) call.saved = in["saved"].memory(2);
     const Value bias = in["bias"];
     if (!bias.is_none()) {

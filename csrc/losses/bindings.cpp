@@ -16,17 +16,21 @@ Experts gradient_of(Arguments& in, const Experts& logits) { return experts_of(in
 float* floats(const Value& value, int dims) { return static_cast<float*>(value.memory(dims)); }
 
 // Smallest and largest of int64 [count], count >= 1: PyTorch needs several operators and transfers for them.
-std::pair<std::int64_t, std::int64_t> extremes(std::intptr_t address, std::int64_t stride, std::int64_t count) {
-    const auto* values = reinterpret_cast<const std::int64_t*>(address);
-    std::pair<std::int64_t, std::int64_t> result{values[0], values[0]};
+std::pair<std::int64_t, std::int64_t> extremes(const Targets& values, std::int64_t count) {
+    std::pair<std::int64_t, std::int64_t> result{values.data[0], values.data[0]};
     for (std::int64_t i = 1; i < count; ++i) {
-        result.first = std::min(result.first, values[i * stride]);
-        result.second = std::max(result.second, values[i * stride]);
+        result.first = std::min(result.first, values.data[i * values.stride]);
+        result.second = std::max(result.second, values.data[i * values.stride]);
     }
     return result;
 }
 
 void define_for_the_cpu(pybind11::module_& module) {
+    define(module, "extremes", "Smallest and largest of int64 values, count >= 1.", [](Arguments& in) {
+        const Targets values = target_of(in["values"]);
+        const std::int64_t count = in["count"].integer();
+        return [=] { return extremes(values, count); };
+    });
     define(module, "cpu_dkt_forward", "Fills loss, terms and saved.", [](Arguments& in) {
         const DktCall call = dkt_call(in, true);
         void* loss = in["loss"].memory(0);
@@ -117,7 +121,6 @@ void define_for_cuda(pybind11::module_&) {}
 }  // namespace shike
 
 SHIKE_BINDINGS(module) {
-    module.def("extremes", &shike::extremes, "Smallest and largest of int64 numbers: address, stride, count >= 1.");
     shike::define_for_the_cpu(module);
     shike::define_for_cuda(module);
 }
