@@ -297,14 +297,14 @@ def test_logits_far_apart(kernels, kind, distance, dtype):
             assert abs(value.item() - wide_loss.item()) <= tolerance * abs(wide_loss.item()) + rounding
             if dtype == torch.float32:
                 assert (terms.cpu() - wide_terms).abs().max() <= tolerance * wide_terms.abs().max() + rounding
-            assert (gradient.cpu().double() - wide).abs().max() <= tolerance * wide.abs().max()
+            assert (gradient.cpu().double() - wide).abs().max() <= tolerance * wide.abs().max() + rounding
 
 
 @pytest.mark.parametrize("loss", ["dkt", "cross-entropy"])
 @pytest.mark.parametrize("shape", [(3, 20, 37), (3, 18, 3000), (8, 3, 9000)])  # of the last no exponential is kept
 def test_forward_and_backward_at_once_give_what_each_gives(kernels, loss, shape):
     backend, device = kernels
-    experts, batch, classes = shape
+    _, batch, classes = shape
     logits = 4 * torch.randn(shape, device=device)
     target = torch.randint(classes, (batch,), device=device)
 
