@@ -159,7 +159,7 @@ class _Function(torch.autograd.Function):
             _save(ctx, call, tensors, results)
             return results
         groups, flat, extra, shown = direct
-        ctx.call, ctx.computed = call, None
+        ctx.call, ctx.computed, ctx.kept = call, None, ()
         if op.both is not None and (both := op.both(*groups, *call.options)) is not None:
             results, ctx.computed = both
             ctx.save_for_backward(*flat)
@@ -184,12 +184,12 @@ class _Function(torch.autograd.Function):
         else:
             saved = ctx.saved_tensors
             tensors = saved[: call.total]
-            groups, kept = call.groups(tensors), saved[call.total :]
+            groups, kept = call.groups(tensors), saved[call.total :] or ctx.kept
             forward, backward = op.forward, op.backward
             if op.backward_op is not None and not is_plain(grad_output, *saved):
                 forward, backward = partial(_below_autograd, op.op), op.backward_op
-            if not kept:
-                kept = forward(*groups, *call.options)[1 + op.shown :]
+            if not kept:  # by the first backward after `both`, for itself and further ones
+                kept = ctx.kept = forward(*groups, *call.options)[1 + op.shown :]
             computed = backward(grad_output, *groups, *kept, *call.options)
         gradients = op.gradients(computed, call.dims)
         if False in needs:
