@@ -1,5 +1,5 @@
-// Cross-entropy on the CPU: one expert after the other. The SIMD lanes are streams of classes that share their pivot and
-// are added up at the end of the row. Logits and biases of minus infinity are legal: such a class has p = 0.
+// Cross-entropy on the CPU: one expert after the other. The SIMD lanes are streams of classes that share their pivot
+// and are added up at the end of the row. Logits and biases of minus infinity are legal: such a class has p = 0.
 #pragma once
 
 #include <algorithm>

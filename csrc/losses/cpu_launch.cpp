@@ -43,7 +43,7 @@ void store_dkt_loss(const DktCall& call, const std::vector<double>& row_terms, v
     double total = 0;
     for (int i = 0; i < 3; ++i) {
         const double term = weight[i] == 0 ? 0 : weight[i] * sums[i];
-        if (terms != nullptr) terms[i] = float(term);
+        terms[i] = float(term);
         total += term;
     }
     store(call.logits.dtype, loss, total);

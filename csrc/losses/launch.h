@@ -9,7 +9,7 @@
 
 namespace shike {
 
-// loss: in the accumulation dtype; terms: float [3] (cross-entropy, hardest, mutual), weights applied, or null. No result
+// loss: in the accumulation dtype; terms: float [3] (cross-entropy, hardest, mutual), weights applied. No result
 // depends on the number of threads. `grad_output`: the gradient of the loss, one number in the accumulation dtype.
 // `both` is forward and backward, for a grad_output of 1, with one exponential a logit; it saves nothing.
 void cpu_dkt_forward(const DktCall& call, void* loss, float* terms, int threads);
