@@ -44,16 +44,17 @@ inline Experts logits_of(Arguments& in) {
     return experts_of(in["logits"], shape);
 }
 
-inline Targets target_of(Arguments& in) {
-    const Array target = in["target"].array(1);
+inline Targets target_of(const Value& values) {
+    const Array target = values.array(1);
     return {static_cast<const std::int64_t*>(target.data), target.stride[0]};
 }
 
-inline DktCall dkt_call(Arguments& in) {
+// `saves`: there is an argument for what the forward leaves for the backward.
+inline DktCall dkt_call(Arguments& in, bool saves) {
     DktCall call{};
     call.logits = logits_of(in);
-    call.target = target_of(in);
-    call.saved = in["saved"].memory(2);
+    call.target = target_of(in["target"]);
+    if (saves) call.saved = in["saved"].memory(2);
     call.factors = static_cast<const double*>(in["factors"].memory_or_null(1));
     call.hardest_weight = in["hardest_weight"].number();
     call.mutual_weight = in["mutual_weight"].number();
@@ -63,11 +64,11 @@ inline DktCall dkt_call(Arguments& in) {
     return call;
 }
 
-inline CrossEntropyCall cross_entropy_call(Arguments& in) {
+inline CrossEntropyCall cross_entropy_call(Arguments& in, bool saves) {
     CrossEntropyCall call{};
     call.logits = logits_of(in);
-    call.target = target_of(in);
-    call.saved = in["saved"].memory(2);
+    call.target = target_of(in["target"]);
+    if (saves) call.saved = in["saved"].memory(2);
     const Value bias = in["bias"];
     if (!bias.is_none()) {
         const Array given = bias.array();

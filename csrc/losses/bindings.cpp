@@ -16,47 +16,58 @@ Experts gradient_of(Arguments& in, const Experts& logits) { return experts_of(in
 float* floats(const Value& value, int dims) { return static_cast<float*>(value.memory(dims)); }
 
 // Smallest and largest of int64 [count], count >= 1: PyTorch needs several operators and transfers for them.
-std::pair<std::int64_t, std::int64_t> extremes(std::intptr_t address, std::int64_t stride, std::int64_t count) {
-    const auto* values = reinterpret_cast<const std::int64_t*>(address);
-    std::pair<std::int64_t, std::int64_t> result{values[0], values[0]};
+std::pair<std::int64_t, std::int64_t> extremes(const Targets& values, std::int64_t count) {
+    std::pair<std::int64_t, std::int64_t> result{values.data[0], values.data[0]};
     for (std::int64_t i = 1; i < count; ++i) {
-        result.first = std::min(result.first, values[i * stride]);
-        result.second = std::max(result.second, values[i * stride]);
+        result.first = std::min(result.first, values.data[i * values.stride]);
+        result.second = std::max(result.second, values.data[i * values.stride]);
     }
     return result;
 }
 
 void define_for_the_cpu(pybind11::module_& module) {
+    define(module, "extremes", "Smallest and largest of int64 values, count >= 1.", [](Arguments& in) {
+        const Targets values = target_of(in["values"]);
+        const std::int64_t count = in["count"].integer();
+        return [=] { return extremes(values, count); };
+    });
     define(module, "cpu_dkt_forward", "Fills loss, terms and saved.", [](Arguments& in) {
-        const DktCall call = dkt_call(in);
+        const DktCall call = dkt_call(in, true);
         void* loss = in["loss"].memory(0);
         float* terms = floats(in["terms"], 1);
         const int threads = threads_of(in);
         return [=] { cpu_dkt_forward(call, loss, terms, threads); };
     });
     define(module, "cpu_dkt_backward", "Fills gradient.", [](Arguments& in) {
-        const DktCall call = dkt_call(in);
+        const DktCall call = dkt_call(in, true);
         const Experts gradient = gradient_of(in, call.logits);
         const void* grad_output = in["grad_output"].memory(0);
         const int threads = threads_of(in);
         return [=] { cpu_dkt_backward(call, gradient, grad_output, threads); };
     });
-    define(module, "cpu_dkt_both", "Fills loss, terms, saved and, for a grad_output of 1, gradient.", [](Arguments& in) {
-        const DktCall call = dkt_call(in);
+    define(module, "cpu_dkt_both", "Fills loss, terms and, for a grad_output of 1, gradient.", [](Arguments& in) {
+        const DktCall call = dkt_call(in, false);
         void* loss = in["loss"].memory(0);
         float* terms = floats(in["terms"], 1);
         const Experts gradient = gradient_of(in, call.logits);
         const int threads = threads_of(in);
         return [=] { cpu_dkt_both(call, loss, terms, gradient, threads); };
     });
+    define(module, "cpu_cross_entropy_both", "Fills loss and, for a grad_output of 1, gradient.", [](Arguments& in) {
+        const CrossEntropyCall call = cross_entropy_call(in, false);
+        void* loss = in["loss"].memory(0);
+        const Experts gradient = gradient_of(in, call.logits);
+        const int threads = threads_of(in);
+        return [=] { cpu_cross_entropy_both(call, loss, gradient, threads); };
+    });
     define(module, "cpu_cross_entropy_forward", "Fills loss and saved.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in);
+        const CrossEntropyCall call = cross_entropy_call(in, true);
         void* loss = in["loss"].memory(0);
         const int threads = threads_of(in);
         return [=] { cpu_cross_entropy_forward(call, loss, threads); };
     });
     define(module, "cpu_cross_entropy_backward", "Fills gradient.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in);
+        const CrossEntropyCall call = cross_entropy_call(in, true);
         const Experts gradient = gradient_of(in, call.logits);
         const void* grad_output = in["grad_output"].memory(0);
         const int threads = threads_of(in);
@@ -70,7 +81,7 @@ void define_for_cuda(pybind11::module_& module) {
     module.def("cuda_dkt_workspace", &cuda_dkt_workspace);
     module.def("cuda_cross_entropy_workspace", &cuda_cross_entropy_workspace);
     define(module, "cuda_dkt_forward", "Fills loss, terms and saved.", [](Arguments& in) {
-        const DktCall call = dkt_call(in);
+        const DktCall call = dkt_call(in, true);
         float* loss = floats(in["loss"], 0);
         float* terms = floats(in["terms"], 1);
         float* workspace = floats(in["workspace"], 1);
@@ -78,21 +89,21 @@ void define_for_cuda(pybind11::module_& module) {
         return [=] { cuda_dkt_forward(call, workspace, loss, terms, queue); };
     });
     define(module, "cuda_dkt_backward", "Fills gradient.", [](Arguments& in) {
-        const DktCall call = dkt_call(in);
+        const DktCall call = dkt_call(in, true);
         const Experts gradient = gradient_of(in, call.logits);
         const float* grad_output = floats(in["grad_output"], 0);
         const CudaQueue queue = queue_of(in);
         return [=] { cuda_dkt_backward(call, gradient, grad_output, queue); };
     });
     define(module, "cuda_cross_entropy_forward", "Fills loss and saved.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in);
+        const CrossEntropyCall call = cross_entropy_call(in, true);
         float* loss = floats(in["loss"], 0);
         float* workspace = floats(in["workspace"], 1);
         const CudaQueue queue = queue_of(in);
         return [=] { cuda_cross_entropy_forward(call, workspace, loss, queue); };
     });
     define(module, "cuda_cross_entropy_backward", "Fills gradient.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in);
+        const CrossEntropyCall call = cross_entropy_call(in, true);
         const Experts gradient = gradient_of(in, call.logits);
         const float* grad_output = floats(in["grad_output"], 0);
         const CudaQueue queue = queue_of(in);
@@ -110,7 +121,6 @@ void define_for_cuda(pybind11::module_&) {}
 }  // namespace shike
 
 SHIKE_BINDINGS(module) {
-    module.def("extremes", &shike::extremes, "Smallest and largest of int64 numbers: address, stride, count >= 1.");
     shike::define_for_the_cpu(module);
     shike::define_for_cuda(module);
 }

@@ -49,6 +49,12 @@ void store_dkt_loss(const DktCall& call, const std::vector<double>& row_terms, v
     store(call.logits.dtype, loss, total);
 }
 
+void store_cross_entropy(const CrossEntropyCall& call, const std::vector<double>& row_terms, void* loss) {
+    double sum = 0;
+    for (const double term : row_terms) sum += term;
+    store(call.logits.dtype, loss, sum / double(std::max<std::int64_t>(call.logits.batch, 1)));
+}
+
 }  // namespace
 
 void cpu_dkt_forward(const DktCall& call, void* loss, float* terms, int threads) {
@@ -66,17 +72,10 @@ void cpu_dkt_backward(const DktCall& call, const Experts& gradient, const void* 
     });
 }
 
-// Forward and backward of some rows after the other: their logits are still in the cache.
 void cpu_dkt_both(const DktCall& call, void* loss, float* terms, const Experts& gradient, int threads) {
-    constexpr std::int64_t kRows = 16;  // a SIMD vector of them, which the forward ends together
     std::vector<double> row_terms(std::size_t(3 * call.logits.batch));
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        const LossKernels& kernels = kernels_of(call.logits);
-        for (std::int64_t b = first; b < last; b += kRows) {
-            const std::int64_t end = std::min(b + kRows, last);
-            kernels.dkt_forward(call, row_terms.data(), b, end);
-            kernels.dkt_backward(call, gradient, 1, b, end);
-        }
+        kernels_of(call.logits).dkt_both(call, gradient, row_terms.data(), first, last);
     });
     store_dkt_loss(call, row_terms, loss, terms);
 }
@@ -86,9 +85,7 @@ void cpu_cross_entropy_forward(const CrossEntropyCall& call, void* loss, int thr
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
         kernels_of(call.logits).cross_entropy_forward(call, row_terms.data(), first, last);
     });
-    double sum = 0;
-    for (const double term : row_terms) sum += term;
-    store(call.logits.dtype, loss, sum / double(std::max<std::int64_t>(call.logits.batch, 1)));
+    store_cross_entropy(call, row_terms, loss);
 }
 
 void cpu_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const void* grad_output,
@@ -97,6 +94,14 @@ void cpu_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gra
     over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
         kernels_of(call.logits).cross_entropy_backward(call, gradient, factor, first, last);
     });
+}
+
+void cpu_cross_entropy_both(const CrossEntropyCall& call, void* loss, const Experts& gradient, int threads) {
+    std::vector<double> row_terms(std::size_t(call.logits.batch));
+    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
+        kernels_of(call.logits).cross_entropy_both(call, gradient, row_terms.data(), first, last);
+    });
+    store_cross_entropy(call, row_terms, loss);
 }
 
 }  // namespace shike

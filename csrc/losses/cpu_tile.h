@@ -2,7 +2,10 @@
 // float or double, padded to whole vectors.
 #pragma once
 
+#include <memory>
+
 #include "common/elements.h"
+#include "common/grid.h"
 #include "losses/call.h"
 
 namespace shike {
@@ -58,6 +61,50 @@ T load_one(DType dtype, const Matrix& from, std::int64_t row, std::int64_t c) {
     return with_stored_type<T>(dtype, [&](auto stored) {
         return T(widened(static_cast<const decltype(stored)*>(from.data)[offset]));
     });
+}
+
+// Room for the tiles of some rows: `of_row` tiles each. A row that is too long for it keeps none, so that its backward
+// computes the exponentials again.
+template <class T, class Tile>
+struct KeptTiles {
+    std::int64_t of_row;
+    int rows;  // at most kLanes, which the forward ends together
+    std::unique_ptr<Tile[]> tiles;
+
+    explicit KeptTiles(std::int64_t classes) : of_row(quotient_up(classes, kTile * kLanes<T>)), rows(kLanes<T>) {
+        constexpr std::int64_t kRoom = 112 * 1024 / sizeof(Tile);  // a part of the smallest second-level cache
+        // float64 is for checking gradients, which asks every backward for the same bits: there a row of several tiles,
+        // whose pivots move, keeps none either.
+        if (of_row > kRoom || (sizeof(T) == 8 && of_row > 1)) {
+            of_row = 0;
+        } else {
+            rows = smaller(kRoom / of_row, rows);
+        }
+        tiles.reset(new Tile[std::size_t(of_row > 0 ? rows * of_row : 1)]);  // not initialised
+    }
+
+    const Tile* of(int row) const { return of_row > 0 ? tiles.get() + row * of_row : nullptr; }
+};
+
+// Several rows' numbers, one row a lane.
+template <class T, class OfLanes, class OfRow>
+void set_lane(OfLanes& lanes, int lane, const OfRow& row) {
+    constexpr std::size_t kCount = sizeof(OfRow) / sizeof(T);
+    static_assert(sizeof(OfLanes) == kCount * sizeof(Vector<T>), "the same members");
+    for (std::size_t i = 0; i < kCount; ++i) {
+        std::memcpy(reinterpret_cast<char*>(&lanes) + (i * kLanes<T> + std::size_t(lane)) * sizeof(T),
+                    reinterpret_cast<const char*>(&row) + i * sizeof(T), sizeof(T));
+    }
+}
+
+template <class T, class OfLanes, class OfRow>
+void get_lane(const OfLanes& lanes, int lane, OfRow& row) {
+    constexpr std::size_t kCount = sizeof(OfRow) / sizeof(T);
+    static_assert(sizeof(OfLanes) == kCount * sizeof(Vector<T>), "the same members");
+    for (std::size_t i = 0; i < kCount; ++i) {
+        std::memcpy(reinterpret_cast<char*>(&row) + i * sizeof(T),
+                    reinterpret_cast<const char*>(&lanes) + (i * kLanes<T> + std::size_t(lane)) * sizeof(T), sizeof(T));
+    }
 }
 
 // The number of each lane.

@@ -2,7 +2,7 @@
 // it, docs/kernels.md derives both. Compiled for host and device.
 //
 // V is a stream of classes: one float or double (a CUDA thread, the end of a row), or a SIMD vector whose lanes are as
-// many streams (the CPU). What streams learnt from different classes of a row is put together in cpu_kernels.cpp
+// many streams (the CPU). What streams learnt from different classes of a row is put together in cpu_dkt.h
 // (lanes) and cuda_chunks.h (threads). Nothing here knows how the logits are stored.
 //
 // For SIMD vectors include common/simd.h first: it brings their overloads of the functions used here.

@@ -5,6 +5,7 @@ loss. Whoever must see an operation (tracers, dispatch modes, functorch, subclas
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ class Fused:
             tensor; those of tensors that need none are dropped.
         differentiable: the number of differentiable groups.
         shown: the number of results beside the first that the caller sees.
-        both: as ``forward``, and what ``backward`` returns for a ``grad_output`` of 1; None where it cannot. It is used
-            where a gradient is wanted and no tracer is at work.
+        both: what ``forward`` returns without the part for the backward, and what ``backward`` returns for a
+            ``grad_output`` of 1; None where it cannot. It is used where a gradient is wanted and no tracer is at work.
     """
 
     def __init__(
@@ -97,11 +98,11 @@ class Fused:
         if not self._needs_gradient(groups):
             return self.forward(*groups, *options, *extra)
         flat, lengths = _flat(groups)
-        shown: list[Tensor] = []
         # What is not differentiable need not pass through autograd: a microsecond a tensor.
         differentiable = flat[: sum(lengths[: self.differentiable])]  # type: ignore[arg-type]  # these are lists
         call = _Call(self, options, lengths, flat[0].dim(), len(flat))
-        result = _Function.apply(call, (groups, flat, extra, shown), *differentiable)
+        shown: list[Tensor] = []
+        result = _apply(call, (groups, flat, extra, shown), *differentiable)
         return result, *shown
 
     def dispatched(self, groups: Sequence[Any], options: Sequence[Any]) -> Sequence[Tensor]:
@@ -158,19 +159,20 @@ class _Function(torch.autograd.Function):
             _save(ctx, call, tensors, results)
             return results
         groups, flat, extra, shown = direct
+        ctx.call, ctx.computed, ctx.kept = call, None, ()
         if op.both is not None and (both := op.both(*groups, *call.options)) is not None:
             results, ctx.computed = both
+            ctx.save_for_backward(*flat)
         else:
-            results, ctx.computed = op.forward(*groups, *call.options, *extra), None
-        ctx.call = call
-        ctx.save_for_backward(*flat, *results[1 + op.shown :])
+            results = op.forward(*groups, *call.options, *extra)
+            ctx.save_for_backward(*flat, *results[1 + op.shown :])
         shown += results[1 : 1 + op.shown]  # what has no gradient need not pass through autograd
         return results[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        call, needs = ctx.call, ctx.needs_input_grad[2:]
-        op: Fused = call.op
+        call: _Call = ctx.call
+        op, needs = call.op, ctx.needs_input_grad[2:]
         if grad_output is None:
             return (None,) * (2 + len(needs))
         create_graph = torch.is_grad_enabled()
@@ -182,10 +184,15 @@ class _Function(torch.autograd.Function):
         else:
             saved = ctx.saved_tensors
             tensors = saved[: call.total]
-            backward = op.backward if op.backward_op is None or is_plain(grad_output, *saved) else op.backward_op
-            computed = backward(grad_output, *call.groups(tensors), *saved[call.total :], *call.options)
+            groups, kept = call.groups(tensors), saved[call.total :] or ctx.kept
+            forward, backward = op.forward, op.backward
+            if op.backward_op is not None and not is_plain(grad_output, *saved):
+                forward, backward = partial(_below_autograd, op.op), op.backward_op
+            if not kept:  # by the first backward after `both`, for itself and further ones
+                kept = ctx.kept = forward(*groups, *call.options)[1 + op.shown :]
+            computed = backward(grad_output, *groups, *kept, *call.options)
         gradients = op.gradients(computed, call.dims)
-        if not all(needs):
+        if False in needs:
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=False)]
         if create_graph:
             present = [t for t in tensors[: len(gradients)] if t is not None]
@@ -193,6 +200,10 @@ class _Function(torch.autograd.Function):
                 g if g is None else _SecondDerivative.apply(op.name, g, grad_output, *present) for g in gradients
             ]
         return None, None, *gradients, *[None] * (len(needs) - len(gradients))
+
+
+# Past the part of ``apply`` in Python, two microseconds that look for what no plain tensor has.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Function).apply
 
 
 class _TransformedFunction(_Function):

@@ -95,7 +95,7 @@ def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, 
     check_device(op, "target", target, first, "logits")
     if values_are_readable(target) and batch > 0:
         if native_error() is None and holds_its_values(target):
-            smallest, largest = native().extremes(target.data_ptr(), target.stride(0), batch)
+            smallest, largest = native().extremes(values=target, count=batch)
         else:
             smallest, largest = (int(value) for value in torch.aminmax(target))
         if smallest < 0 or largest >= classes:
@@ -117,10 +117,10 @@ def _target_hint(target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> 
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether a check may look at the values: no wait for a device, no tracer or functorch transform at work."""
     return (
-        not is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        tensor.is_cpu
         and type(tensor) in PLAIN_TENSORS
-        and tensor.device.type == "cpu"
+        and not is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

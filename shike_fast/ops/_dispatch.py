@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from shike_fast.ops import _verification
-from shike_fast.ops._guards import has_tangent
+from shike_fast.ops._guards import has_tangent, may_be_transformed
 from shike_fast.ops._native import native, native_error
 from shike_fast.ops._verdicts import Verdicts
 
@@ -145,7 +145,9 @@ class Operator:
     def _refusal(self, backend: str, args: tuple[Any, ...], compiling: bool) -> str | None:
         if backend not in self.backends:
             return "it does not implement this op"
-        reason = None if compiling or backend == "reference" else _refuses_transforms(*args)
+        reason = None
+        if not compiling and backend != "reference" and may_be_transformed():
+            reason = _refuses_transforms(*args)
         refuses = self.backends[backend].refuses
         return reason if reason is not None or refuses is None else refuses(*args)
 
@@ -338,13 +340,12 @@ def triton_kernels(stem: str) -> ModuleType:
 
 def refuses_tensor(backend: str, tensor: Tensor, what: str) -> str | None:
     """Why the backend cannot run on a tensor of this device and dtype, or None."""
-    device = tensor.device.type
     if backend == "cpu":
-        if device != "cpu":
+        if not tensor.is_cpu:
             return f"{what} on {tensor.device}, not on the CPU"
         if _NATIVE_MISSING is not None:
             return _NATIVE_MISSING
-    elif device != "cuda" and not (backend == "triton" and _INTERPRETED):
+    elif tensor.device.type != "cuda" and not (backend == "triton" and _INTERPRETED):
         return f"{what} on {tensor.device}, not on a GPU"
     elif (missing := triton_missing() if backend == "triton" else cuda_missing(tensor.device)) is not None:
         return missing

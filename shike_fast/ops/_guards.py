@@ -27,7 +27,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and not holds_its_values(tensor):
             return False
-    return not has_tangent(*tensors)
+    return forward_ad._current_level < 0 or not has_tangent(*tensors)
 
 
 def holds_its_values(tensor: Tensor) -> bool:
@@ -54,6 +54,11 @@ def materialised(tensor: Tensor) -> Tensor:
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work in eager mode."""
     return torch._C._are_functorch_transforms_active() and not is_compiling()
+
+
+def may_be_transformed() -> bool:
+    """False where neither a transform of ``torch.func`` nor forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def has_tangent(*tensors: Any) -> bool:

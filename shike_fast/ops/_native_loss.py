@@ -19,8 +19,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 def shape_of(logits: Sequence[Tensor]) -> tuple[int, int, int]:
     """(K, B, C) of one tensor [K, B, C] or K tensors [B, C]."""
-    first = logits[0]
-    return (first.shape[0] if first.dim() == 3 else len(logits), first.shape[-2], first.shape[-1])
+    shape = logits[0].shape
+    return tuple(shape) if len(shape) == 3 else (len(logits), *shape)  # type: ignore[return-value]
 
 
 def new_dkt_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,22 +78,44 @@ def dkt_backward(
 
 
 def dkt_both(
-    logits: Sequence[Tensor], target: Tensor, factors: Tensor | None, *options: Any
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None:
-    """What ``dkt_forward`` returns, and the gradient for a ``grad_output`` of 1, from one reading of the logits.
+    logits: Sequence[Tensor],
+    target: Tensor,
+    factors: Tensor | None,
+    hardest_weight: float,
+    mutual_weight: float,
+    teacher_target_logit: float,
+    student_target_logit: float,
+    detach_teacher: bool,
+) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+    """Loss [] and terms [3], and the gradient for a ``grad_output`` of 1, from one reading of the logits.
 
     None where that is no good: a gradient in low precision must be rounded after ``grad_output``, perhaps a loss scale,
     is multiplied in, and GPUs have no such kernel.
     """
-    if logits[0].device.type != "cpu" or logits[0].dtype not in (torch.float32, torch.float64):
+    first = logits[0]
+    dtype = first.dtype
+    if not first.is_cpu or (dtype != torch.float32 and dtype != torch.float64):
         return None
-    loss, terms, saved = new_dkt_results(logits)
-    gradient = gradient_like(logits)
-    call = _dkt_call(logits, target, saved, factors, *options)
-    call["loss"], call["terms"], call["gradient"] = loss, terms, [gradient]
-    call["threads"] = torch.get_num_threads()
-    native().cpu_dkt_both(**call)
-    return (loss, terms, saved), gradient
+    shape = shape_of(logits)
+    scale = 1.0 / max(shape[1], 1)
+    loss, terms, gradient = first.new_empty(()), first.new_empty(3, dtype=torch.float32), gradient_like(logits)
+    native().cpu_dkt_both(  # without a dictionary of what the calls share: that costs two microseconds
+        dtype=DTYPES[dtype],
+        shape=shape,
+        logits=logits,
+        target=target,
+        factors=factors,
+        hardest_weight=hardest_weight * scale,
+        mutual_weight=mutual_weight * scale,
+        teacher_target_logit=teacher_target_logit,
+        student_target_logit=student_target_logit,
+        detach_teacher=detach_teacher,
+        loss=loss,
+        terms=terms,
+        gradient=[gradient],
+        threads=torch.get_num_threads(),
+    )
+    return (loss, terms), gradient
 
 
 def cross_entropy_forward(
@@ -134,6 +156,29 @@ def cross_entropy_backward(
     elif gradient.numel() > 0:
         native().cuda_cross_entropy_backward(**call, **queue_of(gradient))
     return gradient
+
+
+def cross_entropy_both(
+    logits: Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
+) -> tuple[tuple[Tensor], Tensor] | None:
+    """Loss [], and the gradient for a ``grad_output`` of 1; None as of ``dkt_both``."""
+    first = logits[0]
+    dtype = first.dtype
+    if not first.is_cpu or (dtype != torch.float32 and dtype != torch.float64):
+        return None
+    loss, gradient = first.new_empty(()), gradient_like(logits)
+    native().cpu_cross_entropy_both(
+        dtype=DTYPES[dtype],
+        shape=shape_of(logits),
+        logits=logits,
+        target=target,
+        bias=bias,
+        label_smoothing=label_smoothing,
+        loss=loss,
+        gradient=[gradient],
+        threads=torch.get_num_threads(),
+    )
+    return (loss,), gradient
 
 
 def _common(logits: Sequence[Tensor], target: Tensor, saved: Tensor) -> dict[str, Any]:

@@ -125,6 +125,7 @@ _FUSED = fused_loss(
     "float label_smoothing",
     forward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_forward(*args[:-1]),
     backward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_backward(*args[:-1]),
+    both=lambda *args: _native_loss.cross_entropy_both(*args[:-1]) if args[-1] == "cpu" else None,
     fake_forward=_native_loss.new_cross_entropy_results,
 )
 

@@ -202,15 +202,17 @@ def _fused(
 ) -> Sequence[Tensor]:
     experts = as_list(logits)
     divisor = _divisor(kl_reduction, experts[0].shape[-1])
-    hardest_weight, mutual_weight = hardest_weight / divisor, mutual_weight / divisor
     if is_plain(*experts, target):
-        options = (hardest_weight, mutual_weight, *options, backend)
-        return _FUSED.direct((experts, target, None), options)[:2]
+        return _FUSED.direct(
+            (experts, target, None), (hardest_weight / divisor, mutual_weight / divisor, *options, backend)
+        )[:2]
     factors = None
     if is_compiling() or torch.jit.is_tracing():
         one = experts[0].new_ones((), dtype=torch.float64)
-        factors = torch.stack([one * hardest_weight, one * mutual_weight])
+        factors = torch.stack([one * hardest_weight, one * mutual_weight]) / divisor
         hardest_weight = mutual_weight = 1.0
+    else:
+        hardest_weight, mutual_weight = hardest_weight / divisor, mutual_weight / divisor
     return _FUSED.dispatched((experts, target, factors), (hardest_weight, mutual_weight, *options, backend))[:2]
 
 

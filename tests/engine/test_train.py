@@ -206,9 +206,8 @@ def test_training_uses_the_fused_losses(runs, tmp_path, monkeypatch):
         function = getattr(_native_loss, name)
         monkeypatch.setattr(_native_loss, name, lambda *args: calls.append(name) or function(*args))
 
-    for name in ("dkt_both", "cross_entropy_forward", "cross_entropy_backward"):
+    for name in ("dkt_both", "cross_entropy_both"):  # forward and backward at once
         recorded(name)
     assert runs.train("--output-dir", tmp_path / "run", "--model", "resnet8", "--epochs", 2) == 0
-    steps = {name: calls.count(name) for name in calls}
-    assert steps["dkt_both"] > 0  # stage 1, forward and backward at once
-    assert steps["cross_entropy_backward"] == steps["cross_entropy_forward"] > 0  # stage 2
+    assert calls.count("dkt_both") > 0  # stage 1
+    assert calls.count("cross_entropy_both") > 0  # stage 2

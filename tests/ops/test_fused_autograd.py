@@ -57,14 +57,15 @@ def test_the_gradient_keeps_the_layout_of_the_logits():
     assert gradient.is_contiguous()
 
 
+@pytest.mark.parametrize("classes", [19, 70])  # one tile, and several
 @pytest.mark.parametrize("loss", ["dkt", "cross-entropy"])
-def test_gradcheck_of_the_float64_kernel(loss):
-    logits, target = torch.randn(3, 4, 19, dtype=torch.float64, requires_grad=True), torch.tensor([0, 18, 7, 7])
+def test_gradcheck_of_the_float64_kernel(loss, classes):
+    logits, target = torch.randn(3, 4, classes, dtype=torch.float64, requires_grad=True), torch.tensor([0, 18, 7, 7])
 
     def function(z):
         if loss == "dkt":
             return dkt_loss(z, target, kl_reduction="batchmean", backend="cpu")
-        return expert_cross_entropy(z, target, label_smoothing=0.1, bias=torch.ones(19), backend="cpu")
+        return expert_cross_entropy(z, target, label_smoothing=0.1, bias=torch.ones(classes), backend="cpu")
 
     assert torch.autograd.gradcheck(function, (logits,))
     assert torch.autograd.gradcheck(lambda *z: function(z), [expert.detach().requires_grad_() for expert in logits])

@@ -257,3 +257,65 @@ def test_a_rounded_mean_at_the_hardest_negative_cancels(kernels):
         logits, target, hardest_weight=1.0, kl_reduction="batchmean", return_terms=True, backend=backend
     )
     assert abs(terms[1].item()) < 1e-6
+
+
+# What the teacher weighs follows from the students' exponentials, unless they lose it. It is lost where the largest
+# logit is so far above all that the teacher has that its weights are no normal numbers: 55 and more, by the code.
+FAR = (30.0, 54.0, 60.0, 100.0, 1000.0)
+
+
+def logits_apart(kind, distance, classes):
+    logits = torch.randn(3, 5, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)
+    if kind == "experts":  # each expert on a level of its own
+        logits += distance * torch.arange(3, dtype=torch.float64).reshape(3, 1, 1)
+    elif kind == "a torn class":  # the hardest negative by a little, where the teacher is the mean of the experts
+        logits[:, :, classes // 2] += torch.tensor([distance, -distance / 2, -distance / 2 + 6]).reshape(3, 1)
+    else:  # a class above all others, for all experts
+        logits[:, :, classes // 2] += distance
+    return logits
+
+
+@pytest.mark.parametrize("distance", FAR)
+@pytest.mark.parametrize("kind", ["experts", "a torn class", "a class above"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_far_apart(kernels, kind, distance, dtype):
+    backend, device = kernels
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("no float64 kernels")
+    for classes in (2, 37, 700):
+        logits, target = logits_apart(kind, distance, classes).to(dtype), torch.zeros(5, dtype=torch.int64)
+        for teacher_target_logit in (0.0, -200.0, 200.0):
+            options = {"teacher_target_logit": teacher_target_logit, "kl_reduction": "batchmean", "return_terms": True}
+            loss = functools.partial(dkt_loss, **options)
+            wide_loss, wide_terms, wide = run(
+                functools.partial(loss, backend="reference"), logits.double(), target, "contiguous"
+            )
+            mine = functools.partial(loss, backend=backend)
+            value, terms, gradient = run(mine, logits.to(device), target.to(device), "contiguous")
+            tolerance = 1e-12 if dtype == torch.float64 else 3e-5
+            rounding = 12 * torch.finfo(dtype).eps * distance  # of the differences of logits that the divergence adds
+            assert abs(value.item() - wide_loss.item()) <= tolerance * abs(wide_loss.item()) + rounding
+            if dtype == torch.float32:
+                assert (terms.cpu() - wide_terms).abs().max() <= tolerance * wide_terms.abs().max() + rounding
+            assert (gradient.cpu().double() - wide).abs().max() <= tolerance * wide.abs().max() + rounding
+
+
+@pytest.mark.parametrize("loss", ["dkt", "cross-entropy"])
+@pytest.mark.parametrize("shape", [(3, 20, 37), (3, 18, 3000), (8, 3, 9000)])  # of the last no exponential is kept
+def test_forward_and_backward_at_once_give_what_each_gives(kernels, loss, shape):
+    backend, device = kernels
+    _, batch, classes = shape
+    logits = 4 * torch.randn(shape, device=device)
+    target = torch.randint(classes, (batch,), device=device)
+
+    def function(z):
+        if loss == "dkt":
+            return dkt_loss(z, target, kl_reduction="batchmean", backend=backend)
+        return expert_cross_entropy(z, target, label_smoothing=0.1, backend=backend)
+
+    leaf = logits.clone().requires_grad_()
+    at_once = function(leaf)
+    (gradient,) = torch.autograd.grad(at_once, leaf, retain_graph=True)
+    (again,) = torch.autograd.grad(at_once, leaf)  # by the backward's own kernel
+    assert torch.equal(at_once.detach(), function(logits))  # by the forward's own kernel
+    torch.testing.assert_close(gradient, again, rtol=2e-6, atol=1e-6 * gradient.abs().max().item())
