@@ -207,6 +207,7 @@ SHIKE_DEVICE void gradient_block(float* memory, const GradientArguments& call, u
     own.shallow.start();
     own.deep.start();
     if (call.call.normalised) {
+#pragma unroll 1
         for (int channel = thread; channel < plan.width(); channel += plan.threads()) {
             const std::int64_t at = range.channel + channel;
             if (at >= shape.channels) continue;

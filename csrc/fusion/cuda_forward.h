@@ -297,12 +297,17 @@ SHIKE_DEVICE void pooling_block(float* memory, const PoolingArguments& call, uns
     PoolingLoads<kType, V, kFolded> loads;
     const int step = plan.group, stride = loads.kUnroll * step;
     const int samples = inside ? range.samples_of(plan, place.row) : 0;
-    views.load(loads, place.member, step, samples > 0 ? positions : 0);
+    const auto load = [&](int round, int first) {
+        views.load(loads, first + place.member, step, round < samples ? positions : 0);
+    };
+    constexpr bool kAhead = V > 1;  // single channels would not repay the code
+    if (kAhead) load(0, 0);
 
     PoolingState<V, kFolded> own;
     own.shallow.start();
     own.deep.start();
     if (call.call.normalised) {
+#pragma unroll 1
         for (int channel = thread; channel < plan.width(); channel += plan.threads()) {
             if (range.channel + channel >= shape.channels) continue;
             const auto norm = [&](bool deep) {
@@ -333,11 +338,11 @@ SHIKE_DEVICE void pooling_block(float* memory, const PoolingArguments& call, uns
             for (float& value : sum) value = 0;
         }
         for (int first = 0; first < positions; first += stride) {
+            if (!kAhead) load(round, first);
             add_products(own, loads, step, relu);
             const bool last = first + stride >= positions;
             if (last) views.move(call.call.expert[opaque(k)], plan.rows);  // else strides would stay in registers
-            views.load(loads, (last ? 0 : first + stride) + place.member, step,
-                       round + int(last) < samples ? positions : 0);
+            if (kAhead) load(round + int(last), last ? 0 : first + stride);
         }
         PoolingEnd<V, kFolded> end;
         SHIKE_UNROLL
