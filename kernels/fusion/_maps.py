@@ -181,12 +181,13 @@ class Group(NamedTuple):
     def constants(self, extent: Extent, tile: Tile, normalised: bool = False) -> dict[str, int]:
         """Constants of every kernel: the tile, and powers of two up to 16 that divide all strides, and the extents.
 
-        A thread takes as many neighbouring channels as are known to be aligned. Of ``normalised`` maps it takes four:
-        so many of the float32 vectors [C] come in one access, and each of their sectors in one request.
+        A thread takes as many neighbouring values as are known to be aligned. Of the channels of ``normalised`` maps it
+        takes four: so many of the float32 vectors [C] come in one access, and each of their sectors in one request.
         """
         known = [stride for strides in self.strides for stride in strides if stride is not None]
+        few = normalised and any(strides[1] is None for strides in self.strides)
         return {
-            "ALIGN": math.gcd(4 if normalised else 16, *known),
+            "ALIGN": math.gcd(4 if few else 16, *known),
             "ALIGN_C": math.gcd(16, extent.channels),
             "ALIGN_P": math.gcd(16, extent.positions),
             "BLOCK_P": tile.positions,
