@@ -1,6 +1,5 @@
-// What the CUDA kernels of depth-wise knowledge fusion share. Their bodies are sequences of steps that all threads of a
-// block take, with a barrier after each. A step keeps what it needs later in its thread's state or in the shared memory
-// of its team.
+// What the CUDA kernels of depth-wise knowledge fusion share. Warps work alone but for a block's first and last steps;
+// threads of one warp share the positions of a sample, and exchange what they know of it (cuda_warp.h).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +10,8 @@
 namespace shike {
 namespace {
 
+// Where warps depend on one another, a body is a sequence of steps that all threads of a block take, with a barrier
+// after each. A step keeps what it needs later in its thread's state or in the shared memory of its team.
 template <class State>
 struct BlockTeam {
     float* memory;  // shared
@@ -77,7 +78,9 @@ struct MapView {
           position(map, shape) {}
 
     SHIKE_DEVICE char* sample(std::int64_t b) const { return channel + b * sample_step; }
-    SHIKE_DEVICE void move(const FeatureMap& map, std::int64_t samples) { channel += samples * map.b * bytes_of(kType); }
+    SHIKE_DEVICE void move(const FeatureMap& map, std::int64_t samples) {
+        channel += samples * map.b * bytes_of(kType);
+    }
     SHIKE_DEVICE std::int64_t offset(int p) const {
         if constexpr (V > 1) return std::int64_t(p) * (int(position.step) * bytes_of(kType));  // see is_wide
         return position.at(p) * bytes_of(kType);
