@@ -288,7 +288,9 @@ SHIKE_DEVICE void pooling_block(float* memory, const PoolingArguments& call, uns
     const ExpertFusion& expert = call.call.expert[k];
     const BlockRange range(plan, shape, block);
     const int thread = int(threadIdx.x), positions = int(positions_of(shape));
-    if ((call.products >> k & 1u) != 0) return finish_products<kType>(call, range, k, thread);
+    if constexpr (!kFolded) {
+        if ((call.products >> k & 1u) != 0) return finish_products<kType>(call, range, k, thread);
+    }
 
     const FusionThread place = plan.digits(thread);
     const std::int64_t c = range.channel + place.lane * V;
