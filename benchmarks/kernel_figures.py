@@ -19,7 +19,7 @@ INTERPRETER = ROOT / "tests" / "ptx"
 sys.path.insert(0, str(INTERPRETER))
 
 from compiling import build_library, build_ptx  # noqa: E402
-from figures import CASES, Figures, Resources, of_triton, resources_of_cuda, resources_of_triton  # noqa: E402
+from figures import CASES, Figures, Found, Resources, of_triton, resources_of_cuda, resources_of_triton  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "records" / "kernels_static.md"
 INTRODUCTION = """\
@@ -68,7 +68,7 @@ def _measured(folder: Path, nvcc: str) -> str:
             build_ptx(folder, _run, nvcc, architecture.removeprefix("sm_"))
         cuda[architecture] = resources_of_cuda(folder, architecture, nvcc, _run)
     drivers = {architecture: Driver(architecture, assemble=True) for architecture in ARCHITECTURES}
-    figures = {architecture: of_triton(driver) for architecture, driver in drivers.items()}
+    figures = {name: _kernels(of_triton(driver)) for name, driver in drivers.items()}
     of_backend = {"cuda": _of_cuda(folder), "triton": figures["sm_90"]}
     called = {case.name: (case.ideal, {name: of[case.name] for name, of in of_backend.items()}) for case in CASES}
     compiled = {
@@ -92,7 +92,11 @@ def _of_cuda(folder: Path) -> dict[str, list[Figures]]:
     if done.returncode != 0:
         sys.exit(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
-    return {case: [Figures(*row) for row in rows] for case, rows in found.items()}
+    return {case: [Figures(*row) for row in rows] for case, (rows, _) in found.items()}
+
+
+def _kernels(found: dict[str, Found]) -> dict[str, list[Figures]]:
+    return {case: of.kernels for case, of in found.items()}
 
 
 def _run(words: Iterable[object], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:

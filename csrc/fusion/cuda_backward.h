@@ -70,29 +70,42 @@ template <int V>
 struct ChannelCorrection {
     float constant[V], slope[V];
 
-    SHIKE_DEVICE static void put(float* at, int width, const ChannelNorm& norm, float d_weight, float d_bias) {
+    SHIKE_DEVICE void start() {
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) constant[i] = slope[i] = 0;
+    }
+    SHIKE_DEVICE static void put(float* at, const ChannelNorm& norm, float d_weight, float d_bias) {
         const float slope = norm.scale() * norm.rstd * d_weight;
         at[0] = norm.scale() * d_bias - norm.low * slope;
-        at[width] = slope;
+        at[ChannelNumbers<V>::kStride] = slope;
     }
-    SHIKE_DEVICE void load(const float* at, int width) {
-        load_channels(at, constant);
-        load_channels(at + width, slope);
+    SHIKE_DEVICE void load(const float* numbers, int lane) {
+        ChannelNumbers<V>::load(numbers, lane, constant);
+        ChannelNumbers<V>::load(numbers + ChannelNumbers<V>::kStride, lane, slope);
     }
     SHIKE_DEVICE float of(int i, float distance) const { return constant[i] + slope[i] * distance; }
 };
 
-// Shared memory: of the shallow norm's channels 3 affine numbers and 2 of the correction, then those of the deep norm.
-constexpr int kGradientNumbers = 5;
-
 template <int V>
 struct NormGradient {
+    static constexpr int kAffine = ChannelAffine<V>::kNumbers * ChannelNumbers<V>::kStride;
+    static constexpr int kNumbers = ChannelAffine<V>::kNumbers + 2;
+    static constexpr int kStride = ChannelNumbers<V>::kStride;
+
     ChannelAffine<V> affine;
     ChannelCorrection<V> correction;
 
-    SHIKE_DEVICE void load(const float* at, int width) {
-        affine.load(at, width);
-        correction.load(at + 3 * width, width);
+    SHIKE_DEVICE void start() {
+        affine.start();
+        correction.start();
+    }
+    SHIKE_DEVICE static void put(float* at, const ChannelNorm& norm, float d_weight, float d_bias) {
+        ChannelAffine<V>::put(at, norm);
+        ChannelCorrection<V>::put(at + kAffine, norm, d_weight, d_bias);
+    }
+    SHIKE_DEVICE void load(const float* numbers, int lane) {
+        affine.load(numbers, lane);
+        correction.load(numbers + kAffine, lane);
     }
 };
 
@@ -179,60 +192,65 @@ SHIKE_DEVICE void sample_gradient(const GradientState<V, kFolded>& own, const Gr
     }
 }
 
-// One block; `k`: the expert.
+// One block, which goes through its samples backwards; `k`: the expert.
 template <DType kType, int V, bool kFolded>
-SHIKE_DEVICE void gradient_block(BlockTeam<GradientState<V, kFolded>>& team, const GradientArguments& call,
-                                 unsigned block, int k) {
-    using State = GradientState<V, kFolded>;
+SHIKE_DEVICE void gradient_block(float* memory, const GradientArguments& call, unsigned block, int k) {
+    using Norm = NormGradient<V>;
     const FusionPlan& plan = call.plan;
     const MapShape& shape = call.call.shape;
     const BlockRange range(plan, shape, block);
-    const int threads = plan.threads(), width = plan.width(), positions = int(positions_of(shape));
+    const int thread = int(threadIdx.x), positions = int(positions_of(shape));
+    const FusionThread place = plan.digits(thread);
+    const std::int64_t c = range.channel + place.lane * V;
 
-    team.each([&](State&, int thread) {
-        for (int channel = thread; channel < width && range.channel + channel < shape.channels; channel += threads) {
-            const std::int64_t c = range.channel + channel;
+    GradientState<V, kFolded> own;
+    own.shallow.start();
+    own.deep.start();
+    if (call.call.normalised) {
+#pragma unroll 1
+        for (int channel = thread; channel < plan.width(); channel += plan.threads()) {
+            const std::int64_t at = range.channel + channel;
+            if (at >= shape.channels) continue;
             SHIKE_UNROLL
             for (int deep = 0; deep < (kFolded ? 2 : 1); ++deep) {
                 float d_weight = 0, d_bias = 0;
-                if (call.call.normalised && call.gradient.inverse_count != 0) {
+                if (call.gradient.inverse_count != 0) {
                     const std::int64_t norm = deep != 0 ? call.call.count + k : k;
                     const float* vectors = static_cast<const float*>(call.gradient.vectors) + 2 * norm * shape.channels;
-                    d_weight = vectors[c] * float(call.gradient.inverse_count);
-                    d_bias = vectors[shape.channels + c] * float(call.gradient.inverse_count);
+                    d_weight = vectors[at] * float(call.gradient.inverse_count);
+                    d_bias = vectors[shape.channels + at] * float(call.gradient.inverse_count);
                 }
-                const ChannelNorm norm = channel_norm(call.call, call.mean_rstd, k, deep != 0, c);
-                float* numbers = team.memory + deep * kGradientNumbers * width + channel;
-                ChannelAffine<V>::put(numbers, width, norm);
-                ChannelCorrection<V>::put(numbers + 3 * width, width, norm, d_weight, d_bias);
+                const ChannelNorm norm = channel_norm(call.call, call.mean_rstd, k, deep != 0, at);
+                Norm::put(memory + deep * Norm::kNumbers * Norm::kStride + ChannelNumbers<V>::place(channel), norm,
+                          d_weight, d_bias);
             }
         }
-    });
-    team.each([&](State& own, int thread) {
-        const FusionThread place = plan.digits(thread);
-        const std::int64_t c = range.channel + place.lane * V;
-        if (c >= shape.channels) return;
-        const float* numbers = team.memory + place.lane * V;
-        own.shallow.load(numbers, width);
-        if constexpr (kFolded) own.deep.load(numbers + kGradientNumbers * width, width);
-        const GradientOptions options{call.call.normalised && call.call.expert[k].relu,
-                                      call.call.normalised && call.gradient.inverse_count != 0};
-        const float inverse = 1.f / float(positions);
-        for (std::int64_t b = range.sample + place.row; b < range.end; b += plan.rows) {
-            const int same = opaque(k);  // else addresses for all samples would stay in registers
-            const std::int64_t channel = range.channel + plan.digits(opaque(thread)).lane * V;
-            const GradientViews<kType, V, kFolded> views(call.call.expert[same], call.gradient.expert[same], shape,
-                                                         channel);
-            Packet<kType, V> grad_output;
-            float u[V];
-            grad_output.load(static_cast<const char*>(call.gradient.grad_output) +
-                          entry(shape, same, b, channel) * bytes_of(kType));
-            grad_output.get(u);
-            SHIKE_UNROLL
-            for (int i = 0; i < V; ++i) u[i] *= inverse;
-            sample_gradient(own, views, b, place.member, plan.group, positions, u, options);
-        }
-    });
+        __syncthreads();
+    }
+    if (c >= shape.channels) return;
+    if (call.call.normalised) {
+        own.shallow.load(memory, place.lane);
+        if constexpr (kFolded) own.deep.load(memory + Norm::kNumbers * Norm::kStride, place.lane);
+    }
+    const GradientOptions options{call.call.normalised && call.call.expert[k].relu,
+                                  call.call.normalised && call.gradient.inverse_count != 0};
+    const float inverse = 1.f / float(positions);
+    for (int round = range.rounds - 1; round >= 0; --round) {
+        const std::int64_t b = range.sample + round * plan.rows + place.row;
+        if (b >= range.end) continue;
+        const int same = opaque(k);  // else addresses for all samples would stay in registers
+        const std::int64_t channel = range.channel + plan.digits(opaque(thread)).lane * V;
+        const GradientViews<kType, V, kFolded> views(call.call.expert[same], call.gradient.expert[same], shape,
+                                                     channel);
+        Packet<kType, V> grad_output;
+        float u[V];
+        grad_output.load(static_cast<const char*>(call.gradient.grad_output) +
+                         entry(shape, same, b, channel) * bytes_of(kType));
+        grad_output.get(u);
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) u[i] *= inverse;
+        sample_gradient(own, views, b, place.member, plan.group, positions, u, options);
+    }
 }
 
 }  // namespace

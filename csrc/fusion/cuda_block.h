@@ -1,6 +1,5 @@
-// What the CUDA kernels of depth-wise knowledge fusion share. Their bodies are sequences of steps that all threads of a
-// block take, with a barrier after each. A step keeps what it needs later in its thread's state or in the shared memory
-// of its team.
+// What the CUDA kernels of depth-wise knowledge fusion share. Warps work alone but for a block's first and last steps;
+// threads of one warp share the positions of a sample, and exchange what they know of it (cuda_warp.h).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +10,8 @@
 namespace shike {
 namespace {
 
+// Where warps depend on one another, a body is a sequence of steps that all threads of a block take, with a barrier
+// after each. A step keeps what it needs later in its thread's state or in the shared memory of its team.
 template <class State>
 struct BlockTeam {
     float* memory;  // shared
@@ -37,24 +38,38 @@ SHIKE_DEVICE int opaque(int number) {
     return number;
 }
 
-// Which channels and samples a block serves.
+// Which channels and samples a block serves, in rounds of its rows.
 struct BlockRange {
     int channel;               // first
     std::int64_t sample, end;  // of the samples
-    int split;
+    int split, rounds;
 
     SHIKE_DEVICE BlockRange(const FusionPlan& plan, const MapShape& shape, unsigned block) {
         split = int(block / unsigned(plan.groups));
         channel = int(block - unsigned(split) * unsigned(plan.groups)) * plan.width();
         sample = split * plan.samples;
         end = sample + plan.samples < shape.batch ? sample + plan.samples : shape.batch;
+        rounds = samples_of(plan, 0);
     }
+    SHIKE_DEVICE int samples_of(const FusionPlan& plan, int row) const {
+        return int((end - sample - row + plan.rows - 1) >> FusionPlan::digit_bits(plan.rows));
+    }
+};
+
+// Kernels that read the maps one after another do so to and fro: what was read last is still in the cache.
+struct BlockNumber {
+    unsigned block;
+    int index;  // of the expert or map
+
+    SHIKE_DEVICE explicit BlockNumber(bool backwards)
+        : block(backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x),
+          index(int(backwards ? gridDim.y - 1 - blockIdx.y : blockIdx.y)) {}
 };
 
 // A thread's view of a map: its channels in any sample.
 template <DType kType, int V>
 struct MapView {
-    char* channel;         // position 0 of sample 0
+    char* channel;             // position 0 of sample 0
     std::int64_t sample_step;  // bytes
     PositionStep position;
 
@@ -63,54 +78,47 @@ struct MapView {
           position(map, shape) {}
 
     SHIKE_DEVICE char* sample(std::int64_t b) const { return channel + b * sample_step; }
+    SHIKE_DEVICE void move(const FeatureMap& map, std::int64_t samples) {
+        channel += samples * map.b * bytes_of(kType);
+    }
     SHIKE_DEVICE std::int64_t offset(int p) const {
-        return (V > 1 ? p * position.step : position.at(p)) * bytes_of(kType);  // is_wide: no rows to step over
+        if constexpr (V > 1) return std::int64_t(p) * (int(position.step) * bytes_of(kType));  // see is_wide
+        return position.at(p) * bytes_of(kType);
     }
 };
 
-// Shared memory for `values` numbers of each channel of each thread. The padding keeps the threads that add up
-// neighbouring channels in different banks.
-SHIKE_HD constexpr int slot_stride(int threads) { return threads + 4; }
-
+// How far apart the numbers of one thread lie in shared memory where each has its own. The padding keeps the threads
+// that add up neighbouring channels in different banks.
 template <int V>
-SHIKE_DEVICE void publish(float* memory, int threads, int value, int thread, const float (&numbers)[V]) {
-    SHIKE_UNROLL
-    for (int i = 0; i < V; ++i) memory[(value * V + i) * slot_stride(threads) + thread] = numbers[i];
+SHIKE_HD constexpr int slot_stride(int threads) {
+    return threads + (V > 1 ? kWarp / V : 0);
 }
 
-// What the thread of one member and row published of a channel, which counts from the block's first.
+// Shared memory for numbers of a block's channels. A vector of eight channels lies in two places, each next to that of
+// the neighbouring lanes, so that all banks serve the threads that read it, and those that write single channels.
 template <int V>
-SHIKE_DEVICE float published(const float* memory, const FusionPlan& plan, int value, int channel, int member, int row) {
-    return memory[(value * V + channel % V) * slot_stride(plan.threads()) + plan.thread_of(channel / V, member, row)];
-}
+struct ChannelNumbers {
+    static constexpr int kUpper = 128 + 16;                        // where the second halves begin
+    static constexpr int kStride = V == 8 ? kUpper + 128 : 128;  // of a number
 
-// The sum over the threads of one sample, in their order.
-template <int V>
-SHIKE_DEVICE float gathered(const float* memory, const FusionPlan& plan, int value, int channel, int row) {
-    float sum = published<V>(memory, plan, value, channel, 0, row);
-    for (int member = 1; member < plan.group; ++member) {
-        sum += published<V>(memory, plan, value, channel, member, row);
+    SHIKE_DEVICE static int place(int channel) {
+        return V == 8 ? channel / 8 * 4 + channel % 4 + (channel & 4) / 4 * kUpper : channel;
     }
-    return sum;
-}
-
-// V numbers of neighbouring channels from shared memory.
-template <int V>
-SHIKE_DEVICE void load_channels(const float* from, float (&numbers)[V]) {
-    constexpr int kStep = V > 1 ? 4 : 1;
-    SHIKE_UNROLL
-    for (int i = 0; i < V; i += kStep) {
-        if constexpr (kStep == 1) {
-            numbers[i] = from[i];
+    SHIKE_DEVICE static void load(const float* number, int lane, float (&values)[V]) {
+        if constexpr (V == 1) {
+            values[0] = number[lane];
         } else {
-            const float4 four = *reinterpret_cast<const float4*>(from + i);
-            numbers[i] = four.x;
-            numbers[i + 1] = four.y;
-            numbers[i + 2] = four.z;
-            numbers[i + 3] = four.w;
+            SHIKE_UNROLL
+            for (int i = 0; i < V; i += 4) {
+                const float4 four = reinterpret_cast<const float4*>(number + i / 4 * kUpper)[lane];
+                values[i] = four.x;
+                values[i + 1] = four.y;
+                values[i + 2] = four.z;
+                values[i + 3] = four.w;
+            }
         }
     }
-}
+};
 
 // A BatchNorm's numbers of one channel; a map that is not normalised has those of the identity.
 struct ChannelNorm {

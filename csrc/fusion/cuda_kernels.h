@@ -9,11 +9,12 @@ namespace shike {
 namespace {
 
 template <DType kType, int V>
-__global__ void __launch_bounds__(kFusionBlock, 4)
+__global__ void __launch_bounds__(kFusionBlock, statistics_blocks())
     dkf_statistics_kernel(const __grid_constant__ StatisticsArguments call) {
-    __shared__ __align__(16) float memory[block_memory(V, StatisticsState<kType, V>::kValues, 0)];
+    __shared__ __align__(16) float memory[StatisticsState<kType, V>::kValues * V * slot_stride<V>(kFusionBlock)];
     BlockTeam<StatisticsState<kType, V>> team{memory, {}};
-    statistics_block<kType, V>(team, call, blockIdx.x, int(blockIdx.y));
+    const BlockNumber number(call.products == 0);
+    statistics_block<kType, V>(team, call, number.block, number.index);
 }
 
 __global__ void __launch_bounds__(kWarp* kMergeRows) dkf_merge_kernel(const __grid_constant__ MergeArguments call) {
@@ -23,12 +24,11 @@ __global__ void __launch_bounds__(kWarp* kMergeRows) dkf_merge_kernel(const __gr
 }
 
 template <DType kType, int V, bool kFolded>
-__global__ void __launch_bounds__(kFusionBlock, kFolded && V > 1 ? 3 : 4)
+__global__ void __launch_bounds__(kFusionBlock, pooling_blocks(V, kFolded))
     dkf_pooling_kernel(const __grid_constant__ PoolingArguments call) {
-    using State = PoolingState<V, kFolded>;
-    __shared__ __align__(16) float memory[block_memory(V, State::kSums, kFolded ? 6 : 3)];
-    BlockTeam<State> team{memory, {}};
-    pooling_block<kType, V, kFolded>(team, call, blockIdx.x, int(blockIdx.y));
+    using Norm = PoolingNorm<V>;
+    __shared__ __align__(16) float memory[(kFolded ? 2 : 1) * Norm::kNumbers * Norm::kStride];
+    pooling_block<kType, V, kFolded>(memory, call, blockIdx.x, int(blockIdx.y));
 }
 
 template <DType kType>
@@ -39,11 +39,12 @@ __global__ void __launch_bounds__(kWarp* kVectorRows) dkf_vector_kernel(const __
 }
 
 template <DType kType, int V, bool kFolded>
-__global__ void __launch_bounds__(kFusionBlock, V == 1 ? 4 : kFolded ? 2 : 3)
+__global__ void __launch_bounds__(kFusionBlock, gradient_blocks(V, kFolded))
     dkf_gradient_kernel(const __grid_constant__ GradientArguments call) {
-    __shared__ __align__(16) float memory[block_memory(V, 0, kFolded ? 10 : 5)];
-    BlockTeam<GradientState<V, kFolded>> team{memory, {}};
-    gradient_block<kType, V, kFolded>(team, call, blockIdx.x, int(blockIdx.y));
+    using Norm = NormGradient<V>;
+    __shared__ __align__(16) float memory[(kFolded ? 2 : 1) * Norm::kNumbers * Norm::kStride];
+    const BlockNumber number(true);
+    gradient_block<kType, V, kFolded>(memory, call, number.block, number.index);
 }
 
 }  // namespace

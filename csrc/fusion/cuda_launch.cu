@@ -113,17 +113,10 @@ void cuda_dkf_forward(const Fusion& call, const FusionSaved& saved, bool trainin
         pooling.products = parts.products;
         pooling.references = parts.references;
     }
-    FusionLayout layout(call.shape);
-    for (int k = 0; k < call.count; ++k) {
-        if ((pooling.products >> k & 1u) != 0) continue;
-        layout.add(call.expert[k].deep);
-        layout.add(call.expert[k].shallow);
-        if (call.folded) layout.add(call.expert[k].shortcut);
-    }
     pooling.call = call;
     pooling.saved = saved;
     pooling.f = f;
-    pooling.plan = plan_fusion(call.shape, layout, call.count, processors, kFusionSplits);
+    pooling.plan = pooling_plan(call, pooling.products, processors);
     run.pooling(pooling);
 }
 
@@ -148,19 +141,8 @@ void cuda_dkf_map_gradients(const Fusion& call, const FusionSaved& saved, const 
                             const CudaQueue& queue) {
     DeviceRun run(name_of(call), queue);
     check_maps("dkf_pool", call.shape, call.count, kMaxExperts);
-    FusionLayout layout(call.shape);
-    layout.add_vector(gradient.grad_output);
-    for (int k = 0; k < call.count; ++k) {
-        const ExpertFusion& expert = call.expert[k];
-        const ExpertGradient& results = gradient.expert[k];
-        for (const FeatureMap& map : {expert.deep, expert.shallow, results.deep, results.shallow}) layout.add(map);
-        if (!call.folded) continue;
-        layout.add(expert.shortcut);
-        layout.add(results.shortcut);
-    }
-    const int processors = processors_of(queue.device);
     run.gradients(GradientArguments{call, static_cast<const float*>(saved.mean_rstd), gradient,
-                                    plan_fusion(call.shape, layout, call.count, processors, kFusionSplits)});
+                                    gradient_plan(call, gradient, processors_of(queue.device))});
 }
 
 }  // namespace shike

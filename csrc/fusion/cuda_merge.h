@@ -27,10 +27,13 @@ struct MergeArguments {
     MergedNorm norm[2 * kMaxExperts];
 };
 
-constexpr int kMergeRows = 8;    // threads of a channel
-constexpr int kMergeValues = 3;  // of each thread in shared memory
+constexpr int kMergeRows = 8;                               // threads of a channel
+constexpr int kMergeSplits = kStatisticsSplits / kMergeRows;  // of a thread, at most
+constexpr int kMergeValues = 3;                             // of each thread in shared memory
 
+// The means of a thread's splits, and that of all.
 struct MergeState {
+    float leading[kMergeSplits], rest[kMergeSplits];
     CompensatedSum mean;
 };
 
@@ -39,17 +42,25 @@ struct MergeState {
 SHIKE_DEVICE void merge_block(BlockTeam<MergeState>& team, const MergeArguments& call, unsigned block, int index) {
     constexpr int kThreads = kWarp * kMergeRows;
     const std::int64_t channels = call.shape.channels;
-    const float* partials = call.partials + std::int64_t(index) * call.splits * 3 * channels;
     const std::int64_t values_of_channel = call.shape.batch * positions_of(call.shape);
     const float values = float(values_of_channel);
     const auto channel_of = [&](int thread) { return std::int64_t(block) * kWarp + thread % kWarp; };
-    const auto each_split = [&](int thread, std::int64_t c, auto add) {  // add(values, the three numbers)
-        for (int split = thread / kWarp; split < call.splits; split += kMergeRows) {
-            const std::int64_t left = call.shape.batch - split * call.samples;
-            const float* partial = partials + split * 3 * channels + c;
-            add(float((left < call.samples ? left : call.samples) * positions_of(call.shape)), partial[0],
-                partial[channels], partial[2 * channels]);
+    const auto each_split = [&](int thread, auto f) {  // f(which of the thread's, split), if the channel exists
+        if (channel_of(thread) >= channels) return;
+        SHIKE_UNROLL
+        for (int i = 0; i < kMergeSplits; ++i) {
+            const int split = thread / kWarp + i * kMergeRows;
+            if (split >= call.splits) return;
+            f(i, split);
         }
+    };
+    const auto partial_of = [&](int thread, int split, int number) {
+        const std::int64_t at = (std::int64_t(index) * call.splits + split) * 3 + number;
+        return call.partials[at * channels + channel_of(thread)];
+    };
+    const auto count_of = [&](int split) {  // of values
+        const std::int64_t left = call.shape.batch - split * call.samples;
+        return float((left < call.samples ? left : call.samples) * positions_of(call.shape));
     };
     const auto sum_of = [&](int value, int thread) {
         CompensatedSum sum;
@@ -60,31 +71,33 @@ SHIKE_DEVICE void merge_block(BlockTeam<MergeState>& team, const MergeArguments&
         return sum.value();
     };
 
-    team.each([&](MergeState&, int thread) {
-        const std::int64_t c = channel_of(thread);
-        CompensatedSum moved;
-        if (c < channels) {
-            each_split(thread, c, [&](float count, float leading, float rest, float) {
-                moved.add(count * (leading - partials[c]));
-                moved.add(count * rest);
-            });
-        }
-        team.memory[thread] = moved.value();
+    team.each([&](MergeState& own, int thread) {
+        each_split(thread, [&](int i, int split) {
+            own.leading[i] = partial_of(thread, split, 0);
+            own.rest[i] = partial_of(thread, split, 1);
+            if (split == 0) team.memory[thread] = own.leading[i];
+        });
     });
     team.each([&](MergeState& own, int thread) {
-        const std::int64_t c = channel_of(thread);
+        CompensatedSum moved;
+        if (channel_of(thread) < channels) own.mean = {team.memory[thread % kWarp], 0};
+        each_split(thread, [&](int i, int split) {
+            moved.add(count_of(split) * (own.leading[i] - own.mean.leading));
+            moved.add(count_of(split) * own.rest[i]);
+        });
+        team.memory[kThreads + thread] = moved.value();
+    });
+    team.each([&](MergeState& own, int thread) {
         CompensatedSum left, squares;
-        if (c < channels) {
-            own.mean = {partials[c], 0};
-            own.mean.add(sum_of(0, thread) / values);
-            each_split(thread, c, [&](float count, float leading, float rest, float square) {
-                const float distance = leading - own.mean.leading - own.mean.rest + rest;
-                left.add(count * distance);
-                squares.add(square);
-                squares.add(count * (distance * distance));
-            });
-        }
-        team.memory[kThreads + thread] = left.value();
+        own.mean.add(sum_of(1, thread) / values);
+        each_split(thread, [&](int i, int split) {
+            const float count = count_of(split);
+            const float distance = own.leading[i] - own.mean.leading - own.mean.rest + own.rest[i];
+            left.add(count * distance);
+            squares.add(partial_of(thread, split, 2));
+            squares.add(count * (distance * distance));
+        });
+        team.memory[thread] = left.value();
         team.memory[2 * kThreads + thread] = squares.value();
     });
     team.each([&](MergeState& own, int thread) {
@@ -92,7 +105,7 @@ SHIKE_DEVICE void merge_block(BlockTeam<MergeState>& team, const MergeArguments&
         if (thread >= kWarp || c >= channels) return;
         const float squares = sum_of(2, thread);
         CompensatedSum exact{own.mean.leading, 0};
-        exact.add(own.mean.rest + sum_of(1, thread) / values);
+        exact.add(own.mean.rest + sum_of(0, thread) / values);
         const float mean = exact.leading;
         float* moments = call.moments + index * 3 * channels + c;
         moments[0] = mean;

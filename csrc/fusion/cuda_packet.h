@@ -7,16 +7,16 @@
 namespace shike {
 namespace {
 
-// V neighbouring numbers: as many as 16 bytes hold, or one.
+// V neighbouring numbers: one, or as many as a power of two of up to 16 bytes holds.
 template <DType kType, int V>
 struct Packet {
     static constexpr int kBytes = bytes_of(kType) * V;
-    static_assert(V == 1 || kBytes == 16, "one access");
+    static_assert(kBytes <= 16, "one access");
 
-    std::uint32_t words[V == 1 ? 1 : 4];
+    std::uint32_t words[kBytes < 4 ? 1 : kBytes / 4];
 
     SHIKE_DEVICE void load(const char* from) {
-        if constexpr (V > 1) {
+        if constexpr (kBytes >= 8) {
             load_words(from, words);
         } else {
             words[0] = kBytes == 4 ? __ldg(reinterpret_cast<const unsigned*>(from))
@@ -25,7 +25,7 @@ struct Packet {
     }
 
     SHIKE_DEVICE void store(char* to) const {
-        if constexpr (V > 1) {
+        if constexpr (kBytes >= 8) {
             store_words(to, words);
         } else if constexpr (kBytes == 4) {
             *reinterpret_cast<std::uint32_t*>(to) = words[0];

@@ -53,21 +53,16 @@ void with_elements(DType dtype, int vector, F f) {
     if (dtype == DType::kFloat16) with_vector(std::integral_constant<DType, DType::kFloat16>{});
 }
 
-SHIKE_HD constexpr int larger_of(int a, int b) { return a > b ? a : b; }
-// Floats of shared memory that a block needs: `values` of each thread's channels, or numbers of the block's channels.
-SHIKE_HD constexpr int block_memory(int vector, int values, int channel_numbers) {
-    return larger_of(values * vector * slot_stride(kFusionBlock),
-                     channel_numbers * larger_of(kFusionBlock, kWarp * vector));
-}
-
 inline std::size_t partials_size(const StatisticsArguments& call) {
     return std::size_t(call.maps.count) * std::size_t(call.plan.splits) * 3 * std::size_t(call.maps.shape.channels);
 }
 
-// Of experts whose sums come with the statistics, if there are any: a [K, B, C].
+// Of experts whose sums come with the statistics, if there are any: a [K, B, C] of the maps' dtype.
 inline std::size_t references_size(const StatisticsArguments& call) {
     if (call.products == 0) return 0;
-    return std::size_t(call.maps.count) * std::size_t(call.maps.shape.batch) * std::size_t(call.maps.shape.channels);
+    const MapShape& shape = call.maps.shape;
+    const std::size_t numbers = std::size_t(call.maps.count) * std::size_t(shape.batch) * std::size_t(shape.channels);
+    return (numbers * std::size_t(bytes_of(shape.dtype)) + sizeof(float) - 1) / sizeof(float);
 }
 
 inline StatisticsArguments statistics_arguments(const MapList& maps, float* workspace, int processors) {
@@ -76,7 +71,7 @@ inline StatisticsArguments statistics_arguments(const MapList& maps, float* work
     result.partials = workspace;
     FusionLayout layout(maps.shape);
     for (int i = 0; i < maps.count; ++i) layout.add(maps.map[i]);
-    result.plan = plan_fusion(maps.shape, layout, maps.count, processors, kStatisticsSplits);
+    result.plan = statistics_plan(maps.shape, layout, maps.count, processors);
     return result;
 }
 
@@ -100,7 +95,7 @@ inline StatisticsArguments statistics_arguments(const Fusion& call, float* sums,
         }
         if (call.folded || !expert.relu) layout.add(expert.deep);
     }
-    result.plan = plan_fusion(call.shape, layout, result.maps.count, processors, kStatisticsSplits);
+    result.plan = statistics_plan(call.shape, layout, result.maps.count, processors);
     if (workspace != nullptr) result.references = workspace + partials_size(result);
     return result;
 }

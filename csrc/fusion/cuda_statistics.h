@@ -7,19 +7,11 @@
 
 #include "fusion/compensated_sum.h"
 #include "fusion/cuda_block.h"
+#include "fusion/cuda_moments.h"
+#include "fusion/cuda_products.h"
 
 namespace shike {
 namespace {
-
-struct StatisticsArguments {
-    MapList maps;
-    FeatureMap partner[kMaxExperts];  // deep: of map k where bit k of `products` is set
-    unsigned products;
-    float* sums;        // [K, 2, B, C]: sum deep (x - reference) and sum deep, of those maps
-    float* references;  // [K, B, C]: the sample's mean, roughly, of those maps
-    float* partials;    // [count, splits, 3, C]: the mean's leading part, its rest, sum (x - mean)^2
-    FusionPlan plan;
-};
 
 // One of the compensated sums in a thread's shared memory, where numbers lie `stride` apart.
 template <int V>
@@ -93,7 +85,8 @@ struct StatisticsState {
         }
     }
 
-    // Ends the stretch: the products are complete, and the statistics join those of the thread's earlier ones.
+    // Ends the stretch: the products are complete, up to the rests in shared memory, and the statistics join those of
+    // the thread's earlier ones.
     // `totals`: their centre, sum x - centre and the squares about it in a CompensatedSum. `joined`: of how many
     // values.
     template <bool kProducts>
@@ -104,35 +97,26 @@ struct StatisticsState {
         SHIKE_UNROLL
         for (int i = 0; kProducts && kPivot && i < V; ++i) {
             const auto at = [&](int value) { return sums[(value * V + i) * stride]; };
-            product[i] = at(2) + at(3);
-            deep[i] = at(4) + at(5);
+            product[i] = at(2);
+            deep[i] = at(4);
         }
     }
 
     SHIKE_DEVICE void join(const float* sums, float* totals, int stride, int joined) {
-        const float values = float(joined + count), inverse = 1 / values;
+        const float all = float(joined + count), inverse = 1 / all;
         SHIKE_UNROLL
         for (int i = 0; i < V; ++i) {
             const auto at = [&](int value) -> float& { return totals[(value * V + i) * stride]; };
-            const float leading = sums[i * stride], rest = sums[(V + i) * stride];
-            if (joined == 0) {
-                at(0) = centre[i];
-                at(1) = sum[i];
-                at(2) = leading;
-                at(3) = rest;
-                continue;
+            ChannelMoments moments{centre[i], sum[i], {sums[i * stride], sums[(V + i) * stride]}};
+            if (joined > 0) {
+                ChannelMoments earlier{at(0), at(1), {at(2), at(3)}};
+                earlier.join(moments, float(count), all, inverse);
+                moments = earlier;
             }
-            const float distance = centre[i] - at(0), about = float(count) * distance;
-            const float total = at(1) + (sum[i] + about);
-            const float moved_to = at(0) + total * inverse, moved = moved_to - at(0);
-            const float left = total - values * moved;
-            CompensatedSum square_sum{at(2), at(3) + rest};
-            square_sum.add(leading);
-            square_sum.add(distance * (2 * sum[i] + about) - moved * (total + left));
-            at(0) = moved_to;
-            at(1) = left;
-            at(2) = square_sum.leading;
-            at(3) = square_sum.rest;
+            at(0) = moments.centre;
+            at(1) = moments.sum;
+            at(2) = moments.square.leading;
+            at(3) = moments.square.rest;
         }
     }
 };
@@ -165,15 +149,16 @@ SHIKE_DEVICE void add_sample(StatisticsState<kType, V>& own, const MapView<kType
                              const MapView<kType, V>& partner, std::int64_t b, int member, int group, int positions,
                              float* sums, int stride) {
     using State = StatisticsState<kType, V>;
-    constexpr int kUnroll = kProducts && V > 1 ? unroll_of(V) / 2 : unroll_of(V);
-    static_assert(kUnroll <= kRun, "a run has to end at a multiple of kRun");
+    // Seven positions at a time leave nothing over of the usual planes: 7 x 7 and its multiples.
+    constexpr int kUnroll = V == 1 ? unroll_of(V) : kProducts ? kFewPositions : 7;
+    static_assert(kUnroll <= kRun, "a run may be longer than kRun by less than the values of one step");
     const char* sample = view.sample(b);
     const char* deep_sample = partner.sample(b);
     for (int p = member; p < positions; p += kUnroll * group) {
         Packet<kType, V> x[kUnroll], deep[kUnroll];
         const int before = own.count;
         SHIKE_UNROLL
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = kUnroll - 1; u >= 0; --u) {
             const int position = p + u * group;
             if (position >= positions) continue;
             ++own.count;
@@ -196,7 +181,7 @@ SHIKE_DEVICE void add_sample(StatisticsState<kType, V>& own, const MapView<kType
             }
         }
         SHIKE_UNROLL
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = kUnroll - 1; u >= 0; --u) {  // the first, which may lie far out, last
             if (p + u * group >= positions) continue;
             float value[V], factor[V];
             x[u].get(value);
@@ -228,7 +213,63 @@ SHIKE_DEVICE int share_of(std::int64_t total, int sharers, int index) {
     return int((total - index + sharers - 1) >> FusionPlan::digit_bits(sharers));
 }
 
-// One block; `index`: the map.
+// The block's share of a map's samples, backwards. `totals`: of the thread, in shared memory, like `sums`.
+template <DType kType, int V>
+SHIKE_DEVICE void add_samples(StatisticsState<kType, V>& own, const StatisticsArguments& call, const BlockRange& range,
+                              int index, int thread, float* sums, float* totals, int stride) {
+    const FusionPlan& plan = call.plan;
+    const FusionThread place = plan.digits(thread);
+    const MapShape& shape = call.maps.shape;
+    const std::int64_t c = range.channel + place.lane * V;
+    if (c >= shape.channels) return;
+    own.start(sums, opaque(stride));
+    const MapView<kType, V> view(call.maps.map[index], shape, c);
+    for (int round = range.rounds - 1; round >= 0; --round) {
+        const std::int64_t b = range.sample + round * plan.rows + place.row;
+        if (b >= range.end) continue;
+        add_sample<false>(own, view, view, b, place.member, plan.group, int(positions_of(shape)), sums, stride);
+    }
+    own.template finish<false>(sums, totals, stride, 0);
+}
+
+// The same with the products of each sample.
+template <DType kType, int V>
+SHIKE_DEVICE void add_sample_products(StatisticsState<kType, V>& own, const StatisticsArguments& call,
+                                      const BlockRange& range, int index, int thread, float* sums, float* totals,
+                                      int stride) {
+    using State = StatisticsState<kType, V>;
+    const FusionPlan& plan = call.plan;
+    const FusionThread place = plan.digits(thread);
+    const MapShape& shape = call.maps.shape;
+    const std::int64_t c = range.channel + place.lane * V;
+    const MapView<kType, V> view(call.maps.map[index], shape, c), partner(call.partner[index], shape, c);
+    int joined = 0;
+    for (int round = 0; round < range.rounds; ++round) {
+        const std::int64_t b = range.sample + round * plan.rows + place.row;
+        const bool active = c < shape.channels && b < range.end;
+        own.start(sums, opaque(stride));
+        if (active) {
+            add_sample<true>(own, view, partner, b, place.member, plan.group, int(positions_of(shape)), sums, stride);
+            own.template finish<true>(sums, totals, stride, joined);
+            joined += own.count;
+        }
+        SampleProducts<V, State::kPivot> products;
+        products.count = own.count;
+        SHIKE_UNROLL
+        for (int i = 0; i < V; ++i) {
+            products.reference[i] = State::kPivot ? own.pivot[i] : own.centre[i];
+            products.product[i] = {own.product[i], 0};
+            products.deep[i] = {own.deep[i], 0};
+            if constexpr (State::kPivot) {
+                products.product[i].rest = sums[(3 * V + i) * stride];
+                products.deep[i].rest = sums[(5 * V + i) * stride];
+            }
+        }
+        products.template store<kType>(call, index, b * shape.channels + c, Members(plan), active);
+    }
+}
+
+// One block of a grid whose order may be backwards; `index`: the map.
 template <DType kType, int V>
 SHIKE_DEVICE void statistics_block(BlockTeam<StatisticsState<kType, V>>& team, const StatisticsArguments& call,
                                    unsigned block, int index) {
@@ -237,104 +278,46 @@ SHIKE_DEVICE void statistics_block(BlockTeam<StatisticsState<kType, V>>& team, c
     const MapShape& shape = call.maps.shape;
     const BlockRange range(plan, shape, block);
     const int threads = plan.threads(), width = plan.width(), positions = int(positions_of(shape));
-    const bool products = (call.products >> index & 1u) != 0;
-    const int stride = slot_stride(threads);
-    const auto sums_of = [&](int thread) { return team.memory + thread; };
+    const std::int64_t samples = range.end - range.sample;
+    const int stride = slot_stride<V>(threads);
     const auto totals_of = [&](int thread) { return team.memory + State::kStretch * V * stride + thread; };
 
     team.each([&](State& own, int thread) {
+        float *sums = team.memory + thread, *totals = totals_of(thread);
+        if ((call.products >> index & 1u) == 0) {
+            add_samples(own, call, range, index, thread, sums, totals, stride);
+        } else {
+            add_sample_products(own, call, range, index, thread, sums, totals, stride);
+        }
         const FusionThread place = plan.digits(thread);
-        const std::int64_t c = range.channel + place.lane * V;
-        if (c >= shape.channels || products) return;
-        own.start(sums_of(thread), opaque(stride));
-        const MapView<kType, V> view(call.maps.map[index], shape, c);
-        for (std::int64_t b = range.sample + place.row; b < range.end; b += plan.rows) {
-            add_sample<false>(own, view, view, b, place.member, plan.group, positions, sums_of(thread), stride);
+        SharedMoments<V> moments;
+        moments.count = share_of(samples, plan.rows, place.row) * share_of(positions, plan.group, place.member);
+        if (moments.count == 0 || range.channel + place.lane * V >= shape.channels) {
+            moments.clear();
+        } else {
+            moments.load(totals_of(thread), stride);
         }
-        own.template finish<false>(sums_of(thread), totals_of(thread), stride, 0);
-    });
-
-    for (std::int64_t b = range.sample; products && b < range.end; b += plan.rows) {
-        team.each([&](State& own, int thread) {
-            const FusionThread place = plan.digits(thread);
-            const std::int64_t c = range.channel + place.lane * V;
-            own.start(sums_of(thread), opaque(stride));
-            if (c < shape.channels && b + place.row < range.end) {
-                add_sample<true>(own, MapView<kType, V>(call.maps.map[index], shape, c),
-                                 MapView<kType, V>(call.partner[index], shape, c), b + place.row, place.member,
-                                 plan.group, positions, sums_of(thread), stride);
-                const int samples = int(b - range.sample) >> FusionPlan::digit_bits(plan.rows);
-                own.template finish<true>(sums_of(thread), totals_of(thread), stride, samples * own.count);
-            }
-            const int spacing = opaque(threads);  // likewise
-            publish(team.memory, spacing, 0, thread, own.product);
-            publish(team.memory, spacing, 1, thread, own.deep);
-            publish(team.memory, spacing, 2, thread, State::kPivot ? own.pivot : own.centre);
-        });
-        team.each([&](State&, int thread) {
-            for (int output = thread; output < width * plan.rows; output += threads) {
-                const int row = output >> FusionPlan::digit_bits(width), channel = output & (width - 1);
-                const std::int64_t c = range.channel + channel;
-                if (c >= shape.channels || b + row >= range.end) continue;
-                const auto at = [&](int value, int member) {
-                    return published<V>(team.memory, plan, value, channel, member, row);
-                };
-                const int members = plan.group < positions ? plan.group : positions;
-                float moved = 0;
-                for (int member = 1; member < members; ++member) {
-                    moved += float(share_of(positions, plan.group, member)) * (at(2, member) - at(2, 0));
-                }
-                const float reference = at(2, 0) + moved / float(positions);
-                CompensatedSum product, deep;
-                for (int member = 0; member < members; ++member) {
-                    product.add(at(0, member) + (at(2, member) - reference) * at(1, member));
-                    deep.add(at(1, member));
-                }
-                call.sums[entry(shape, 2 * index, b + row, c)] = product.value();
-                call.sums[entry(shape, 2 * index + 1, b + row, c)] = deep.value();
-                call.references[entry(shape, index, b + row, c)] = reference;
-            }
-        });
-    }
-
-    team.each([&](State& own, int thread) {
-        const float* totals = totals_of(thread);
-        SHIKE_UNROLL
-        for (int i = 0; i < V; ++i) {
-            const auto at = [&](int value) { return totals[(value * V + i) * stride]; };
-            own.centre[i] = at(0);
-            own.sum[i] = at(1);
-            own.square[i] = at(2) + at(3);
-        }
-        publish(team.memory, threads, 0, thread, own.centre);
-        publish(team.memory, threads, 1, thread, own.sum);
-        publish(team.memory, threads, 2, thread, own.square);
+        moments.publish(team.memory + thread, stride, Members(plan));
     });
     team.each([&](State&, int thread) {
-        const std::int64_t channels = shape.channels, samples = range.end - range.sample;
+        const std::int64_t channels = shape.channels;
         float* partial = call.partials + (std::int64_t(index) * plan.splits + range.split) * 3 * channels;
         for (int channel = thread; channel < width && range.channel + channel < channels; channel += threads) {
-            const float values = float(samples * positions);
+            const PublishedMoments<V> published(team.memory, plan, stride, channel);
             const auto each_share = [&](auto add) {  // add(values, centre, sum, square)
                 for (int row = 0; row < plan.rows; ++row) {
-                    for (int member = 0; member < plan.group; ++member) {
-                        const int count =
-                            share_of(samples, plan.rows, row) * share_of(positions, plan.group, member);
-                        if (count == 0) continue;
-                        const auto at = [&](int value) {
-                            return published<V>(team.memory, plan, value, channel, member, row);
-                        };
-                        add(float(count), at(0), at(1), at(2));
-                    }
+                    const int count = share_of(samples, plan.rows, row) * positions;
+                    if (count == 0) continue;
+                    add(float(count), published(0, row), published(1, row), published(2, row));
                 }
             };
-            // The mean, relative to the first thread's, then relative to the result, which leaves roundings.
-            CompensatedSum mean{published<V>(team.memory, plan, 0, channel, 0, 0), 0}, moved, left, squares;
+            // The mean, relative to the first share's, then relative to the result, which leaves roundings.
+            CompensatedSum mean{published(0, 0), 0}, moved, left, squares;
             each_share([&](float count, float centre, float sum, float) {
                 moved.add(count * (centre - mean.leading));
                 moved.add(sum);
             });
-            mean.add(moved.value() / values);
+            mean.add(moved.value() / float(samples * positions));
             each_share([&](float count, float centre, float sum, float square) {
                 const float distance = centre - mean.leading - mean.rest;
                 left.add(count * distance);
@@ -345,7 +328,7 @@ SHIKE_DEVICE void statistics_block(BlockTeam<StatisticsState<kType, V>>& team, c
             const std::int64_t c = range.channel + channel;
             const float square = squares.value();
             partial[c] = mean.leading;
-            partial[channels + c] = mean.rest + left.value() / values;
+            partial[channels + c] = mean.rest + left.value() / float(samples * positions);
             partial[2 * channels + c] = square < 0 ? 0 : square;
         }
     });

@@ -19,7 +19,8 @@ std::size_t cuda_dkf_workspace(const Fusion& call, bool training, int device);
 std::size_t cuda_dkf_statistics_workspace(const MapList& maps, int device);
 
 // f: [K, B, C], the maps' dtype. training: fills saved.mean_rstd and `statistics`, [n, 2, C] (mean and unbiased
-// variance), and updates the running ones. Otherwise mean_rstd is given and `statistics` is not touched.
+// variance), and updates the running ones. Otherwise mean_rstd is given and `statistics` is not touched. On CUDA
+// devices f, sums and workspace begin at multiples of 16 bytes, as all that PyTorch allocates does.
 void cpu_dkf_forward(const Fusion& call, const FusionSaved& saved, bool training, void* f, void* statistics,
                      int threads);
 void cuda_dkf_forward(const Fusion& call, const FusionSaved& saved, bool training, void* f, float* statistics,

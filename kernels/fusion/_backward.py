@@ -209,7 +209,7 @@ def dkf_map_gradients(
                 float(inverse_count),
                 *pointers(group, outputs, group.strides[roles:]),
                 K=experts,
-                **group.constants(extent, tile),
+                **group.constants(extent, tile, args.normalised),
                 BLOCKS=in_part,
                 PARTS=parts,
             )

@@ -55,7 +55,10 @@ def channel_offsets(strides, c, ALIGN: tl.constexpr):
 
 @triton.jit
 def tile_offsets(strides, p, c, width, ALIGN: tl.constexpr):  # [P, C]: of positions p [P] and channels c [C]
-    return position_offsets(strides, p, width, ALIGN)[:, None] + channel_offsets(strides, c, ALIGN)[None, :]
+    offsets = position_offsets(strides, p, width, ALIGN)[:, None] + channel_offsets(strides, c, ALIGN)[None, :]
+    if ALIGN == 4 and strides[1] is None and c.shape[0] >= 4:  # Group.constants says why a thread is to take no more
+        offsets = tl.max_contiguous(offsets, [1, 4])
+    return offsets
 
 
 @triton.jit
@@ -175,11 +178,16 @@ class Group(NamedTuple):
     def pick(self, values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(values[slot] for slot in self.slots)
 
-    def constants(self, extent: Extent, tile: Tile) -> dict[str, int]:
-        """Constants of every kernel: the tile, and powers of two up to 16 that divide all strides, and the extents."""
+    def constants(self, extent: Extent, tile: Tile, normalised: bool = False) -> dict[str, int]:
+        """Constants of every kernel: the tile, and powers of two up to 16 that divide all strides, and the extents.
+
+        A thread takes as many neighbouring values as are known to be aligned. Of the channels of ``normalised`` maps it
+        takes four: so many of the float32 vectors [C] come in one access, and each of their sectors in one request.
+        """
         known = [stride for strides in self.strides for stride in strides if stride is not None]
+        few = normalised and any(strides[1] is None for strides in self.strides)
         return {
-            "ALIGN": math.gcd(16, *known),
+            "ALIGN": math.gcd(4 if few else 16, *known),
             "ALIGN_C": math.gcd(16, extent.channels),
             "ALIGN_P": math.gcd(16, extent.positions),
             "BLOCK_P": tile.positions,

@@ -122,7 +122,7 @@ def _pool(args: DkfArguments, slots: Sequence[int], mean_rstd: Tensor, sums: Ten
             sums,
             f,
             K=args.experts,
-            **group.constants(extent, tile),
+            **group.constants(extent, tile, args.normalised),
             BLOCKS=triton.cdiv(extent.positions, tile.positions),
         )
 

@@ -16,7 +16,7 @@ CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 ARGUMENTS = {
     "loss_plan": (c_int, c_int64, c_int64, c_int, c_bool, POINTER(c_int)),
     "threads_of_classes": (c_int, c_int, c_int, c_int, c_int, POINTER(c_int)),
-    "fusion_plan": (POINTER(c_int64), POINTER(c_int64), c_int, c_int, c_int, c_bool, POINTER(c_int64)),
+    "fusion_plan": (POINTER(c_int64), POINTER(c_int64), c_int, c_int, c_int, c_int, c_bool, POINTER(c_int64)),
 }
 
 

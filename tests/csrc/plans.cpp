@@ -36,18 +36,30 @@ extern "C" void threads_of_classes(int experts, int classes, int shift, int grou
     }
 }
 
-// vector, by_channel, lanes, group, rows, groups, splits and samples. Two maps of this shape and these strides, at an
-// aligned address that is never read; `count`: experts or maps of the launch.
+// vector, by_channel, lanes, group, rows, groups, splits, samples, and blocks of 128 threads that a multiprocessor holds.
+// `kernel`: 0 statistics, 1 pooling, 2 gradient; maps of this shape and these strides, at an aligned address that is
+// never read; `count`: experts or maps of the launch.
 extern "C" void fusion_plan(const int64_t* shape, const int64_t* strides, int dtype, int count, int processors,
-                            bool statistics, int64_t* numbers) {
-    const shike::MapShape maps{shape[0], shape[1], shape[2], shape[3], shike::DType(dtype)};
+                            int kernel, bool folded, int64_t* numbers) {
+    shike::Fusion call{};
+    call.shape = {shape[0], shape[1], shape[2], shape[3], shike::DType(dtype)};
+    call.count = count;
+    call.folded = folded;
     const shike::FeatureMap map{reinterpret_cast<void*>(4096), strides[0], strides[1], strides[2], strides[3]};
-    shike::FusionLayout layout(maps);
+    shike::FusionGradient gradient{};
+    for (int k = 0; k < count; ++k) {
+        call.expert[k].deep = call.expert[k].shallow = call.expert[k].shortcut = map;
+        gradient.expert[k] = {map, map, map};
+    }
+    shike::FusionLayout layout(call.shape);
     layout.add(map);
-    layout.add(map);
-    const int most = statistics ? shike::kStatisticsSplits : shike::kFusionSplits;
-    const shike::FusionPlan plan = shike::plan_fusion(maps, layout, count, processors, most);
-    const int64_t all[] = {plan.vector, plan.by_channel, plan.lanes, plan.group,
-                           plan.rows,   plan.groups,     plan.splits, plan.samples};
-    for (int i = 0; i < 8; ++i) numbers[i] = all[i];
+    const shike::FusionPlan plan = kernel == 0   ? shike::statistics_plan(call.shape, layout, count, processors)
+                                   : kernel == 1 ? shike::pooling_plan(call, 0, processors)
+                                                 : shike::gradient_plan(call, gradient, processors);
+    const int resident = kernel == 0   ? shike::statistics_blocks()
+                         : kernel == 1 ? shike::pooling_blocks(plan.vector, folded)
+                                       : shike::gradient_blocks(plan.vector, folded);
+    const int64_t all[] = {plan.vector, plan.by_channel, plan.lanes,   plan.group, plan.rows,
+                           plan.groups, plan.splits,     plan.samples, resident};
+    for (int i = 0; i < 9; ++i) numbers[i] = all[i];
 }

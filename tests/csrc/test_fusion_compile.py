@@ -1,5 +1,6 @@
 """What nvcc makes of the kernels of depth-wise knowledge fusion: registers, spills, the width of memory accesses."""
 
+import itertools
 import re
 
 import pytest
@@ -41,11 +42,21 @@ def test_accesses_are_wide(compiled):
     for dtype, vector in TYPES.items():
         for folded in (0, 1):
             maps, suffix = 2 + folded, f"<{dtype}, {vector}, {folded}>"
-            positions = 2 if folded else 4  # under way at a time
-            assert loads(compiled.code[f"dkf_pooling_kernel{suffix}"], "LDG") == maps * positions
+            positions = 2 if folded else 4  # under way at a time: those of the first sample, and the next ones
+            assert loads(compiled.code[f"dkf_pooling_kernel{suffix}"], "LDG") == 2 * maps * positions
             # The gradient of f, and two positions of each map.
             gradient = compiled.code[f"dkf_gradient_kernel{suffix}"]
             assert loads(gradient, "LDG") == 1 + 2 * maps
             assert loads(gradient, "STG") == 2 * maps
-        # Four positions of a map; two of two maps.
-        assert loads(compiled.code[f"dkf_statistics_kernel<{dtype}, {vector}>"], "LDG") >= 4 + 4
+        # Seven positions of a map; four of two maps.
+        assert loads(compiled.code[f"dkf_statistics_kernel<{dtype}, {vector}>"], "LDG") >= 7 + 2 * 4
+
+
+def test_sums_stay_in_registers(compiled):
+    """The maps' kernels read each number of a norm in shared memory once, and pass one barrier, before the samples."""
+    for dtype, vector in TYPES.items():
+        for kind, folded in itertools.product(("pooling", "gradient"), (0, 1)):
+            code = compiled.code[f"dkf_{kind}_kernel<{dtype}, {vector}, {folded}>"]
+            assert len(re.findall(r"\bBAR\.SYNC", code)) == 1
+            assert len(re.findall(r"\bLDS\.128\b", code)) == len(re.findall(r"\bLDS\b", code))
+            assert len(re.findall(r"\bLDS\b", code)) == 5 * (1 + folded) * vector // 4

@@ -21,6 +21,7 @@ class Fault(NamedTuple):
 
 FORWARD, BACKWARD, STATISTICS = "dkt_forward_kernel<2>", "dkt_backward_kernel<2>", "dkf_statistics_kernel<0, 4>"
 POOLING, GRADIENT, MERGE = "dkf_pooling_kernel<0, 4, 0>", "dkf_gradient_kernel<0, 4, 0>", "dkf_merge_kernel"
+SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+[^,;]*, %r\d+), %r\d+, (%r\d+, %r\d+);"
 BARRIER, FENCE, NOTHING = r"bar\.sync\s+0;", r"membar\.gl;", ""
 
 FAULTS = [
@@ -169,6 +170,16 @@ FAULTS = [
         "lanes of the mask are elsewhere",
         1,
     ),
+    Fault(
+        "pooling: half of the lanes in a mask",
+        POOLING,
+        r"(shfl\.sync\.bfly\.b32\s+[^;]*), %r\d+;",
+        r"\1, 65535;",
+        "fusion",
+        "the mask leaves out a lane",
+    ),
+    Fault("pooling: sums of other channels", POOLING, SHUFFLE, r"\1, 1, \2;", "fusion", "error"),
+    Fault("statistics: shares of other channels", STATISTICS, SHUFFLE, r"\1, 1, \2;", "fusion", "error"),
     # ---- numbers
     Fault(
         "a sum that forgets an addend",

@@ -4,8 +4,10 @@ import itertools
 from random import Random
 from typing import Any
 
-from common import run_all
-from fusion_inputs import CHANNELS, FAR, LAYOUTS, OPS, SIZES, VALUES, FusionCase, check
+import host
+from common import run_all, strided
+from counts import Counts
+from fusion_inputs import CHANNELS, FAR, LAYOUTS, OPS, SIZES, VALUES, FusionCase, check, evaluate, setting_of
 from outcomes import DTYPES, OTHER_ORDERS
 
 
@@ -83,6 +85,29 @@ def large_planes() -> dict[str, Any]:
         for dtype, op, training in itertools.product(DTYPES, ("bn", "folded"), (True, False))
     )
     return run_all(cases, check)
+
+
+def ends(op: str, batch: int) -> dict[str, list[int]]:
+    """Of the kernels over maps, one thread for each plane: samples of a block; barriers that its warps meet, and their
+    requests to shared memory."""
+    channels, counts = 256, Counts()
+    case = FusionCase(op, 1, (batch, channels, 7, 7), "bf16", ("last",), True, "normal", 1)
+    setting = setting_of(case, Random(0), strided)._replace(relu=[True])
+    host.M.launches.clear()
+    host.M.counts = counts
+    try:
+        with host.cuda(case.processors):
+            evaluate(case, setting, setting.maps, "cpu")
+    finally:
+        host.M.counts = None
+    found = {}
+    for name, grid, _ in host.M.launches:
+        if name.startswith(("dkf_pooling", "dkf_gradient")):
+            blocks = enumerate(host.M.program(name).blocks)
+            barriers = sum(counts.warps[name, n] for n, block in blocks for i in block if i.op[0] == "bar")
+            requests = sum(banks.requests for access, banks in counts.shared.items() if access[0] == name)
+            found[name] = [batch // grid[0], barriers // grid[0], requests // grid[0]]
+    return found
 
 
 def missing_channels() -> dict[str, Any]:

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from figures import CASES, Figures, Resources, of_triton, resources_of_cuda, resources_of_triton
+from figures import (
+    CASES,
+    LARGE_FUSIONS,
+    SMALL_FUSIONS,
+    Figures,
+    Found,
+    Resources,
+    of_triton,
+    resources_of_cuda,
+    resources_of_triton,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "records" / "kernels_static.md"
@@ -87,12 +97,12 @@ def script():
     return module
 
 
-def check(record: Record, backend: str, found: dict[str, list[Figures]]) -> None:
+def check(record: Record, backend: str, found: dict[str, Found]) -> None:
     worse = {}
-    for case, kernels in found.items():
+    for case, of in found.items():
         bounds = record.bounds[case, backend]
-        assert [without_number(kernel.kernel) for kernel in kernels] == [name for name, _ in bounds], case
-        for kernel, (_, bound) in zip(kernels, bounds, strict=True):
+        assert [without_number(kernel.kernel) for kernel in of.kernels] == [name for name, _ in bounds], case
+        for kernel, (_, bound) in zip(of.kernels, bounds, strict=True):
             if what := bound.exceeded_by(kernel):
                 worse[case, kernel.kernel] = what
     assert not worse, worse
@@ -116,8 +126,34 @@ def nvcc(record, programs):
 
 @pytest.mark.slow
 def test_cuda(record, nvcc, interpreted):
-    found = interpreted("figures", "of_cuda")
-    check(record, "cuda", {case: [Figures(*row) for row in rows] for case, rows in found.items()})
+    check(record, "cuda", of_cuda(interpreted))
+
+
+def of_cuda(interpreted, cases="CASES") -> dict[str, Found]:
+    found = interpreted("figures", "of_cuda", cases=cases)
+    return {case: Found([Figures(*row) for row in rows], sectors) for case, (rows, sectors) in found.items()}
+
+
+@pytest.mark.slow
+def test_fusions_move_little_more_than_the_maps(interpreted):
+    """The requests of forward and backward together, those for vectors and statistics included."""
+    ideal = {case.name: case.ideal for case in LARGE_FUSIONS}
+    for case, found in of_cuda(interpreted, "LARGE_FUSIONS").items():
+        moved = sum(kernel.read + kernel.written for kernel in found.kernels)
+        assert moved <= 1.03 * ideal[case], (case, moved / ideal[case])
+
+
+@pytest.mark.slow
+def test_fusions_waste_no_sector_and_no_bank(interpreted):
+    """Of aligned maps, in every dtype."""
+    check_waste(of_cuda(interpreted, "SMALL_FUSIONS"))
+
+
+def check_waste(found: dict[str, Found]) -> None:
+    for case, of in found.items():
+        for kernel in of.kernels:
+            assert kernel.bank_conflicts <= 1.1, (case, kernel)
+        assert max(of.sectors.values()) <= 1.06, (case, of.sectors)
 
 
 @pytest.mark.slow
@@ -153,10 +189,19 @@ def test_triton(architecture, record, programs, tmp_path):
     found = of_triton(driver)
     if architecture == "sm_90":
         check(record, "triton", found)
-    cases = {kernel.kernel: case for case, kernels in reversed(found.items()) for kernel in kernels}
+    cases = {kernel.kernel: case for case, of in reversed(found.items()) for kernel in of.kernels}
     for kernel, now in resources_of_triton(driver, tmp_path, programs.run).items():
         recorded = record.registers["triton", architecture, without_number(kernel), cases[kernel]]
         assert not exceeds(now, recorded), (kernel, now, recorded)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets its kernels in this process")
+def test_triton_fusions_waste_no_sector_and_no_bank():
+    pytest.importorskip("triton", reason="needs Triton, which is not installed")
+    from triton_host import driver_of
+
+    check_waste(of_triton(driver_of("sm_90"), SMALL_FUSIONS))
 
 
 # ---- the document

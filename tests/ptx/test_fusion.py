@@ -11,6 +11,19 @@ def test_quick(interpreted):
     assert len(kernels) == 6 + 12 + 12 + 3 + 1 and kernels <= set(result["ran"])
 
 
+@pytest.mark.parametrize("op", ["pool", "bn", "folded"])
+def test_samples_end_in_registers(interpreted, op):
+    """A block with more samples meets no more barriers, and asks for no more of shared memory."""
+    few, many = (interpreted("fusion_cases", "ends", op=op, batch=batch) for batch in (16, 64))
+    assert len(few) == 2
+    for kernel, (samples, barriers, requests) in few.items():
+        assert many[kernel][0] >= 2 * samples and many[kernel][1:] == [barriers, requests], kernel
+        if op == "pool":
+            assert barriers == requests == 0, kernel
+        else:
+            assert barriers == 4 and requests > 0, kernel  # one for each warp, for the norms
+
+
 @pytest.mark.slow
 def test_missing_channels(interpreted):
     check(interpreted("fusion_cases", "missing_channels"))
