@@ -366,6 +366,16 @@ def test_another_block_is_seen_after_two_fences_only(kernel, missing: str | None
     assert kernel.reports == ([] if missing is None else [report])
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("order", ["acq_rel", "release", "acquire", "relaxed"])
+def test_an_atomic_may_bring_its_fences(kernel, order: str, alone: bool):
+    kernel.write(np.zeros(1, np.uint32))
+    ticket = TICKET.format(first="", second="").replace("atom.global.add", f"atom.global.gpu.{order}.add")
+    kernel(ticket, blocks=2, order=Order(alone=alone))
+    report = "global memory: read without release and acquire after a write of another block"
+    assert kernel.reports == ([] if order == "acq_rel" else [report])
+
+
 def test_launch_limits(kernel):
     assert kernel("", threads=1025) == REFUSED
     assert kernel("", threads=64, limit=".maxntid 32, 1, 1") == REFUSED
