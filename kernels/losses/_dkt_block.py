@@ -10,7 +10,7 @@ teacher's sums until the row ends, because there is nothing to subtract without 
 import triton
 import triton.language as tl
 
-from shike_fast.kernels.losses._rows import LN2, LOG2E, class_offset, reduced
+from shike_fast.kernels.losses._rows import LN2, LOG2E, class_offset, reduced, times
 
 # Classes that take no part in a row (the target; what lies beyond its end) carry a finite logit far below the floor of
 # every pivot: their exponential is exactly 0, and no ∞ − ∞ or 0 · ∞ arises. Real logits lie above both.
@@ -106,7 +106,7 @@ def parts_of(z, pivot, HARDEST: tl.constexpr, MUTUAL: tl.constexpr):
 @triton.jit
 def first_state(z, c, valid, HARDEST: tl.constexpr, MUTUAL: tl.constexpr):
     """The state of lanes that have seen one class c each, or none; it is held out."""
-    pivot = tl.maximum(largest_of(z), FLOOR) * LOG2E
+    pivot = tl.maximum(largest_of(z) * LOG2E, FLOOR)  # not a bare product, which differences would take in unrounded
     sums = parts_of(z, pivot, HARDEST, MUTUAL)
     zero = tl.zeros_like(pivot)
     nothing = (zero, zero)
@@ -170,6 +170,5 @@ def joined_lanes(state, HARDEST: tl.constexpr):
     scale = tl.exp2((pivot - largest) - tl.fma(logit, LOG2E, -largest))  # the second difference: what was rounded
     scaled = ()
     for i in tl.static_range(len(addends)):
-        # The choice keeps the product out of the first addition, in which it would be rounded in one lane of two only.
-        scaled += (tl.where(scale == 0.0, 0.0, addends[i] * scale),)
+        scaled += (times(addends[i], scale),)
     return logit, reduced(scaled, False), largest_total, held_start

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from shike_fast.kernels.losses._batch import add_rows
+from shike_fast.kernels.losses._batch import ROWS, add_rows
 from shike_fast.kernels.losses._dkt_block import distances_of, gap_of, total_of
-from shike_fast.kernels.losses._rows import exp, times_factor
+from shike_fast.kernels.losses._rows import UNSPECIALIZED, exp, times_factor
 
 
 @triton.jit
@@ -54,12 +54,12 @@ def _students(pivots, exps, divergences, at_target, MUTUAL: tl.constexpr):
     return losses, mutual, scales, rests, means, through
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _end_kernel(
-    state,  # float32 [5K + 4, B]; in: what the forward leaves of a row, out: what the backward needs
+    saved,  # float32 [5K + 4, B]; in: what the forward leaves of a row, out: what the backward needs
     loss,  # float32 []
     terms,  # float32 [3]
-    partials,  # float32 [3, programs], or None for one program
+    partials,  # float32 [3, programs]
     ticket,  # int32 [], 0
     rows: tl.int32,
     inverse_batch,  # 1 / B
@@ -72,12 +72,10 @@ def _end_kernel(
     K: tl.constexpr,
     HARDEST: tl.constexpr,
     MUTUAL: tl.constexpr,
-    ALONE: tl.constexpr,  # one program serves all rows
-    ROWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    at = state + row
+    at = saved + row
     fields = ()
     for _ in tl.static_range(5):
         numbers = ()
@@ -148,7 +146,7 @@ def _end_kernel(
         for k in tl.static_range(K):
             gradients_at_h += (exp(x[k]) * (slopes[k] + attached * shares[k] * apart[k]) - common,)
 
-    at = state + row
+    at = saved + row
     for i in tl.static_range(5):
         for k in tl.static_range(K):
             tl.store(at, (pivots, slopes, shares, gradients, gradients_at_h)[i][k], valid)
@@ -160,7 +158,7 @@ def _end_kernel(
 
     values = (tl.where(valid, total_of(losses), 0.0),)
     values += (tl.where(valid, hardest, 0.0), tl.where(valid, total_of(divergence), 0.0))
-    last, sums = add_rows(values, partials, ticket, ALONE, ROWS)
+    last, sums = add_rows(values, partials, ticket)
     if last:
         weights = (inverse_batch, w, v)
         total = tl.full((), 0.0, tl.float32)

@@ -27,6 +27,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Specialising on the values of these would compile a kernel for every combination of them; the kernels are told what
 # they need to know by VECTOR, and by a class stride of None for 1.
 UNSPECIALIZED = [
+    *("logits", "target", "bias", "saved", "labels", "partials", "factors", "loss", "terms", "gradient", "grad_output"),
     *("offsets", "row_stride", "class_stride", "target_stride", "bias_expert_stride", "bias_class_stride"),
     *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows"),
 ]
@@ -85,6 +86,12 @@ def first_chunk(row, offset, VECTOR: tl.constexpr):
 def edge_classes(lane, before, count, VECTOR: tl.constexpr):
     """The classes outside of ``count`` whole chunks, one a lane; what follows them lies beyond the row."""
     return tl.where(lane < before, lane, lane + count * VECTOR)
+
+
+@triton.jit
+def times(x, factor):
+    """x · factor, which no addition takes in: lanes that add each other's products would round only their own."""
+    return tl.where(x == 0.0, 0.0, x * factor)
 
 
 @triton.jit

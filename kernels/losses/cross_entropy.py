@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shike_fast.kernels.losses._batch import add_rows, batch_of
+from shike_fast.kernels.losses._batch import ROWS, add_rows, batch_of
 from shike_fast.kernels.losses._rows import (
     UNSPECIALIZED,
     Layout,
@@ -23,6 +23,7 @@ from shike_fast.kernels.losses._rows import (
     layout_of,
     none_if_unit,
     reduced,
+    times,
 )
 
 # Where the pivots start: the lowest finite float, so that no −∞ − −∞ arises from a class that is masked out.
@@ -168,9 +169,7 @@ def _forward_kernel(
     maxima = reduced(pivots, True)
     addends = ()
     for k in tl.static_range(K):
-        # The choice keeps the product out of the first addition, in which it would be rounded in one lane of two only.
-        scale = exp(pivots[k] - maxima[k])
-        addends += (tl.where(scale == 0.0, 0.0, exps[k] * scale),)
+        addends += (times(exps[k], exp(pivots[k] - maxima[k])),)
     sums = reduced(addends + distances, False)
     batch = tl.num_programs(0)
     for k in tl.static_range(K):
@@ -183,24 +182,22 @@ def _forward_kernel(
     tl.store(ticket, 0, mask=row == 0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _end_kernel(
     saved,  # float32 [2, rows]; second in: Σ_c exp(z[c] − M), out: its inverse
     labels,  # float32 [rows]
     loss,  # float32 []
-    partials,  # float32 [1, programs], or None for one program
+    partials,  # float32 [1, programs]
     ticket,  # int32 [], 0
     rows: tl.int32,  # with those of other experts
     scale,
-    ALONE: tl.constexpr,  # one program serves all rows
-    ROWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     s = tl.load(saved + rows + row, valid, 1.0)
     losses = tl.where(valid, tl.log(s) - tl.load(labels + row, valid, 0.0), 0.0)
     tl.store(saved + rows + row, 1.0 / s, valid)
-    last, sums = add_rows((losses,), partials, ticket, ALONE, ROWS)
+    last, sums = add_rows((losses,), partials, ticket)
     if last:
         tl.store(loss, scale * sums[0])
 
@@ -356,9 +353,11 @@ def cross_entropy_forward(
             saved,
             labels,
             loss,
-            *end.arguments,
+            end.partials,
+            end.ticket,
+            end.rows,
             1.0 / batch,
-            **end.constants,
+            num_warps=1,
         )
     return loss, saved
 

@@ -112,7 +112,7 @@ def _forward_kernel(
     target_stride: tl.int64,
     classes: tl.int32,
     teacher_target_logit,
-    state,  # float32 [5K + 4, B]
+    saved,  # float32 [5K + 4, B]
     ticket,  # int32 []
     K: tl.constexpr,
     HARDEST: tl.constexpr,
@@ -181,15 +181,15 @@ def _forward_kernel(
         )
 
     batch = tl.num_programs(0)
-    state += row
+    saved += row
     for fields in tl.static_range(5):
         for k in tl.static_range(K):
-            tl.store(state, (pivots, exps, divergences, at_target, at_h)[fields][k])
-            state += batch
-    tl.store(state, teacher_pivot)
-    tl.store(state + batch, teacher_exps)
-    tl.store(state + 2 * batch, teacher_gaps)
-    tl.store(state + 3 * batch, h.to(tl.float32))
+            tl.store(saved, (pivots, exps, divergences, at_target, at_h)[fields][k])
+            saved += batch
+    tl.store(saved, teacher_pivot)
+    tl.store(saved + batch, teacher_exps)
+    tl.store(saved + 2 * batch, teacher_gaps)
+    tl.store(saved + 3 * batch, h.to(tl.float32))
     tl.store(ticket, 0, mask=row == 0)
 
 
@@ -369,7 +369,9 @@ def dkt_forward(
             saved,
             loss,
             terms,
-            *end.arguments,
+            end.partials,
+            end.ticket,
+            end.rows,
             1.0 / batch,
             0.0 if detach_teacher else 1.0,
             factors,
@@ -379,7 +381,7 @@ def dkt_forward(
             student_target_logit,
             K=experts,
             **computed,
-            **end.constants,
+            num_warps=1,
         )
     return loss, terms, saved
 
