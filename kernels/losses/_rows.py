@@ -13,7 +13,7 @@ edge, are taken one by one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +27,22 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Specialising on the values of these would compile a kernel for every combination of them; the kernels are told what
 # they need to know by VECTOR, and by a class stride of None for 1.
 UNSPECIALIZED = [
-    *("logits", "target", "bias", "saved", "labels", "partials", "factors", "loss", "terms", "gradient", "grad_output"),
     *("offsets", "row_stride", "class_stride", "target_stride", "bias_expert_stride", "bias_class_stride"),
-    *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows"),
+    *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows", "experts"),
+]
+POINTERS = [
+    *("logits", "target", "bias", "saved", "labels", "ticket", "partials", "factors", "loss", "terms"),
+    *("gradient", "grad_output"),
 ]
 
 # Added to each offset that a kernel is given, so that it is an int64 whatever its value: Triton compiles a kernel anew
 # where the type of an argument changes, and tensors of one loss lie more or less than 2³¹ elements apart by chance.
 FAR = tl.constexpr(2**62)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A Triton kernel that is compiled neither for values nor for alignments."""
+    return triton.jit(function, do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=POINTERS)
 
 
 @triton.jit

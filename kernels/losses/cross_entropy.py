@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shike_fast.kernels.losses._batch import ROWS, add_rows, batch_of
 from shike_fast.kernels.losses._rows import (
-    UNSPECIALIZED,
+    LOGITS_OF_A_LANE,
     Layout,
     Tile,
     before_chunks,
@@ -20,6 +20,7 @@ from shike_fast.kernels.losses._rows import (
     expert_rows,
     first_chunk,
     gradient_arguments,
+    kernel,
     layout_of,
     none_if_unit,
     reduced,
@@ -88,7 +89,7 @@ def _add(z, valid, state, reference, K: tl.constexpr, SMOOTHING: tl.constexpr):
     return new_pivots, new_exps, new_distances
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def _forward_kernel(
     logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
@@ -182,7 +183,7 @@ def _forward_kernel(
     tl.store(ticket, 0, mask=row == 0)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def _end_kernel(
     saved,  # float32 [2, rows]; second in: Σ_c exp(z[c] − M), out: its inverse
     labels,  # float32 [rows]
@@ -202,7 +203,7 @@ def _end_kernel(
         tl.store(loss, scale * sums[0])
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def _backward_kernel(
     logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
@@ -328,7 +329,7 @@ def cross_entropy_forward(
     if batch == 0:
         return loss.zero_(), saved
     tile = _tile(layout, bias)
-    unroll, steps = tile.steps(layout.classes, _CLASSES_OF_A_LANE)
+    unroll, steps = tile.steps(layout.classes, min(_CLASSES_OF_A_LANE, LOGITS_OF_A_LANE // layout.experts))
     end = batch_of(experts * batch, 1, loss.device)
     labels = layout.new_floats(experts, batch)
     with torch.cuda.device_of(layout.first):  # Triton launches on the current device
@@ -380,7 +381,7 @@ def cross_entropy_backward(
     if layout.batch == 0:
         return gradient
     tile = _tile(layout, bias, gradient)
-    unroll, programs = tile.steps(layout.classes, _CLASSES_OF_A_LANE)
+    unroll, programs = tile.steps(layout.classes, min(_CLASSES_OF_A_LANE, LOGITS_OF_A_LANE // layout.experts))
     with torch.cuda.device_of(layout.first):
         _backward_kernel[(layout.batch, programs)](
             *layout.arguments(target),

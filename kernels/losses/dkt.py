@@ -25,7 +25,6 @@ from shike_fast.kernels.losses._dkt_block import (
 )
 from shike_fast.kernels.losses._dkt_rows import _end_kernel
 from shike_fast.kernels.losses._rows import (
-    UNSPECIALIZED,
     Layout,
     before_chunks,
     class_offset,
@@ -34,6 +33,7 @@ from shike_fast.kernels.losses._rows import (
     expert_rows,
     first_chunk,
     gradient_arguments,
+    kernel,
     layout_of,
     reduced,
 )
@@ -102,7 +102,7 @@ def _with_own_pivots(rows, class_stride, classes, y, h, K: tl.constexpr, LANES: 
     return pivots[:K], sums[:K], sums[K : 2 * K], pivots[K], sums[2 * K], sums[2 * K + 1]
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def _forward_kernel(
     logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
@@ -234,7 +234,7 @@ def _corrected(gradients, c, at, finished):
     return corrected
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def _backward_kernel(
     logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
@@ -372,6 +372,7 @@ def dkt_forward(
             end.partials,
             end.ticket,
             end.rows,
+            experts,
             1.0 / batch,
             0.0 if detach_teacher else 1.0,
             factors,
@@ -379,8 +380,8 @@ def dkt_forward(
             v,
             teacher_target_logit,
             student_target_logit,
-            K=experts,
             **computed,
+            EXPERTS=4 if experts <= 4 else 8,
             num_warps=1,
         )
     return loss, terms, saved
