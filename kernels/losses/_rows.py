@@ -35,9 +35,10 @@ POINTERS = [
     *("gradient", "grad_output"),
 ]
 
-# Added to each offset that a kernel is given, so that it is an int64 whatever its value: Triton compiles a kernel anew
-# where the type of an argument changes, and tensors of one loss lie more or less than 2³¹ elements apart by chance.
-FAR = tl.constexpr(2**62)
+# How a kernel is given an offset: as an int64 whatever its value, and as no multiple of 16. Triton compiles a kernel
+# anew where the type or the alignment of an argument changes, and tensors of one loss lie anyhow, more or less than
+# 2³¹ elements apart.
+FAR = tl.constexpr(2**62 + 8)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -47,7 +48,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @triton.jit
 def expert_offset(offsets, k: tl.constexpr):
-    return offsets[k] - FAR
+    return (offsets[k] - FAR) // 16
 
 
 @triton.jit
@@ -178,7 +179,7 @@ class Layout(NamedTuple):
     def arguments(self, target: Tensor) -> tuple[Any, ...]:
         """What every kernel's parameters begin with: logits and target, and how to address them."""
         strides = (self.row_stride, none_if_unit(self.class_stride), target.stride(0))
-        return self.first, target, tuple(offset + FAR.value for offset in self.offsets), *strides, self.classes
+        return self.first, target, tuple(16 * offset + FAR.value for offset in self.offsets), *strides, self.classes
 
     def tile(self, gradient: Tensor | None = None, agree: int = 16) -> Tile:
         """The tile of a program; chunks start at multiples of their size in all experts' rows, and in the gradient's.

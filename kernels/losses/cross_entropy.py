@@ -66,26 +66,19 @@ def _biased(rows, biases, c, valid, class_stride, bias_class_stride, other, K: t
 
 @triton.jit
 def _add(z, valid, state, reference, K: tl.constexpr, SMOOTHING: tl.constexpr):
-    """Add to each lane's state the logits [LANES, VECTOR] of UNROLL chunks: for each chunk, K of them."""
+    """Add to each lane's state the logits [UNROLL, LANES, VECTOR] of some chunks."""
     pivots, exps, distances = state
     new_pivots = ()
     new_exps = ()
     new_distances = ()
     for k in tl.static_range(K):
-        most = z[0][k]
-        for u in tl.static_range(1, len(z)):
-            most = tl.maximum(most, z[u][k])
-        pivot = tl.maximum(pivots[k], tl.max(most, 1))
-        e = exp(z[0][k] - pivot[:, None])
-        for u in tl.static_range(1, len(z)):
-            e += exp(z[u][k] - pivot[:, None])
+        pivot = tl.maximum(pivots[k], tl.max(tl.max(z[k], 2), 0))
+        e = exp(z[k] - pivot[None, :, None])
         new_pivots += (pivot,)
-        new_exps += (exps[k] * exp(pivots[k] - pivot) + tl.sum(e, 1),)
+        new_exps += (exps[k] * exp(pivots[k] - pivot) + tl.sum(tl.sum(e, 2), 0),)
         if SMOOTHING:
-            distance = tl.where(valid[0], z[0][k] - reference[k], 0.0)
-            for u in tl.static_range(1, len(z)):
-                distance += tl.where(valid[u], z[u][k] - reference[k], 0.0)
-            new_distances += (distances[k] + tl.sum(distance, 1),)
+            distance = tl.where(valid[:, :, None], z[k] - reference[k], 0.0)
+            new_distances += (distances[k] + tl.sum(tl.sum(distance, 2), 0),)
     return new_pivots, new_exps, new_distances
 
 
@@ -147,22 +140,15 @@ def _forward_kernel(
             distances += (tl.where(edge_c < classes, edge[k] - reference[k], 0.0),)
     state = pivots, exps, distances
     for i in range(0, STEPS):
-        z = ()
-        valid = ()
-        for u in tl.static_range(UNROLL):
-            # Lanes outside of the row read the nearest chunk, so that no mask is needed, and leave it out.
-            chunk = (i * UNROLL + u) * LANES + lane - ahead
-            offset = tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR
-            c = offset[:, None] + tl.arange(0, VECTOR)[None, :]
-            z += (_biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0, K),)
-            valid += (((chunk >= 0) & (chunk < count))[:, None],)
+        # Lanes outside of the row read the nearest chunk, so that no mask is needed, and leave it out.
+        chunk = (i * UNROLL + tl.arange(0, UNROLL))[:, None] * LANES + lane[None, :] - ahead
+        valid = (chunk >= 0) & (chunk < count)
+        c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+        z = _biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0, K)
         if (i == 0) | (i == STEPS - 1):
             inside = ()
-            for u in tl.static_range(UNROLL):
-                kept = ()
-                for k in tl.static_range(K):
-                    kept += (tl.where(valid[u], z[u][k], -float("inf")),)
-                inside += (kept,)
+            for k in tl.static_range(K):
+                inside += (tl.where(valid[:, :, None], z[k], -float("inf")),)
             z = inside
         state = _add(z, valid, state, reference, K, SMOOTHING)
 
@@ -255,25 +241,23 @@ def _backward_kernel(
     smoothed = g * (label_smoothing / classes)
     at_label = g * (1.0 - label_smoothing)
 
-    for u in tl.static_range(UNROLL):
-        first = (tl.program_id(1) * UNROLL + u) * LANES - ahead
-        chunk = first + tl.arange(0, LANES)
-        offset = tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR
-        c = offset[:, None] + tl.arange(0, VECTOR)[None, :]
-        z = _biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0, K)
-        dz = ()
+    first = tl.program_id(1) * UNROLL * LANES - ahead
+    chunk = first + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+    z = _biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0, K)
+    dz = ()
+    for k in tl.static_range(K):
+        dz += (exp(z[k] - pivots[k]) * slopes[k] - smoothed,)
+    start = before + first * VECTOR
+    if (y >= start) & (y < start + UNROLL * LANES * VECTOR):
+        at_y = ()
         for k in tl.static_range(K):
-            dz += (exp(z[k] - pivots[k]) * slopes[k] - smoothed,)
-        start = before + first * VECTOR
-        if (y >= start) & (y < start + LANES * VECTOR):
-            at_y = ()
-            for k in tl.static_range(K):
-                at_y += (tl.where(before + c == y, dz[k] - at_label, dz[k]),)
-            dz = at_y
-        for k in tl.static_range(K):
-            out = out_chunks[k] + class_offset(c, out_class_stride)
-            inside = ((chunk >= 0) & (chunk < count))[:, None]
-            tl.store(out, dz[k].to(gradient.dtype.element_ty), mask=inside)
+            at_y += (tl.where(before + c == y, dz[k] - at_label, dz[k]),)
+        dz = at_y
+    for k in tl.static_range(K):
+        out = out_chunks[k] + class_offset(c, out_class_stride)
+        inside = ((chunk >= 0) & (chunk < count))[:, :, None]
+        tl.store(out, dz[k].to(gradient.dtype.element_ty), mask=inside)
     if VECTOR > 1 and tl.program_id(1) == 0:
         edge = edge_classes(tl.arange(0, 2 * VECTOR), before, count, VECTOR)
         biases = _bias_rows(bias, bias_expert_stride, 0, SHARED, K, 1)
