@@ -131,7 +131,7 @@ def add_chunks(z, start, state, HARDEST: tl.constexpr, MUTUAL: tl.constexpr):
         new_sums += (sums[i] * factor + tl.sum(parts[i], 1),)
     if HARDEST:
         largest_total = tl.max(total_of(z), 1)
-        better = largest_total > best  # of tied classes the lowest stays: a lane's chunks ascend
+        better = (largest_total > best) | ((largest_total == best) & (start < held_start))
         new_held = ()
         for i in tl.static_range(2):
             added = tl.sum(parts[students + i], 1)

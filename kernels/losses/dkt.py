@@ -111,7 +111,6 @@ def _forward_kernel(
     class_stride,
     target_stride: tl.int64,
     classes: tl.int32,
-    teacher_target_logit,
     saved,  # float32 [5K + 4, B]
     ticket,  # int32 []
     K: tl.constexpr,
@@ -173,8 +172,7 @@ def _forward_kernel(
         students: tl.constexpr = 2 * K if MUTUAL else K
         teacher_exps = sums[students] + others
         teacher_gaps = sums[students + 1] + other_gaps
-        at_ends = exp(tl.maximum(total_of(at_h) / K, teacher_target_logit) - pivot)
-        smallest = tl.minimum(smallest, tl.maximum(teacher_exps, at_ends))
+    # The teacher's need no look: where those of all experts are large, the mean at h is, or what others add.
     if K > 1 and smallest < SMALLEST:
         pivots, exps, divergences, teacher_pivot, teacher_exps, teacher_gaps = _with_own_pivots(
             rows, class_stride, classes, y, h, K, LANES
@@ -355,7 +353,6 @@ def dkt_forward(
     with torch.cuda.device_of(layout.first):  # Triton launches on the current device
         _forward_kernel[(batch,)](
             *layout.arguments(target),
-            teacher_target_logit,
             saved,
             end.ticket,
             K=experts,
