@@ -51,16 +51,21 @@ def _bias_rows(bias, bias_expert_stride, offset, SHARED: tl.constexpr, K: tl.con
 
 
 @triton.jit
-def _biased(rows, biases, c, valid, class_stride, bias_class_stride, other, K: tl.constexpr):  # z_k[c] + bias_k[c]
+def _loaded(rows, c, valid, class_stride):
+    values = ()
+    for k in tl.static_range(len(rows)):
+        values += (tl.load(rows[k] + class_offset(c, class_stride), mask=valid).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _biased(rows, biases, c, valid, class_stride, bias_class_stride, other):  # z_k[c] + bias_k[c]
+    loaded = _loaded(rows, c, valid, class_stride)
+    added = _loaded(biases, c, valid, bias_class_stride)
     z = ()
-    b = ()
-    for k in tl.static_range(len(biases)):
-        b += (tl.load(biases[k] + class_offset(c, bias_class_stride), mask=valid),)
-    for k in tl.static_range(K):
-        loaded = tl.load(rows[k] + class_offset(c, class_stride), mask=valid).to(tl.float32)
-        if len(b) > 0:
-            loaded += b[k % len(b)]
-        z += (loaded if valid is None else tl.where(valid, loaded, other),)
+    for k in tl.static_range(len(rows)):
+        value = loaded[k] + added[k % len(biases)] if len(biases) > 0 else loaded[k]
+        z += (value if valid is None else tl.where(valid, value, other),)
     return z
 
 
@@ -113,7 +118,7 @@ def _forward_kernel(
     y = tl.load(target + row * target_stride)
     # NaN, so that it shows, if the target is out of range
     in_range = (y >= 0) & (y < classes)
-    at_target = _biased(rows, biases, y, in_range, class_stride, bias_class_stride, float("nan"), K)
+    at_target = _biased(rows, biases, y, in_range, class_stride, bias_class_stride, float("nan"))
     reference = ()  # of the distances whose mean label smoothing wants; near the pivots, so that little is rounded
     for k in tl.static_range(K):
         reference += (tl.where(tl.abs(at_target[k]) < float("inf"), at_target[k], 0.0),)
@@ -126,10 +131,10 @@ def _forward_kernel(
         chunks += (first_chunk(rows[k], class_offset(before, class_stride), VECTOR),)
     aligned: tl.constexpr = VECTOR if bias_class_stride is None else 1
     bias_chunks = _bias_rows(bias, bias_expert_stride, class_offset(before, bias_class_stride), SHARED, K, aligned)
-    ahead = _ahead_of_chunks(chunks[0], VECTOR) if AHEAD else 0
+    ahead = _ahead_of_chunks(rows[0] + class_offset(before, class_stride), VECTOR) if AHEAD else 0
 
     edge_c = edge_classes(lane, before, count, VECTOR)
-    edge = _biased(rows, biases, edge_c, edge_c < classes, class_stride, bias_class_stride, -float("inf"), K)
+    edge = _biased(rows, biases, edge_c, edge_c < classes, class_stride, bias_class_stride, -float("inf"))
     pivots = ()
     exps = ()
     distances = ()
@@ -144,7 +149,7 @@ def _forward_kernel(
         chunk = (i * UNROLL + tl.arange(0, UNROLL))[:, None] * LANES + lane[None, :] - ahead
         valid = (chunk >= 0) & (chunk < count)
         c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
-        z = _biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0, K)
+        z = _biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0)
         if (i == 0) | (i == STEPS - 1):
             inside = ()
             for k in tl.static_range(K):
@@ -230,7 +235,7 @@ def _backward_kernel(
         out_chunks += (first_chunk(outs[k], class_offset(before, out_class_stride), VECTOR),)
     aligned: tl.constexpr = VECTOR if bias_class_stride is None else 1
     bias_chunks = _bias_rows(bias, bias_expert_stride, class_offset(before, bias_class_stride), SHARED, K, aligned)
-    ahead = _ahead_of_chunks(chunks[0], VECTOR) if AHEAD else 0
+    ahead = _ahead_of_chunks(rows[0] + class_offset(before, class_stride), VECTOR) if AHEAD else 0
     y = tl.load(target + row * target_stride)
     g = tl.load(grad_output).to(tl.float32) * inverse_batch
     pivots = ()
@@ -244,7 +249,7 @@ def _backward_kernel(
     first = tl.program_id(1) * UNROLL * LANES - ahead
     chunk = first + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
-    z = _biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0, K)
+    z = _biased(chunks, bias_chunks, c, None, class_stride, bias_class_stride, 0.0)
     dz = ()
     for k in tl.static_range(K):
         dz += (exp(z[k] - pivots[k]) * slopes[k] - smoothed,)
@@ -261,7 +266,7 @@ def _backward_kernel(
     if VECTOR > 1 and tl.program_id(1) == 0:
         edge = edge_classes(tl.arange(0, 2 * VECTOR), before, count, VECTOR)
         biases = _bias_rows(bias, bias_expert_stride, 0, SHARED, K, 1)
-        edge_z = _biased(rows, biases, edge, edge < classes, class_stride, bias_class_stride, 0.0, K)
+        edge_z = _biased(rows, biases, edge, edge < classes, class_stride, bias_class_stride, 0.0)
         for k in tl.static_range(K):
             edge_dz = exp(edge_z[k] - pivots[k]) * slopes[k] - smoothed
             edge_dz -= tl.where(edge == y, at_label, 0.0)

@@ -164,7 +164,7 @@ def _forward_kernel(
     teacher_pivot = pivot
     teacher_exps = zero
     teacher_gaps = zero
-    h = -1
+    h = tl.full((), -1, tl.int32)
     if HARDEST:
         whole = (start >= before) & (start < before + count * VECTOR)
         last = tl.where(whole, start + (VECTOR - 1), start)
@@ -224,6 +224,15 @@ def _gradients(z, numbers, K: tl.constexpr, HARDEST: tl.constexpr, MUTUAL: tl.co
 
 
 @triton.jit
+def _numbers(saved, batch, factor, K: tl.constexpr):
+    """What is saved of each expert, times a factor."""
+    numbers = ()
+    for k in tl.static_range(K):
+        numbers += (factor * tl.load(saved + k * batch),)
+    return numbers
+
+
+@triton.jit
 def _corrected(gradients, c, at, finished):
     """The gradients with the finished ones at one class."""
     corrected = ()
@@ -271,14 +280,12 @@ def _backward_kernel(
     g = tl.load(grad_output).to(tl.float32)
 
     saved += row
-    fields = ()
-    for field in tl.static_range(5):
-        numbers = ()
-        for _ in tl.static_range(K):
-            numbers += (tl.load(saved) if field == 0 else g * tl.load(saved),)
-            saved += batch
-        fields += (numbers,)
-    pivots, slopes, shares, at_target, at_h = fields
+    pivots = _numbers(saved, batch, 1.0, K)
+    slopes = _numbers(saved + K * batch, batch, g, K)
+    shares = _numbers(saved + 2 * K * batch, batch, g, K)
+    at_target = _numbers(saved + 3 * K * batch, batch, g, K)
+    at_h = _numbers(saved + 4 * K * batch, batch, g, K)
+    saved += 5 * K * batch
     bends = ()
     for k in tl.static_range(K):
         bends += (attached * shares[k],)
