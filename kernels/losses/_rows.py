@@ -141,9 +141,10 @@ class Tile(NamedTuple):
         return max(self.lanes // 32, 1)
 
     def steps(self, classes: int, of_lane: int) -> tuple[int, int]:
-        """How many tiles make ``of_lane`` classes of a lane, and how often a row of ``classes`` takes so many."""
+        """How many tiles, a power of two, make ``of_lane`` classes of a lane, and how often a row takes so many."""
         of_row = triton.cdiv(classes, self.classes)
-        steps = min(max(of_lane // self.vector, 1), triton.next_power_of_2(of_row))
+        most = max(of_lane // self.vector, 1)
+        steps = min(1 << (most.bit_length() - 1), triton.next_power_of_2(of_row))
         return steps, triton.cdiv(of_row, steps)
 
 

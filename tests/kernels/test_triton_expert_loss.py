@@ -381,8 +381,9 @@ def check_tiles():
                 assert tile.lanes in (32, 64, 128) and tile.warps == tile.lanes // 32
                 assert classes >= 2 * tile.vector - 1  # a whole chunk, wherever the row starts
                 assert tile.lanes == 32 or tile.lanes * tile.vector < 2 * classes
-                for of_lane in (8, 16):
+                for of_lane in (4, 5, 8, 16):
                     unroll, steps = tile.steps(classes, of_lane)
+                    assert unroll & (unroll - 1) == 0
                     assert classes <= unroll * steps * tile.classes
                     assert unroll * tile.vector <= max(of_lane, tile.vector)
                     assert (steps - 1) * unroll * tile.classes < classes
