@@ -1,14 +1,19 @@
 """What the Triton kernels of the expert losses share: where the logits are, how many a program takes, sums over rows.
 
-Forward kernels run one program a row (a sample, or a sample and an expert) that streams the classes once, in blocks,
-and keeps its sums of exponentials relative to running maxima, the pivots; ``batch_sum`` then adds the rows' terms in a
-fixed order. Backward kernels run one program a row and block of classes, element-wise. A few floats a row, saved,
-pass from forward to backward. Everything is computed in float32 and only the finished gradient is rounded. The kernels
-use portable Triton only, so they run on every GPU that Triton targets, and on CPU tensors in its interpreter.
+A row is a sample. Forward kernels run one program a row that streams the classes once: every lane keeps the sums of its
+own classes, and the lanes are joined when the row ends. A second kernel, in which a lane serves a row, adds up the
+batch in a fixed order. Backward kernels run some programs a row, element-wise. What is saved passes from forward to
+backward, one column a number and one entry a row, so that neighbouring lanes access neighbouring rows. Everything is
+computed in float32 and only the finished gradient is rounded. The kernels use portable Triton only, so they run on
+every GPU that Triton targets, and on CPU tensors in its interpreter.
+
+A lane takes VECTOR neighbouring classes by one load. Rows of, say, 8142 classes do not start at multiples of 16 bytes,
+so the first whole chunk of VECTOR classes starts behind the row; the few classes before and after the whole chunks, the
+edge, are taken one by one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +21,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 # Specialising on the values of these would compile a kernel for every combination of them; the kernels are told what
-# they need to know by ALIGN, and by a class stride of None for 1.
+# they need to know by VECTOR, and by a class stride of None for 1.
 UNSPECIALIZED = [
     *("offsets", "row_stride", "class_stride", "target_stride", "bias_expert_stride", "bias_class_stride"),
-    *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows"),
+    *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows", "experts"),
+]
+POINTERS = [
+    *("logits", "target", "bias", "saved", "labels", "ticket", "partials", "factors", "loss", "terms"),
+    *("gradient", "grad_output"),
 ]
 
+# How a kernel is given an offset: as an int64 whatever its value, and as no multiple of 16. Triton compiles a kernel
+# anew where the type or the alignment of an argument changes, and tensors of one loss lie anyhow, more or less than
+# 2³¹ elements apart.
+FAR = tl.constexpr(2**62 + 8)
 
-# Added to each offset that a kernel is given, so that it is an int64 whatever its value: Triton compiles a kernel anew
-# where the type of an argument changes, and tensors of one loss lie more or less than 2³¹ elements apart by chance.
-FAR = tl.constexpr(2**62)
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A Triton kernel that is compiled neither for values nor for alignments."""
+    return triton.jit(function, do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=POINTERS)
 
 
 @triton.jit
 def expert_offset(offsets, k: tl.constexpr):
-    return offsets[k] - FAR
+    return (offsets[k] - FAR) // 16
+
+
+@triton.jit
+def expert_rows(logits, offsets, offset):  # K pointers to z_k[0] of one sample
+    rows = ()
+    for k in tl.static_range(len(offsets)):
+        rows += (logits + (expert_offset(offsets, k) + offset),)
+    return rows
 
 
 @triton.jit
@@ -43,7 +68,7 @@ def class_offset(c, class_stride):
 @triton.jit
 def exp(x):
     """exp(x), results below 1.2e-38 flushed to 0; tl.exp takes three more instructions to keep those."""
-    return tl.exp2(x * 1.4426950408889634)
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -53,7 +78,33 @@ def times_factor(weight, factors, i):
 
 
 @triton.jit
-def reduced(blocks, MAX: tl.constexpr):  # n tensors [BLOCK] -> n scalars
+def before_chunks(row, VECTOR: tl.constexpr):
+    """How many classes of a row, given by a pointer, lie before the first multiple of VECTOR elements."""
+    itemsize: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+    return ((-(row.to(tl.int64) // itemsize)) & (VECTOR - 1)).to(tl.int32)
+
+
+@triton.jit
+def first_chunk(row, offset, VECTOR: tl.constexpr):
+    """The pointer row + offset, which is a multiple of VECTOR elements, in a form that tells the compiler so."""
+    itemsize: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(row + offset, VECTOR * itemsize)
+
+
+@triton.jit
+def edge_classes(lane, before, count, VECTOR: tl.constexpr):
+    """The classes outside of ``count`` whole chunks, one a lane; what follows them lies beyond the row."""
+    return tl.where(lane < before, lane, lane + count * VECTOR)
+
+
+@triton.jit
+def times(x, factor):
+    """x · factor, which no addition takes in: lanes that add each other's products would round only their own."""
+    return tl.where(x == 0.0, 0.0, x * factor)
+
+
+@triton.jit
+def reduced(blocks, MAX: tl.constexpr):  # n tensors [LANES] -> n scalars
     """The maxima or sums of several blocks in one reduction, which pays for its barriers once instead of n times."""
     count: tl.constexpr = len(blocks)
     levels: tl.constexpr = (count > 1) + (count > 2) + (count > 4) + (count > 8) + (count > 16)
@@ -75,89 +126,41 @@ def reduced(blocks, MAX: tl.constexpr):  # n tensors [BLOCK] -> n scalars
     return results  # the first n; the padding follows
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _batch_kernel(
-    row_terms,  # float32 [rows, TERMS]
-    loss,  # float32 []
-    terms,  # float32 [TERMS]; the loss is their sum
-    factors,  # float64 [TERMS - 1] or None
-    rows: tl.int64,
-    scale_0,  # the divisor and weight of each term
-    scale_1,
-    scale_2,
-    TERMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Add the terms of all rows: one program, so that the order and with it the result never changes."""
-    lanes = ()
-    for _ in tl.static_range(TERMS):
-        lanes += (tl.full([BLOCK], 0.0, tl.float32),)
-    b = tl.arange(0, BLOCK).to(tl.int64)
-    for _ in range(0, BLOCKS):
-        added = ()
-        for i in tl.static_range(TERMS):
-            added += (lanes[i] + tl.load(row_terms + b * TERMS + i, mask=b < rows, other=0.0),)
-        lanes = added
-        b += BLOCK
-    sums = reduced(lanes, False)
-    scales = (scale_0, times_factor(scale_1, factors, 0), times_factor(scale_2, factors, 1))
-    total = tl.full((), 0.0, tl.float32)
-    for i in tl.static_range(TERMS):
-        term = scales[i] * sums[i]
-        tl.store(terms + i, term)
-        total += term
-    tl.store(loss, total)
-
-
-def batch_sum(
-    row_terms: Tensor, scales: tuple[float, float, float], factors: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Reduce the row terms [rows, T] to the loss [] and its terms [T], scaled.
-
-    ``factors``, if given, multiply the scales of the second and the third term.
-    """
-    rows, count = row_terms.shape
-    loss, terms = row_terms.new_empty(()), row_terms.new_empty(count)  # two tensors: outputs of an op must not alias
-    block = min(max(triton.next_power_of_2(rows), 128), 4096)
-    _batch_kernel[(1,)](
-        row_terms,
-        loss,
-        terms,
-        factors,
-        rows,
-        *scales,
-        TERMS=count,
-        BLOCK=block,
-        BLOCKS=triton.next_power_of_2(triton.cdiv(rows, block)),  # few values, to compile for few batch sizes
-        num_warps=max(block // 512, 1),
-    )
-    return loss, terms
-
-
-# Logits a thread may hold at once, as float32. A forward program reduces over its block several times, so it pays to
-# hold many: 32 fit K ≤ 4 in 128 registers, which lets two blocks of 256 threads share a multiprocessor of 65,536 and
-# hide each other's loads and barriers. A backward program has nothing to share but what is saved of its row: half as
-# many, for more threads.
-FORWARD_BUDGET = 32
-BACKWARD_BUDGET = 16
-
-
 class Tile(NamedTuple):
-    block: int  # classes a program takes at once, a power of two
-    warps: int
+    """What a program takes at once: LANES chunks of VECTOR neighbouring classes, a lane each."""
+
+    lanes: int
+    vector: int
+
+    @property
+    def classes(self) -> int:
+        return self.lanes * self.vector
+
+    @property
+    def warps(self) -> int:
+        return max(self.lanes // 32, 1)
+
+    def steps(self, classes: int, of_lane: int) -> tuple[int, int]:
+        """How many tiles, a power of two, make ``of_lane`` classes of a lane, and how often a row takes so many."""
+        of_row = triton.cdiv(classes, self.classes)
+        most = max(of_lane // self.vector, 1)
+        steps = min(1 << (most.bit_length() - 1), triton.next_power_of_2(of_row))
+        return steps, triton.cdiv(of_row, steps)
 
 
-def choose_tile(classes: int, experts: int, itemsize: int, budget: int) -> Tile:
-    """Choose how many classes, of ``experts`` logits of ``itemsize`` bytes each, a program takes at once.
+MOST_LANES = 128
+LOGITS_OF_A_LANE = 32  # at once; more would take too many registers
 
-    A thread takes as many as its budget of logits allows, a power of two; but no more than ``budget`` bytes an expert,
-    one or two of the widest loads (16 bytes). Longer rows get more warps, up to 8, and then a loop (forward) or more
-    programs (backward). A forward row in one block needs no rescaling.
+
+def choose_tile(classes: int, experts: int, widest: int) -> Tile:
+    """Choose how many classes, of ``experts`` logits each, a program takes at once.
+
+    A lane takes ``widest`` of them, if it can hold as many and the row keeps a warp busy. A row has whole chunks
+    wherever it starts. Longer rows get more lanes, and then a loop.
     """
-    per_thread = min(1 << ((budget // experts).bit_length() - 1), budget // itemsize)
-    block = min(max(triton.next_power_of_2(classes), 32), 256 * per_thread)
-    return Tile(block, max(block // (32 * per_thread), 1))
+    most = min(widest, LOGITS_OF_A_LANE // experts, (classes + 1) // 2, max(triton.cdiv(classes, 32), 1))
+    vector = 1 << (most.bit_length() - 1)
+    return Tile(min(max(triton.next_power_of_2(triton.cdiv(classes, vector)), 32), MOST_LANES), vector)
 
 
 class Layout(NamedTuple):
@@ -177,15 +180,20 @@ class Layout(NamedTuple):
     def arguments(self, target: Tensor) -> tuple[Any, ...]:
         """What every kernel's parameters begin with: logits and target, and how to address them."""
         strides = (self.row_stride, none_if_unit(self.class_stride), target.stride(0))
-        return self.first, target, tuple(offset + FAR.value for offset in self.offsets), *strides, self.classes
+        return self.first, target, tuple(16 * offset + FAR.value for offset in self.offsets), *strides, self.classes
 
-    def alignment(self, *strides: int) -> int:
-        """The largest power of two up to 16 that divides every offset, stride and the number of classes."""
-        return math.gcd(16, self.classes, self.row_stride, *self.offsets, *strides)
+    def tile(self, gradient: Tensor | None = None, agree: int = 16) -> Tile:
+        """The tile of a program; chunks start at multiples of their size in all experts' rows, and in the gradient's.
 
-    def tile(self, experts: int, budget: int) -> Tile:
-        """The tile of a program that takes the logits of ``experts`` experts."""
-        return choose_tile(self.classes, experts, self.first.element_size(), budget)
+        ``agree``: what else is a multiple of them.
+        """
+        itemsize = self.first.element_size()
+        agree = math.gcd(16 // itemsize, agree, *self.offsets)
+        if gradient is not None:
+            apart = (gradient.data_ptr() - self.first.data_ptr()) // itemsize
+            agree = math.gcd(agree, apart, gradient.stride(0), gradient.stride(1) - self.row_stride)
+        neighbours = self.class_stride == 1 and (gradient is None or gradient.stride(2) == 1)
+        return choose_tile(self.classes, self.experts, agree if neighbours else 1)
 
     def new_floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.first.device)

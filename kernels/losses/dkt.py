@@ -7,32 +7,102 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shike_fast.kernels._common import multiple
+from shike_fast.kernels.losses._batch import batch_of
 from shike_fast.kernels.losses._dkt_block import (
     FLOOR,
     MASKED,
-    add_block,
-    expert_rows,
+    SMALLEST,
+    add_chunks,
+    chunks_at,
+    distances_of,
+    first_state,
     gap_of,
-    log1p,
+    joined_lanes,
+    largest_of,
     logits_at,
+    masked,
     total_of,
 )
+from shike_fast.kernels.losses._dkt_rows import _end_kernel
 from shike_fast.kernels.losses._rows import (
-    BACKWARD_BUDGET,
-    FORWARD_BUDGET,
-    UNSPECIALIZED,
     Layout,
-    batch_sum,
+    before_chunks,
     class_offset,
+    edge_classes,
     exp,
+    expert_rows,
+    first_chunk,
     gradient_arguments,
+    kernel,
     layout_of,
-    times_factor,
+    reduced,
 )
 
+_CLASSES_OF_A_LANE = 16  # in the backward, which spreads over them what it reads of a row
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+
+@triton.jit
+def _hardest(rows, class_stride, y, start, last, largest, total, K: tl.constexpr, VECTOR: tl.constexpr):
+    """The hardest negative h of the chunk from ``start`` on: h, its logits, and q and q · gap of the chunk's others."""
+    i = tl.arange(0, VECTOR)
+    c = start + i
+    z = logits_at(rows, class_offset(c, class_stride), c <= last, MASKED)
+    z = masked(z, c != y)
+    # Clamped, because NaN equals no total.
+    h = tl.min(tl.where(total_of(z) == total, c, last), 0)
+    at_h = ()
+    for k in tl.static_range(K):
+        at_h += (tl.sum(tl.where(c == h, z[k], 0.0), 0),)
+    q = exp(largest_of(z) - largest)
+    others = tl.sum(tl.where(c == h, 0.0, q), 0)
+    return h, at_h, others, tl.sum(tl.where(c == h, 0.0, q * largest_of(distances_of(z))), 0)
+
+
+@triton.jit
+def _with_own_pivots(rows, class_stride, classes, y, h, K: tl.constexpr, LANES: tl.constexpr):
+    """The sums of a row with a pivot for every expert and for the teacher, for experts far apart: two more readings."""
+    i = tl.arange(0, LANES)
+    floor = tl.full([LANES], FLOOR, tl.float32)
+    maxima = ()
+    for _ in tl.static_range(K + 1):
+        maxima += (floor,)
+    for start in range(0, classes, LANES):
+        c = start + i
+        z = logits_at(rows, class_offset(c, class_stride), (c < classes) & (c != y), MASKED)
+        values = z
+        values += (tl.where(c == h, MASKED, largest_of(z)),)
+        larger = ()
+        for k in tl.static_range(K + 1):
+            larger += (tl.maximum(maxima[k], values[k]),)
+        maxima = larger
+    pivots = ()
+    for k in tl.static_range(K + 1):
+        pivots += (tl.max(maxima[k], 0),)
+    zero = tl.full([LANES], 0.0, tl.float32)
+    sums = ()
+    for _ in tl.static_range(2 * K + 2):
+        sums += (zero,)
+    for start in range(0, classes, LANES):
+        c = start + i
+        z = logits_at(rows, class_offset(c, class_stride), (c < classes) & (c != y), MASKED)
+        x = ()
+        for k in tl.static_range(K):
+            x += (z[k] - pivots[k],)
+        apart = distances_of(x)
+        added = ()
+        for k in tl.static_range(K):
+            added += (sums[k] + exp(x[k]),)
+        for k in tl.static_range(K):
+            added += (sums[K + k] + exp(x[k]) * apart[k],)
+        r = largest_of(z)
+        q = exp(tl.where(c == h, MASKED, r) - pivots[K])
+        added += (sums[2 * K] + q, sums[2 * K + 1] + q * gap_of(r, z))
+        sums = added
+    sums = reduced(sums, False)
+    return pivots[:K], sums[:K], sums[K : 2 * K], pivots[K], sums[2 * K], sums[2 * K + 1]
+
+
+@kernel
 def _forward_kernel(
     logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
@@ -41,116 +111,137 @@ def _forward_kernel(
     class_stride,
     target_stride: tl.int64,
     classes: tl.int32,
-    inverse_batch,  # 1 / B
-    attached,  # 0 if the teachers are detached, else 1
-    factors,  # float64 [2] or None: of w and v, the weights of the two divergences with their divisor
-    v,
-    teacher_target_logit,
-    student_target_logit,
-    saved,  # float32 [B, 5K + 4]
-    terms,  # float32 [B, 3]: Σ_k CE_k, D_h, Σ_k KL_k
+    saved,  # float32 [5K + 4, B]
+    ticket,  # int32 []
     K: tl.constexpr,
     HARDEST: tl.constexpr,
     MUTUAL: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,  # in a row
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    classes = multiple(classes, ALIGN)
     y = tl.load(target + row * target_stride)
-    rows = expert_rows(logits, offsets, row * row_stride, ALIGN)
+    rows = expert_rows(logits, offsets, row * row_stride)
+    lane = tl.arange(0, LANES)
+    before = before_chunks(rows[0], VECTOR)
+    count = (classes - before) // VECTOR  # of whole chunks, at least one
+    chunks = ()
+    for k in tl.static_range(K):
+        chunks += (first_chunk(rows[k], class_offset(before, class_stride), VECTOR),)
+
+    # The edge, a class a lane.
+    c = edge_classes(lane, before, count, VECTOR)
+    valid = (c < classes) & (c != y)
+    lanes = first_state(logits_at(rows, class_offset(c, class_stride), valid, MASKED), c, valid, HARDEST, MUTUAL)
+    for i in range(0, STEPS):
+        # Lanes beyond the last chunk read it once more, so that no mask is needed, and leave it out.
+        chunk = i * LANES + lane
+        offset = tl.minimum(chunk, count - 1) * VECTOR
+        z = chunks_at(chunks, offset, class_stride, VECTOR)
+        start = before + offset
+        first = before + i * LANES * VECTOR
+        if (i == STEPS - 1) | ((y >= first) & (y < first + LANES * VECTOR)):
+            is_target = start[:, None] + tl.arange(0, VECTOR)[None, :] == y.to(tl.int32)
+            z = masked(z, (chunk < count)[:, None] & ~is_target)
+        lanes = add_chunks(z, start, lanes, HARDEST, MUTUAL)
+    pivot, sums, largest_total, start = joined_lanes(lanes, HARDEST)
+
     # NaN, so that it shows, if the target is out of range
     at_target = logits_at(rows, class_offset(y, class_stride), (y >= 0) & (y < classes), float("nan"))
-
     zero = tl.full((), 0.0, tl.float32)
-    floor = tl.full((), FLOOR, tl.float32)
-    zeros = ()
-    floors = ()
-    for _ in tl.static_range(K):
-        zeros += (zero,)
-        floors += (floor,)
-    sums = (floors, zeros, zeros, tl.full((), -float("inf"), tl.float32), tl.full((), -1, tl.int32), floor, zero, zero)
-    if BLOCKS == 1:
-        sums = add_block(rows, class_stride, classes, y, 0, sums, K, HARDEST, MUTUAL, True, BLOCK)
-    else:
-        for i in range(0, BLOCKS):
-            sums = add_block(rows, class_stride, classes, y, i * BLOCK, sums, K, HARDEST, MUTUAL, False, BLOCK)
-    pivots, exps, divergences, _, h, teacher_pivot, teacher_exps, teacher_gaps = sums
-
-    saved += row * (5 * K + 4)
-    terms += row * 3
-    lses = ()  # l_k: log-sum-exp of expert k over all classes, relative to its pivot
-    losses = ()  # CE_k
-    scales = ()  # Ak: p_k[c] = Ak exp(z_k[c] − M_k)
-    rests = ()  # 1 − p_k[y]
+    pivots = ()
+    exps = ()
+    divergences = ()
+    at_h = ()
+    smallest = sums[0]
     for k in tl.static_range(K):
-        distance = at_target[k] - pivots[k]
-        smaller = exp(-tl.abs(distance))
-        lse = tl.log(exps[k] + smaller)
-        high = distance >= 0
-        loss = tl.where(high, log1p(exps[k] * smaller), lse - distance)
-        losses += (loss,)
-        lses += (tl.where(high, distance + loss, lse),)
-        scales += (exp(-lses[k]),)
-        rests += (exps[k] * scales[k],)
-    loss_total = total_of(losses)
-    lse_total = total_of(lses)
-    rest_total = total_of(rests)
-    v = times_factor(v, factors, 1)
-    mutual = zero
-    for k in tl.static_range(K):
-        gradient = -rests[k] * inverse_batch  # d(cross-entropy)/d z_k[y]
-        value = zero
-        if MUTUAL:
-            at_y = exp(-losses[k])  # p_k[y]
-            log_ratio = K * lses[k] - lse_total
-            loss_difference = loss_total - K * losses[k]
-            # Σ_i KL(p_k ‖ p_i)
-            divergence = scales[k] * divergences[k] - rests[k] * log_ratio + at_y * loss_difference
-            mutual += divergence
-            value = divergence + log_ratio
-            gradient += v * (rest_total - K * rests[k] + attached * at_y * (loss_difference - divergence))
-        tl.store(saved + k, pivots[k])
-        tl.store(saved + K + k, scales[k])
-        tl.store(saved + 3 * K + k, value)
-        tl.store(saved + 4 * K + k, gradient)
-    tl.store(terms, loss_total)
-    tl.store(terms + 2, mutual)
-
-    hardest = zero
+        pivots += (pivot,)
+        exps += (sums[k],)
+        divergences += (sums[K + k] if MUTUAL else zero,)
+        at_h += (zero,)
+        smallest = tl.minimum(smallest, sums[k])
+    teacher_pivot = pivot
+    teacher_exps = zero
+    teacher_gaps = zero
+    h = tl.full((), -1, tl.int32)
     if HARDEST:
-        z = logits_at(rows, class_offset(h, class_stride), h >= 0, MASKED)
-        mean = total_of(z) / K
-        pivot = tl.maximum(tl.maximum(teacher_pivot, mean), teacher_target_logit)
-        others = exp(teacher_pivot - pivot)
-        at_h = exp(mean - pivot)
-        at_y = exp(teacher_target_logit - pivot)
-        t = teacher_exps * others + at_h + at_y
-        gap_at_y = K * (teacher_target_logit - student_target_logit)
-        # E_q[Σ_k (r − ŝ_k's logit)]
-        expected_gap = (teacher_gaps * others + at_h * gap_of(mean, z) + at_y * gap_at_y) / t
-        log_t = tl.log(t)
-        hardest = expected_gap
+        whole = (start >= before) & (start < before + count * VECTOR)
+        last = tl.where(whole, start + (VECTOR - 1), start)
+        h, at_h, others, other_gaps = _hardest(rows, class_stride, y, start, last, pivot, largest_total, K, VECTOR)
+        students: tl.constexpr = 2 * K if MUTUAL else K
+        teacher_exps = sums[students] + others
+        teacher_gaps = sums[students + 1] + other_gaps
+    # The teacher's need no look: where those of all experts are large, the mean at h is, or what others add.
+    if K > 1 and smallest < SMALLEST:
+        pivots, exps, divergences, teacher_pivot, teacher_exps, teacher_gaps = _with_own_pivots(
+            rows, class_stride, classes, y, h, K, LANES
+        )
+
+    batch = tl.num_programs(0)
+    saved += row
+    for fields in tl.static_range(5):
         for k in tl.static_range(K):
-            student_pivot = tl.maximum(pivots[k], student_target_logit)
-            student_exps = exps[k] * exp(pivots[k] - student_pivot) + exp(student_target_logit - student_pivot)
-            student_lse = (student_pivot - pivots[k]) + tl.log(student_exps)
-            hardest -= (pivot - pivots[k]) + log_t - student_lse
-            tl.store(saved + 2 * K + k, exp(-student_lse))
-        tl.store(saved + 5 * K, pivot)
-        tl.store(saved + 5 * K + 1, 1.0 / t)
-        tl.store(saved + 5 * K + 2, expected_gap)
-        tl.store(saved + 5 * K + 3, h.to(tl.float32))
-    else:  # nothing reads them; defined all the same, so that two runs leave identical bits
-        for k in tl.static_range(K):
-            tl.store(saved + 2 * K + k, 0.0)
-        for i in tl.static_range(4):
-            tl.store(saved + 5 * K + i, 0.0)
-    tl.store(terms + 1, hardest)
+            tl.store(saved, (pivots, exps, divergences, at_target, at_h)[fields][k])
+            saved += batch
+    tl.store(saved, teacher_pivot)
+    tl.store(saved + batch, teacher_exps)
+    tl.store(saved + 2 * batch, teacher_gaps)
+    tl.store(saved + 3 * batch, h.to(tl.float32))
+    tl.store(ticket, 0, mask=row == 0)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit
+def _gradients(z, numbers, K: tl.constexpr, HARDEST: tl.constexpr, MUTUAL: tl.constexpr):
+    """The K gradients at classes that are neither the target nor the hardest negative."""
+    pivots, slopes, bends, shares, teacher = numbers
+    teacher_pivot, teacher_scale, expected_gap, attached = teacher
+    x = ()
+    e = ()
+    for k in tl.static_range(K):
+        x += (z[k] - pivots[k],)
+        e += (exp(x[k]),)
+    common = tl.zeros_like(z[0])  # what all experts' gradients have in common, negated
+    if MUTUAL:
+        apart = distances_of(x)
+        for k in tl.static_range(K):
+            common += shares[k] * e[k]
+    if HARDEST:
+        r = largest_of(z)
+        q = teacher_scale * exp(r - teacher_pivot)
+        common += q
+        of_winner = common - q * (attached * gap_of(r, z) - expected_gap)  # d(loss)/d r[c], to the first that attains r
+        free = r == r
+    gradients = ()
+    for k in tl.static_range(K):
+        slope = slopes[k] + bends[k] * apart[k] if MUTUAL else slopes[k]
+        if HARDEST:
+            gradients += (e[k] * slope - tl.where(free & (z[k] == r), of_winner, common),)
+            free = free & (z[k] != r)
+        else:
+            gradients += (e[k] * slope - common,)
+    return gradients
+
+
+@triton.jit
+def _numbers(saved, batch, factor, K: tl.constexpr):
+    """What is saved of each expert, times a factor."""
+    numbers = ()
+    for k in tl.static_range(K):
+        numbers += (factor * tl.load(saved + k * batch),)
+    return numbers
+
+
+@triton.jit
+def _corrected(gradients, c, at, finished):
+    """The gradients with the finished ones at one class."""
+    corrected = ()
+    for k in tl.static_range(len(gradients)):
+        corrected += (tl.where(c == at, finished[k], gradients[k]),)
+    return corrected
+
+
+@kernel
 def _backward_kernel(
     logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
     target,  # int64 [B]
@@ -159,12 +250,8 @@ def _backward_kernel(
     class_stride,
     target_stride: tl.int64,
     classes: tl.int32,
-    inverse_batch,  # 1 / B
     attached,  # 0 if the teachers are detached, else 1
-    factors,  # float64 [2] or None: of w and v, the weights of the two divergences with their divisor
-    w,
-    v,
-    saved,  # float32 [B, 5K + 4]
+    saved,  # float32 [5K + 4, B]
     grad_output,  # float32 []
     gradient,  # [K, B, C]
     out_expert_stride: tl.int64,
@@ -173,59 +260,58 @@ def _backward_kernel(
     K: tl.constexpr,
     HARDEST: tl.constexpr,
     MUTUAL: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    classes = multiple(classes, ALIGN)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    rows = expert_rows(logits, offsets, row * row_stride, ALIGN)
-    z = logits_at(rows, class_offset(c, class_stride), c < classes, MASKED)
+    batch = tl.num_programs(0)
+    row = (batch - 1 - tl.program_id(0)).to(tl.int64)  # the rows that the forward read last may be in the cache
+    rows = expert_rows(logits, offsets, row * row_stride)
+    before = before_chunks(rows[0], VECTOR)
+    count = (classes - before) // VECTOR
+    chunks = ()
+    outs = ()
+    out_chunks = ()
+    for k in tl.static_range(K):
+        chunks += (first_chunk(rows[k], class_offset(before, class_stride), VECTOR),)
+        outs += (gradient + (k * out_expert_stride + row * out_row_stride),)
+        out_chunks += (first_chunk(outs[k], class_offset(before, out_class_stride), VECTOR),)
     y = tl.load(target + row * target_stride)
     g = tl.load(grad_output).to(tl.float32)
-    w = times_factor(w, factors, 0)
-    v = times_factor(v, factors, 1)
-    saved += row * (5 * K + 4)
 
-    x = ()
-    e = ()
+    saved += row
+    pivots = _numbers(saved, batch, 1.0, K)
+    slopes = _numbers(saved + K * batch, batch, g, K)
+    shares = _numbers(saved + 2 * K * batch, batch, g, K)
+    at_target = _numbers(saved + 3 * K * batch, batch, g, K)
+    at_h = _numbers(saved + 4 * K * batch, batch, g, K)
+    saved += 5 * K * batch
+    bends = ()
     for k in tl.static_range(K):
-        x += (z[k] - tl.load(saved + k),)
-        e += (exp(x[k]),)
-    common = tl.full([BLOCK], 0.0, tl.float32)  # what all experts' gradients have in common, negated
-    if MUTUAL:
-        x_total = total_of(x)
+        bends += (attached * shares[k],)
+    teacher = tl.load(saved), g * tl.load(saved + batch), attached * tl.load(saved + 2 * batch), attached
+    numbers = pivots, slopes, bends, shares, teacher
+    h = tl.load(saved + 3 * batch).to(tl.int32)  # −1 without
+
+    lane = tl.arange(0, LANES)
+    for i in range(0, STEPS):
+        chunk = (tl.program_id(1) * STEPS + i) * LANES + lane
+        offset = tl.minimum(chunk, count - 1) * VECTOR
+        dz = _gradients(chunks_at(chunks, offset, class_stride, VECTOR), numbers, K, HARDEST, MUTUAL)
+        c = offset[:, None] + tl.arange(0, VECTOR)[None, :]
+        first = before + (tl.program_id(1) * STEPS + i) * LANES * VECTOR
+        last = first + (LANES * VECTOR - 1)
+        if ((y >= first) & (y <= last)) | ((h >= first) & (h <= last)):
+            dz = _corrected(_corrected(dz, before + c, h, at_h), before + c, y, at_target)
         for k in tl.static_range(K):
-            common += (g * v * tl.load(saved + K + k)) * e[k]
-    if HARDEST:
-        h = tl.load(saved + 5 * K + 3).to(tl.int32)
-        mean = total_of(logits_at(rows, class_offset(h, class_stride), (h >= 0) & (h < classes), MASKED)) / K
-        r = z[0]
-        winner = tl.full([BLOCK], 0, tl.int32)  # the first expert that attains the maximum
-        for k in tl.static_range(1, K):
-            winner = tl.where(z[k] > r, k, winner)
-            r = tl.maximum(r, z[k])
-        r = tl.where(c == h, mean, r)
-        q = (g * w) * exp(r - tl.load(saved + 5 * K)) * tl.load(saved + 5 * K + 1)
-        dr = attached * q * (gap_of(r, z) - tl.load(saved + 5 * K + 2))  # d(loss)/d r[c]
-        common += q - tl.where(c == h, dr / K, 0.0)  # the mean at h hands its gradient to every expert
-        winner = tl.where(c == h, -1, winner)
-
-    for k in tl.static_range(K):
-        scale = tl.load(saved + K + k)
-        slope = scale * inverse_batch
-        if HARDEST:
-            slope += w * tl.load(saved + 2 * K + k)
-        if MUTUAL:
-            slope += scale * v * (K - attached * tl.load(saved + 3 * K + k))
-            dz = e[k] * (g * slope + (g * attached * v * scale) * (K * x[k] - x_total)) - common
-        else:
-            dz = e[k] * (g * slope) - common
-        if HARDEST:
-            dz += tl.where(winner == k, dr, 0.0)
-        dz = tl.where(c == y, g * tl.load(saved + 4 * K + k), dz)
-        out = gradient + multiple(k * out_expert_stride + row * out_row_stride, ALIGN)
-        tl.store(out + class_offset(c, out_class_stride), dz.to(gradient.dtype.element_ty), mask=c < classes)
+            out = out_chunks[k] + class_offset(c, out_class_stride)
+            tl.store(out, dz[k].to(gradient.dtype.element_ty), mask=(chunk < count)[:, None])
+    if VECTOR > 1 and tl.program_id(1) == 0:
+        edge = edge_classes(tl.arange(0, 2 * VECTOR), before, count, VECTOR)
+        edge_gradients = _gradients(logits_at(rows, edge, edge < classes, MASKED), numbers, K, HARDEST, MUTUAL)
+        edge_gradients = _corrected(_corrected(edge_gradients, edge, h, at_h), edge, y, at_target)
+        for k in tl.static_range(K):
+            tl.store(outs[k] + edge, edge_gradients[k].to(gradient.dtype.element_ty), mask=edge < classes)
 
 
 def _weights(layout: Layout, hardest_weight: float, mutual_weight: float) -> tuple[float, float, dict[str, bool]]:
@@ -256,38 +342,52 @@ def dkt_forward(
         teacher_target_logit, student_target_logit, detach_teacher: as for ``shike_fast.ops.dkt_loss``.
 
     Returns:
-        The loss [], its terms [3] (cross-entropy, hardest, mutual) and saved [B, 5K + 4], all float32. Row b of saved
-        holds, for every expert, the pivot M_k, Ak = exp(M_k − lse_k), Bk (the same of the student with its target
-        replaced), the divergence V_k and the finished gradient at the target; then the teacher's pivot, 1/t,
-        E_q[Σ_k (r − z_k)] and the hardest negative h (exact up to C = 2²⁴).
+        The loss [], its terms [3] (cross-entropy, hardest, mutual) and saved [B, 5K + 4], all float32. The memory of
+        saved holds B numbers of each kind: for every expert the pivot M_k, the slope of exp(z_k − M_k) in the gradient,
+        its share in what the gradients have in common, and the finished gradients at the target and at the hardest
+        negative h, all without ``grad_output``; then the teacher's pivot, w/t, E_q[Σ_k (r − z_k)] and h (exact up to
+        C = 2²⁴, −1 without).
     """
     layout = layout_of(logits)
     experts, batch = layout.experts, layout.batch
     saved = layout.new_floats(batch, 5 * experts + 4)
+    loss, terms = layout.new_floats(), layout.new_floats(3)
     if batch == 0:
-        return layout.new_floats().zero_(), layout.new_floats(3).zero_(), saved
+        return loss.zero_(), terms.zero_(), saved
     w, v, computed = _weights(layout, hardest_weight, mutual_weight)
-    tile = layout.tile(experts, FORWARD_BUDGET)
-    row_terms = layout.new_floats(batch, 3)
+    tile = layout.tile()
+    end = batch_of(batch, 3, loss.device)
     with torch.cuda.device_of(layout.first):  # Triton launches on the current device
         _forward_kernel[(batch,)](
             *layout.arguments(target),
+            saved,
+            end.ticket,
+            K=experts,
+            **computed,
+            VECTOR=tile.vector,
+            LANES=tile.lanes,
+            STEPS=triton.cdiv(layout.classes, tile.classes),
+            num_warps=tile.warps,
+        )
+        _end_kernel[(end.programs,)](
+            saved,
+            loss,
+            terms,
+            end.partials,
+            end.ticket,
+            end.rows,
+            experts,
             1.0 / batch,
             0.0 if detach_teacher else 1.0,
             factors,
+            w,
             v,
             teacher_target_logit,
             student_target_logit,
-            saved,
-            row_terms,
-            K=experts,
             **computed,
-            ALIGN=layout.alignment(),
-            BLOCK=tile.block,
-            BLOCKS=triton.cdiv(layout.classes, tile.block),
-            num_warps=tile.warps,
+            EXPERTS=4 if experts <= 4 else 8,
+            num_warps=1,
         )
-        loss, terms = batch_sum(row_terms, (1.0 / batch, w, v), factors)
     return loss, terms, saved
 
 
@@ -309,27 +409,24 @@ def dkt_backward(
     tensor [K, B, C]; for a sequence it is contiguous.
     """
     layout = layout_of(logits)
-    experts, batch = layout.experts, layout.batch
     gradient = layout.new_gradient()
-    if batch == 0:
+    if layout.batch == 0:
         return gradient
-    w, v, computed = _weights(layout, hardest_weight, mutual_weight)
-    tile = layout.tile(experts, BACKWARD_BUDGET)
+    _, _, computed = _weights(layout, hardest_weight, mutual_weight)
+    tile = layout.tile(gradient)
+    steps, programs = tile.steps(layout.classes, _CLASSES_OF_A_LANE)
     with torch.cuda.device_of(layout.first):
-        _backward_kernel[(batch, triton.cdiv(layout.classes, tile.block))](
+        _backward_kernel[(layout.batch, programs)](
             *layout.arguments(target),
-            1.0 / batch,
             0.0 if detach_teacher else 1.0,
-            factors,
-            w,
-            v,
             saved,
             grad_output,
             *gradient_arguments(gradient),
-            K=experts,
+            K=layout.experts,
             **computed,
-            ALIGN=layout.alignment(*gradient.stride()[:2]),
-            BLOCK=tile.block,
+            VECTOR=tile.vector,
+            LANES=tile.lanes,
+            STEPS=steps,
             num_warps=tile.warps,
         )
     return gradient

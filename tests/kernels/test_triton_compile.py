@@ -24,7 +24,7 @@ SHAPES = [  # a loop of blocks; one block
 ]
 KERNELS = [
     value
-    for module in (_rows, cross_entropy, dkt)
+    for module in (cross_entropy, dkt)
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 ]
@@ -41,13 +41,13 @@ def test_compiles_without_spilling(experts, classes, dtype, target, launches, co
     dkt.dkt_backward(one, logits, labels, factors, state, *options)
     _, state = cross_entropy.cross_entropy_forward(logits, labels, bias, 0.1)
     cross_entropy.cross_entropy_backward(one, logits, labels, bias, state, 0.1)
-    assert {kernel for kernel, _, _ in launches} == set(KERNELS) and len(KERNELS) == 5
+    assert {kernel for kernel, _, _ in launches} == set(KERNELS) and len(KERNELS) == 6
     for kernel, args, kwargs in launches:
         binary = compiled(kernel, args, kwargs, target)
         used, spilled = registers(binary)
         record_property(
             f"{kernel.__module__}{kernel.__name__} K={experts} C={classes} {dtype} {target}",
-            f"BLOCK={kwargs['BLOCK']} warps={kwargs['num_warps']} registers={used} spills={spilled}",
+            f"{kwargs} registers={used} spills={spilled}",
         )
         assert spilled == 0 or experts > 4, (kernel.__name__, used, spilled)
 
@@ -95,8 +95,8 @@ def test_distances_between_experts_do_not_choose_a_kernel(launches):
     kernel, args, kwargs = launches[0]
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     types = []
-    for distance in (0, 1, 2**33, -(2**45)):
+    for distance in (0, 1, 16, 2**33, -(2**45)):
         offsets = _rows.layout_of(logits)._replace(offsets=(0, distance)).arguments(labels)[2]
         _, specialization, _ = bind(*args[:2], offsets, *args[3:], debug=False, **kwargs)
-        types.append(specialization[2][0])  # their alignment is another matter, which ALIGN tells
+        types.append(specialization[2])  # and what is known of their alignment
     assert all(each == types[0] for each in types), types

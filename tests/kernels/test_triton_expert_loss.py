@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 # The interpreter computes in NumPy, which warns of the infinities and NaN that some checks are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
-from shike_fast.kernels.losses import _rows  # noqa: E402
-from shike_fast.kernels.losses.cross_entropy import cross_entropy_backward, cross_entropy_forward  # noqa: E402
+from shike_fast.kernels.losses import _batch, _rows  # noqa: E402
+from shike_fast.kernels.losses.cross_entropy import (  # noqa: E402
+    _end_kernel,
+    cross_entropy_backward,
+    cross_entropy_forward,
+)
 from shike_fast.kernels.losses.dkt import dkt_backward, dkt_forward  # noqa: E402
 from shike_fast.ops import balanced_softmax_loss, dkt_loss, expert_cross_entropy  # noqa: E402
 
@@ -78,7 +82,13 @@ def blocks_of(size):
     """Within this context a program takes ``size`` classes at once, so that rows need several; None changes nothing."""
     with pytest.MonkeyPatch.context() as patch:
         if size is not None:
-            patch.setattr(_rows, "choose_tile", lambda *_: _rows.Tile(size, 1))
+            usual = _rows.choose_tile
+
+            def smaller(*arguments):
+                vector = min(usual(*arguments).vector, 2)
+                return _rows.Tile(size // vector, vector)
+
+            patch.setattr(_rows, "choose_tile", smaller)
         yield
 
 
@@ -275,11 +285,16 @@ def check_factors_are_weights(weights, block):
     torch.testing.assert_close(*absent, rtol=0, atol=0)
 
 
-def check_batch_of_many_blocks():
-    row_terms = torch.rand(10001, 3)
-    loss, terms = _rows.batch_sum(row_terms, (1.0, 0.5, 0.0))
-    torch.testing.assert_close(terms, row_terms.double().sum(0).float() * torch.tensor([1.0, 0.5, 0.0]))
-    assert terms[2] == 0 and loss == terms[0] + terms[1]
+@pytest.mark.parametrize("rows", [1, 32, 33, 1025, 10001])
+def check_batch_of_many_programs(rows):
+    saved, labels, loss = torch.rand(2, rows) + 0.5, torch.rand(rows), torch.empty(())
+    expected = 0.5 * (saved[1].double().log() - labels.double()).sum()
+    inverse, end = 1 / saved[1], _batch.batch_of(rows, 1, loss.device)
+    end.ticket.zero_()
+    _end_kernel[(end.programs,)](saved, labels, loss, end.partials, end.ticket, rows, 0.5)
+    assert end.programs == end.ticket == -(-rows // 32)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(saved[1], inverse)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -359,12 +374,19 @@ def check_experts_at_odd_distances_are_copied():
 
 def check_tiles():
     for experts in range(1, 9):
-        for classes in (2, 10, 100, 1000, 8142, 65536):
-            for itemsize in (2, 4):
-                for budget in (_rows.FORWARD_BUDGET, _rows.BACKWARD_BUDGET):
-                    block, warps = _rows.choose_tile(classes, experts, itemsize, budget)
-                    assert block & (block - 1) == 0 and 1 <= warps <= 8 and warps & (warps - 1) == 0
-                    assert experts * block <= budget * 32 * warps and block < max(2 * classes, 33)
+        for classes in (2, 3, 7, 10, 100, 1000, 8142, 65536):
+            for widest in (1, 2, 4, 8):
+                tile = _rows.choose_tile(classes, experts, widest)
+                assert tile.vector in (1, 2, 4, 8) and tile.vector <= widest and experts * tile.vector <= 32
+                assert tile.lanes in (32, 64, 128) and tile.warps == tile.lanes // 32
+                assert classes >= 2 * tile.vector - 1  # a whole chunk, wherever the row starts
+                assert tile.lanes == 32 or tile.lanes * tile.vector < 2 * classes
+                for of_lane in (4, 5, 8, 16):
+                    unroll, steps = tile.steps(classes, of_lane)
+                    assert unroll & (unroll - 1) == 0
+                    assert classes <= unroll * steps * tile.classes
+                    assert unroll * tile.vector <= max(of_lane, tile.vector)
+                    assert (steps - 1) * unroll * tile.classes < classes
 
 
 OPS = {

@@ -211,6 +211,9 @@ class ArithmeticCode(Operands):
         elif kind[0] not in "sf":
             kind = unsigned(kind)
         a, b = self.read(i.args[1], kind), self.read(i.args[2], kind)
+        if kind in ("f16", "bf16"):
+            widen = "from_half" if kind == "f16" else "from_brain"
+            a, b, kind = f"{widen}({a})", f"{widen}({b})", "f32"
         if kind not in FLOATS:
             result = f"({a} {_SYMBOLS[comparison]} {b})"
         elif comparison == "ne":

@@ -62,7 +62,11 @@ class MemoryCode(Operands):
     def op_atom(self, i: Instruction) -> None:
         kind = i.op[-1]
         values = [self.read(operand, kind) for operand in i.args[2:]]
+        if "release" in i.op or "acq_rel" in i.op:
+            self.emit("batch.fence(here)")
         self.write(i.args[0], self._atomic(i, self.address(i.args[1]), values), kind, i)
+        if "acquire" in i.op or "acq_rel" in i.op:
+            self.emit("batch.fence(here)")
 
     def op_red(self, i: Instruction) -> None:
         self.emit(self._atomic(i, self.address(i.args[0]), [self.read(i.args[1], i.op[-1])]))

@@ -135,6 +135,7 @@ class GlobalMemory:
         machine.step += 1
         me = self.thread_of_launch[threads]
         self.launch.atomics[me] = self.launch.block_atomics[me // self.block_threads] = machine.step
+        self.launch.released[me] = self.launch.fenced[me]
         return result
 
     def fence(self: Any, here: Any) -> None:
@@ -215,7 +216,7 @@ class GlobalMemory:
             if (foreign & same_warp & ~after_sync).any():
                 self.report(f"global memory: {what} without __syncwarp after a write of another lane", line)
             # A fence and an atomic operation on the writer's side, then an atomic operation and a fence on this one.
-            released = (launch.fenced[writer] > step) & (launch.atomics[writer] > launch.fenced[writer])
+            released = launch.released[writer] > step
             own_atomic = launch.block_atomics[me // block]
             acquired = (own_atomic >= launch.atomics[writer]) & (launch.fenced[me] > own_atomic)
             if (foreign & ~same_block & ~(released & acquired)).any():

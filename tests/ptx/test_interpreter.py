@@ -238,6 +238,29 @@ def test_conversions_round_to_the_nearest_even(kernel):
     assert halves[:7].tolist() == expected[:7].tolist() and halves[7] == 0x7FFF
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_comparisons_of_low_precision(kernel, kind: str):
+    """As of numbers, not of their bits: −2 < −1 < 1, 0 is −0, and nothing is known of NaN."""
+    kernel.write(np.array([-2.0, -1.0, 1.0, 0.0, -0.0, np.nan], np.float32))
+    comparisons = {
+        "lt": "0f00000000",
+        "eq": "0f00000000",
+        "ltu": "0fBFC00000",
+        "num": "0f00000000",
+        "nan": "0f3F800000",
+    }
+    code = "".join(
+        f"mov.f32 %f2, {bits}; cvt.rn.{kind}.f32 %rs2, %f2; setp.{name}.{kind} %p1, %rs1, %rs2;"
+        f"selp.u32 %r6, {2**n}, 0, %p1; or.b32 %r5, %r5, %r6;"
+        for n, (name, bits) in enumerate(comparisons.items())
+    )
+    kernel(
+        f"ld.global.f32 %f1, [%rd2]; cvt.rn.{kind}.f32 %rs1, %f1; mov.u32 %r5, 0; {code} st.global.u32 [%rd2], %r5;",
+        threads=6,
+    )
+    assert words(kernel, 6) == [0b01101, 0b01001, 0b01000, 0b01010, 0b01010, 0b10100]
+
+
 def test_float_to_integer(kernel):
     kernel.write(np.array([2.5, 3.5, -2.5, 3e9, np.nan], np.float32))
     kernel("ld.global.f32 %f1, [%rd2]; cvt.rni.s32.f32 %r5, %f1; st.global.u32 [%rd2], %r5;", threads=5)
@@ -404,6 +427,16 @@ def test_another_block_is_seen_after_two_fences_only(kernel, missing: str | None
     kernel(TICKET.format(**fences), blocks=2, order=Order(alone=alone))
     report = "global memory: read without release and acquire after a write of another block"
     assert kernel.reports == ([] if missing is None else [report])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("order", ["acq_rel", "release", "acquire", "relaxed"])
+def test_an_atomic_may_bring_its_fences(kernel, order: str, alone: bool):
+    kernel.write(np.zeros(1, np.uint32))
+    ticket = TICKET.format(first="", second="").replace("atom.global.add", f"atom.global.gpu.{order}.add")
+    kernel(ticket, blocks=2, order=Order(alone=alone))
+    report = "global memory: read without release and acquire after a write of another block"
+    assert kernel.reports == ([] if order == "acq_rel" else [report])
 
 
 def test_launch_limits(kernel):
