@@ -37,12 +37,15 @@ for sm_90, × 32 / elements (logits, or values of a map); **moves** are among th
 share of a warp's lanes that are active. **read** and **written**: the 32-byte sectors that the requests of all warps
 touch, in kB, of which a cache serves some; **least**: how many times the sectors that the bytes asked for would fill.
 **banks**: wavefronts of the requests to shared memory, of those without conflicts. Maps are channels-last.
+**In one reading**: rows of logits are kept in shared memory (CUDA, up to four experts). Misaligned experts begin one
+and two elements behind a boundary of 16 bytes.
 """
 STATIC = """\
 ## Registers
 
 A thread's registers as ptxas gives them, and **spills**, the instructions that store to or load from a thread's own
-memory. Template arguments of the CUDA kernels: the number of experts (losses); the dtype (0 float32, 2 bfloat16, 3
+memory. Template arguments of the CUDA kernels: the number of experts and whether logits are float32 (dkt), whether
+they are float32, there is a bias, and labels are smoothed (cross-entropy); the dtype (0 float32, 2 bfloat16, 3
 float16), the channels that a thread loads at once, and whether the deep branch has a residual end (fusion). The Triton
 kernels are those of the calls above.
 """
@@ -70,7 +73,7 @@ def _measured(folder: Path, nvcc: str) -> str:
     drivers = {architecture: Driver(architecture, assemble=True) for architecture in ARCHITECTURES}
     figures = {name: _kernels(of_triton(driver)) for name, driver in drivers.items()}
     of_backend = {"cuda": _of_cuda(folder), "triton": figures["sm_90"]}
-    called = {case.name: (case.ideal, {name: of[case.name] for name, of in of_backend.items()}) for case in CASES}
+    called = {case.name: (case.ideal, {name: of_backend[name][case.name] for name in case.backends}) for case in CASES}
     compiled = {
         "cuda": cuda,
         "triton": {name: resources_of_triton(driver, folder, _run) for name, driver in drivers.items()},

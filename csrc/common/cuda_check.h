@@ -55,16 +55,20 @@ private:
     int device_;
 };
 
-// Multiprocessors of a device.
-inline int processors_of(int device) {
+// A number that CUDA knows of a device; asked for once.
+template <cudaDeviceAttr attribute>
+int attribute_of(int device) {
     constexpr int kDevices = 64;
     static std::atomic<int> known[kDevices];  // zeros: not asked yet
-    int count = device >= 0 && device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-    if (count != 0) return count;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+    int value = device >= 0 && device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+    if (value != 0) return value;
+    check(cudaDeviceGetAttribute(&value, attribute, device),
           "cudaDeviceGetAttribute(device " + std::to_string(device) + ")");
-    if (device >= 0 && device < kDevices) known[device].store(count, std::memory_order_relaxed);
-    return count;
+    if (device >= 0 && device < kDevices) known[device].store(value, std::memory_order_relaxed);
+    return value;
 }
+
+// Multiprocessors of a device.
+inline int processors_of(int device) { return attribute_of<cudaDevAttrMultiProcessorCount>(device); }
 
 }  // namespace shike

@@ -42,12 +42,6 @@ using Mask = typename VectorOf<T>::mask;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-// A rare update is done in all lanes rather than looked for in each.
-template <class Comparison>  // compilers differ in the type of a comparison of vectors
-SHIKE_SIMD bool may_hold(const Comparison&) {
-    return true;
-}
-
 // Sum and maximum of the lanes, by halves.
 template <class T, int kCount>
 SHIKE_SIMD T folded(const T* lanes, bool maximum) {

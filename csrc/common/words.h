@@ -44,5 +44,48 @@ SHIKE_DEVICE void store_words(char* to, const std::uint32_t (&words)[N]) {
     }
 }
 
+// The same in shared memory.
+template <int N>
+SHIKE_DEVICE void load_shared_words(const char* from, std::uint32_t (&words)[N]) {
+    static_assert(N == 2 || N == 4, "one access");
+    if constexpr (N == 2) {
+        const uint2 two = *reinterpret_cast<const uint2*>(from);
+        words[0] = two.x;
+        words[1] = two.y;
+    } else {
+        const uint4 four = *reinterpret_cast<const uint4*>(from);
+        words[0] = four.x;
+        words[1] = four.y;
+        words[2] = four.z;
+        words[3] = four.w;
+    }
+}
+
+template <int N>
+SHIKE_DEVICE void store_shared_words(char* to, const std::uint32_t (&words)[N]) {
+    static_assert(N == 2 || N == 4, "one access");
+    if constexpr (N == 2) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    } else {
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
+// The N words that start `bytes` bytes behind those of a packet, from that packet and the next; bytes < 4 N, and a
+// multiple of the elements' size, which is 2 if `halves`, else 4.
+template <int N, bool halves>
+SHIKE_DEVICE void shift_words(std::uint32_t (&packets)[2 * N], unsigned bytes, std::uint32_t (&words)[N]) {
+#pragma unroll
+    for (int step = N / 2; step > 0; step /= 2) {
+        const bool moves = (bytes & unsigned(4 * step)) != 0;
+#pragma unroll
+        for (int i = 0; i < N + step; ++i) packets[i] = moves ? packets[i + step] : packets[i];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        words[i] = halves ? __funnelshift_r(packets[i], packets[i + 1], (bytes & 2u) * 8) : packets[i];
+    }
+}
+
 }  // namespace
 }  // namespace shike

@@ -77,9 +77,25 @@ void define_for_the_cpu(pybind11::module_& module) {
 
 #if SHIKE_WITH_CUDA
 
+Experts logits_like(int dtype, int experts, std::int64_t batch, std::int64_t classes) {
+    Experts logits{};
+    logits.count = experts;
+    logits.batch = batch;
+    logits.classes = classes;
+    logits.dtype = DType(dtype);
+    return logits;
+}
+
 void define_for_cuda(pybind11::module_& module) {
-    module.def("cuda_dkt_workspace", &cuda_dkt_workspace);
-    module.def("cuda_cross_entropy_workspace", &cuda_cross_entropy_workspace);
+    module.def("cuda_dkt_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, int device) {
+        return cuda_dkt_workspace(logits_like(dtype, experts, batch, classes), device);
+    });
+    module.def("cuda_dkt_both_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, int device) {
+        return cuda_dkt_both_workspace(logits_like(dtype, experts, batch, classes), device);
+    });
+    module.def("cuda_cross_entropy_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, bool biased, int device) {
+        return cuda_cross_entropy_workspace(logits_like(dtype, experts, batch, classes), biased, device);
+    });
     define(module, "cuda_dkt_forward", "Fills loss, terms and saved.", [](Arguments& in) {
         const DktCall call = dkt_call(in, true);
         float* loss = floats(in["loss"], 0);
@@ -92,8 +108,21 @@ void define_for_cuda(pybind11::module_& module) {
         const DktCall call = dkt_call(in, true);
         const Experts gradient = gradient_of(in, call.logits);
         const float* grad_output = floats(in["grad_output"], 0);
+        const auto* kept = static_cast<const float*>(in["kept"].memory_or_null(1));
+        auto* expected = static_cast<float*>(in["expected"].memory_or_null(0));
         const CudaQueue queue = queue_of(in);
-        return [=] { cuda_dkt_backward(call, gradient, grad_output, queue); };
+        return [=] { cuda_dkt_backward(call, gradient, grad_output, kept, expected, queue); };
+    });
+    define(module, "cuda_dkt_both", "Fills loss, terms, saved, gradient and kept.", [](Arguments& in) {
+        const DktCall call = dkt_call(in, true);
+        const Experts gradient = gradient_of(in, call.logits);
+        const float* expected = floats(in["expected"], 0);
+        float* kept = floats(in["kept"], 1);
+        float* loss = floats(in["loss"], 0);
+        float* terms = floats(in["terms"], 1);
+        float* workspace = floats(in["workspace"], 1);
+        const CudaQueue queue = queue_of(in);
+        return [=] { cuda_dkt_both(call, gradient, expected, kept, workspace, loss, terms, queue); };
     });
     define(module, "cuda_cross_entropy_forward", "Fills loss and saved.", [](Arguments& in) {
         const CrossEntropyCall call = cross_entropy_call(in, true);

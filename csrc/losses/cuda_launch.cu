@@ -2,12 +2,14 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "common/cuda_check.h"
 #include "losses/options.h"
 #include "losses/launch.h"
-#include "losses/cuda_kernels.h"
+#include "losses/cuda_cross_entropy.h"
+#include "losses/cuda_dkt.h"
 
 namespace shike {
 namespace {
@@ -35,89 +37,104 @@ void check_call(const char* op, const Experts& logits) {
     throw std::runtime_error(std::string(op) + ": " + reason + ", got logits [" + shape_text(logits) + "]");
 }
 
-// The workspace in floats: the rows' terms, then, for rows that several blocks share, a ticket for each row and the
-// blocks' partial states.
-struct Workspace {
-    std::int64_t terms, tickets, partial;
+// Calls run(std::integral_constant<int, K>{}) for this number of experts.
+template <class Run, std::size_t... I>
+void with_count(int experts, const Run& run, std::index_sequence<I...>) {
+    ((experts == int(I) + 1 ? run(std::integral_constant<int, int(I) + 1>{}) : void()), ...);
+}
+template <int kMost = kMaxExperts, class Run>
+void with_count(int experts, const Run& run) {
+    with_count(experts, run, std::make_index_sequence<kMost>{});
+}
 
-    Workspace(const BlockPlan& plan, std::int64_t rows, int columns, std::size_t state_bytes) {
-        terms = rows * columns;
-        tickets = plan.splits > 1 ? rows : 0;
-        partial = tickets * plan.splits * std::int64_t(state_bytes / sizeof(float));
+// Calls run(std::bool_constant<value>{}).
+template <class Run>
+void with_flag(bool value, const Run& run) {
+    if (value) {
+        run(std::true_type{});
+    } else {
+        run(std::false_type{});
     }
-    std::size_t floats() const { return std::size_t(terms + tickets + partial); }
+}
+
+SharedMemory shared_memory_of(int device) {
+    return {attribute_of<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(device),
+            attribute_of<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device)};
+}
+
+bool four_bytes(DType dtype) { return dtype == DType::kFloat32; }
+
+// The workspace in floats: what a forward kernel leaves for the end kernel, whose blocks' sums follow, and its ticket.
+struct Workspace {
+    std::int64_t rows, sums;
+
+    Workspace(std::int64_t row_bytes, int columns, std::int64_t batch)
+        : rows((row_bytes + 7) / 8 * 2), sums(2 * columns * blocks_of_end(batch)) {}
+    std::size_t floats() const { return std::size_t(rows + sums + 1); }
+    double* sums_in(float* memory) const { return reinterpret_cast<double*>(memory + rows); }
+    unsigned* ticket_in(float* memory) const { return reinterpret_cast<unsigned*>(memory + rows + sums); }
+
+    static std::int64_t blocks_of_end(std::int64_t batch) { return quotient_up(batch, kWarp); }
 };
 
-// Zeroes the tickets.
-unsigned* tickets_of(const Workspace& workspace, float* memory, cudaStream_t stream) {
-    if (workspace.tickets == 0) return nullptr;
-    unsigned* tickets = reinterpret_cast<unsigned*>(memory + workspace.terms);
-    check(cudaMemsetAsync(tickets, 0, std::size_t(workspace.tickets) * sizeof(unsigned), stream), "cudaMemsetAsync");
-    return tickets;
+BlockPlan dkt_plan(const Experts& logits, int device, bool reducing) {
+    const int chunk = chunk_of(logits.count, four_bytes(logits.dtype));
+    return plan_blocks(chunk, logits.batch, logits.classes, processors_of(device), reducing);
 }
 
-template <int K>
-struct StreamBytes {
-    static constexpr std::size_t value = sizeof(ChunkStream<K>);
-};
-
-template <std::size_t... I>
-std::size_t stream_bytes(std::index_sequence<I...>, int experts) {
-    static constexpr std::size_t table[] = {StreamBytes<int(I) + 1>::value...};
-    return table[experts - 1];
+Workspace dkt_workspace(const Experts& logits, const BlockPlan& plan) {
+    return Workspace(logits.batch * plan.splits * bytes_of_row(logits.count), 3, logits.batch);
 }
 
-using ForwardKernel = void (*)(DktArguments, float*, float*, unsigned*);
-using BackwardKernel = void (*)(DktArguments, Experts, const float*);
-
-template <std::size_t... I>
-ForwardKernel forward_kernel(std::index_sequence<I...>, int experts) {
-    static constexpr ForwardKernel table[] = {&dkt_forward_kernel<int(I) + 1>...};
-    return table[experts - 1];
+ResidentPlan resident_plan(const Experts& logits, int device) {
+    const int chunk = chunk_of(logits.count, four_bytes(logits.dtype));
+    if (logits.count > kMostResident) return {dkt_plan(logits, device, true), 0};
+    return plan_resident(chunk, logits.count * bytes_of(logits.dtype), logits.batch, logits.classes,
+                         processors_of(device), fixed_shared_bytes(logits.count), shared_memory_of(device));
 }
 
-template <std::size_t... I>
-BackwardKernel backward_kernel(std::index_sequence<I...>, int experts) {
-    static constexpr BackwardKernel table[] = {&dkt_backward_kernel<int(I) + 1>...};
-    return table[experts - 1];
+Workspace both_workspace(std::int64_t batch) { return Workspace(3 * batch * 4, 3, batch); }
+
+BlockPlan cross_entropy_plan(const Experts& logits, bool biased, int device, bool reducing) {
+    const int chunk = cross_entropy_chunk(four_bytes(logits.dtype), biased);
+    return plan_blocks(chunk, logits.count * logits.batch, logits.classes, processors_of(device), reducing);
 }
 
-using ExpertCounts = std::make_index_sequence<kMaxExperts>;
-
-BlockPlan dkt_plan(int experts, std::int64_t batch, std::int64_t classes, int device, bool reducing) {
-    return plan_blocks(chunk_of(experts), batch, classes, processors_of(device), reducing);
+Workspace cross_entropy_workspace(const Experts& logits, const BlockPlan& plan) {
+    const std::int64_t parts = logits.count * logits.batch * plan.splits;
+    return Workspace(parts * std::int64_t(sizeof(CrossEntropyPart)), 1, logits.batch);
 }
 
-// Each expert has rows of its own here.
-BlockPlan cross_entropy_plan(int experts, std::int64_t batch, std::int64_t classes, int device, bool reducing) {
-    return plan_blocks(chunk_of(1), experts * batch, classes, processors_of(device), reducing);
-}
-
-Workspace dkt_workspace(int experts, std::int64_t batch, const BlockPlan& plan) {
-    return Workspace(plan, batch, 3, stream_bytes(ExpertCounts{}, experts));
-}
-
-Workspace cross_entropy_workspace(int experts, std::int64_t batch, const BlockPlan& plan) {
-    return Workspace(plan, experts * batch, 1, sizeof(SoftmaxState<float>));
-}
-
-DktArguments arguments_of(const DktCall& call, const BlockPlan& plan) {
-    return {call, options_of<float>(call), plan};
-}
+DktArguments arguments_of(const DktCall& call, const BlockPlan& plan) { return {call, options_of<float>(call), plan}; }
 
 CrossEntropyArguments arguments_of(const CrossEntropyCall& call, const BlockPlan& plan) {
     return {call.logits, call.target, static_cast<const float*>(call.bias), call.bias_stride,
             float(call.label_smoothing), static_cast<float*>(call.saved), plan};
 }
 
-}  // namespace
-
-std::size_t cuda_dkt_workspace(int experts, std::int64_t batch, std::int64_t classes, int device) {
-    return dkt_workspace(experts, batch, dkt_plan(experts, batch, classes, device, true)).floats();
+template <int K>
+void end_dkt(const DktCall& call, const BlockPlan& plan, const Workspace& workspace, float* memory, float* kept,
+             float* loss, float* terms, cudaStream_t stream) {
+    const std::int64_t blocks = Workspace::blocks_of_end(call.logits.batch);
+    const auto* rows = kept == nullptr ? reinterpret_cast<const DktRow<K>*>(memory) : nullptr;
+    dkt_end_kernel<K><<<unsigned(blocks), kWarp, 0, stream>>>(arguments_of(call, plan), rows, memory, kept,
+                                                              workspace.sums_in(memory), workspace.ticket_in(memory),
+                                                              loss, terms);
+    check_launch("dkt_loss, ends of rows", call.logits, blocks, kWarp);
 }
 
-std::size_t cuda_cross_entropy_workspace(int experts, std::int64_t batch, std::int64_t classes, int device) {
-    return cross_entropy_workspace(experts, batch, cross_entropy_plan(experts, batch, classes, device, true)).floats();
+}  // namespace
+
+std::size_t cuda_dkt_workspace(const Experts& logits, int device) {
+    return dkt_workspace(logits, dkt_plan(logits, device, true)).floats();
+}
+
+std::size_t cuda_dkt_both_workspace(const Experts& logits, int device) {
+    return resident_plan(logits, device).bytes > 0 ? both_workspace(logits.batch).floats() : 0;
+}
+
+std::size_t cuda_cross_entropy_workspace(const Experts& logits, bool biased, int device) {
+    return cross_entropy_workspace(logits, cross_entropy_plan(logits, biased, device, true)).floats();
 }
 
 void cuda_dkt_forward(const DktCall& call, float* memory, float* loss, float* terms, const CudaQueue& queue) {
@@ -125,28 +142,64 @@ void cuda_dkt_forward(const DktCall& call, float* memory, float* loss, float* te
     check_call("dkt_loss", logits);
     const CurrentDevice current(queue.device);
     const auto stream = static_cast<cudaStream_t>(queue.stream);
-    const BlockPlan plan = dkt_plan(logits.count, logits.batch, logits.classes, queue.device, true);
-    const Workspace workspace = dkt_workspace(logits.count, logits.batch, plan);
-    unsigned* tickets = tickets_of(workspace, memory, stream);
+    const BlockPlan plan = dkt_plan(logits, queue.device, true);
+    const Workspace workspace = dkt_workspace(logits, plan);
     const std::int64_t blocks = plan.blocks(logits.batch);
-    forward_kernel(ExpertCounts{}, logits.count)<<<unsigned(blocks), plan.threads(), 0, stream>>>(
-        arguments_of(call, plan), memory, memory + workspace.terms + workspace.tickets, tickets);
-    check_launch("dkt_loss forward", logits, blocks, plan.threads());
-    sum_kernel<<<1, kSumBlock, 0, stream>>>(memory, logits.batch, 3, 1.0 / double(logits.batch), call.hardest_weight,
-                                            call.mutual_weight, call.factors, loss, terms);
-    check_launch("dkt_loss sum over the batch", logits, 1, kSumBlock);
+    with_count(logits.count, [&](auto experts) {
+        with_flag(four_bytes(logits.dtype), [&](auto wide) {
+            constexpr int K = decltype(experts)::value;
+            dkt_forward_kernel<K, decltype(wide)::value><<<unsigned(blocks), plan.threads(), 0, stream>>>(
+                arguments_of(call, plan), reinterpret_cast<DktRow<K>*>(memory), workspace.ticket_in(memory));
+        });
+        check_launch("dkt_loss forward", logits, blocks, plan.threads());
+        end_dkt<decltype(experts)::value>(call, plan, workspace, memory, nullptr, loss, terms, stream);
+    });
 }
 
-void cuda_dkt_backward(const DktCall& call, const Experts& gradient, const float* grad_output, const CudaQueue& queue) {
+void cuda_dkt_backward(const DktCall& call, const Experts& gradient, const float* grad_output, const float* kept,
+                       float* expected, const CudaQueue& queue) {
     const Experts& logits = call.logits;
     check_call("dkt_loss", logits);
     const CurrentDevice current(queue.device);
-    const BlockPlan plan = dkt_plan(logits.count, logits.batch, logits.classes, queue.device, false);
+    const BlockPlan plan = dkt_plan(logits, queue.device, kept != nullptr);  // nearly no work is left of a kept one
     const std::int64_t blocks = plan.blocks(logits.batch);
-    backward_kernel(ExpertCounts{}, logits.count)<<<unsigned(blocks), plan.threads(), 0,
-                                                    static_cast<cudaStream_t>(queue.stream)>>>(
-        arguments_of(call, plan), gradient, grad_output);
+    const auto stream = static_cast<cudaStream_t>(queue.stream);
+    with_count(logits.count, [&](auto experts) {
+        with_flag(four_bytes(logits.dtype), [&](auto wide) {
+            dkt_backward_kernel<decltype(experts)::value, decltype(wide)::value>
+                <<<unsigned(blocks), plan.threads(), 0, stream>>>(arguments_of(call, plan), gradient, grad_output, kept,
+                                                                  expected);
+        });
+    });
     check_launch("dkt_loss backward", logits, blocks, plan.threads());
+}
+
+void cuda_dkt_both(const DktCall& call, const Experts& gradient, const float* expected, float* kept, float* memory,
+                   float* loss, float* terms, const CudaQueue& queue) {
+    const Experts& logits = call.logits;
+    check_call("dkt_loss", logits);
+    const CurrentDevice current(queue.device);
+    const auto stream = static_cast<cudaStream_t>(queue.stream);
+    const ResidentPlan plan = resident_plan(logits, queue.device);
+    if (plan.bytes == 0) throw std::runtime_error("dkt_loss: the rows cannot be kept in shared memory");
+    const Workspace workspace = both_workspace(logits.batch);
+    const std::int64_t blocks = plan.blocks.blocks(logits.batch);
+    with_count<kMostResident>(logits.count, [&](auto experts) {
+        constexpr int K = decltype(experts)::value;
+        with_flag(four_bytes(logits.dtype), [&](auto wide) {
+            constexpr bool kFloat = decltype(wide)::value;
+            using R = Rows<K, kFloat>;
+            const auto kernel = &dkt_both_kernel<K, kFloat>;
+            check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes),
+                  "cudaFuncSetAttribute(" + std::to_string(plan.bytes) + " bytes of shared memory)");
+            kernel<<<unsigned(blocks), plan.blocks.threads(), std::size_t(plan.bytes), stream>>>(
+                arguments_of(call, plan.blocks), gradient, expected, kept, memory, workspace.ticket_in(memory),
+                plan.blocks.threads() * int(R::kPacket), K * plan.blocks.rows * R::kBytes);
+        });
+        check_launch("dkt_loss forward and backward", logits, blocks, plan.blocks.threads());
+        end_dkt<K>(call, plan.blocks, workspace, memory, kept, loss, terms, stream);
+    });
 }
 
 void cuda_cross_entropy_forward(const CrossEntropyCall& call, float* memory, float* loss, const CudaQueue& queue) {
@@ -154,16 +207,24 @@ void cuda_cross_entropy_forward(const CrossEntropyCall& call, float* memory, flo
     check_call("expert_cross_entropy", logits);
     const CurrentDevice current(queue.device);
     const auto stream = static_cast<cudaStream_t>(queue.stream);
-    const std::int64_t rows = logits.count * logits.batch;
-    const BlockPlan plan = cross_entropy_plan(logits.count, logits.batch, logits.classes, queue.device, true);
-    const Workspace workspace = cross_entropy_workspace(logits.count, logits.batch, plan);
-    unsigned* tickets = tickets_of(workspace, memory, stream);
-    const std::int64_t blocks = plan.blocks(rows);
-    cross_entropy_forward_kernel<<<unsigned(blocks), plan.threads(), 0, stream>>>(
-        arguments_of(call, plan), memory, memory + workspace.terms + workspace.tickets, tickets);
+    const BlockPlan plan = cross_entropy_plan(logits, call.bias != nullptr, queue.device, true);
+    const Workspace workspace = cross_entropy_workspace(logits, plan);
+    auto* parts = reinterpret_cast<CrossEntropyPart*>(memory);
+    const std::int64_t blocks = plan.blocks(logits.count * logits.batch);
+    with_flag(four_bytes(logits.dtype), [&](auto wide) {
+        with_flag(call.bias != nullptr, [&](auto biased) {
+            with_flag(call.label_smoothing != 0, [&](auto smoothing) {
+                cross_entropy_forward_kernel<decltype(wide)::value, decltype(biased)::value, decltype(smoothing)::value>
+                    <<<unsigned(blocks), plan.threads(), 0, stream>>>(arguments_of(call, plan), parts,
+                                                                      workspace.ticket_in(memory));
+            });
+        });
+    });
     check_launch("expert_cross_entropy forward", logits, blocks, plan.threads());
-    sum_kernel<<<1, kSumBlock, 0, stream>>>(memory, rows, 1, 1.0 / double(logits.batch), 0, 0, nullptr, loss, nullptr);
-    check_launch("expert_cross_entropy sum over the batch", logits, 1, kSumBlock);
+    const std::int64_t blocks_of_end = Workspace::blocks_of_end(logits.batch);
+    cross_entropy_end_kernel<<<unsigned(blocks_of_end), kWarp, 0, stream>>>(
+        arguments_of(call, plan), parts, workspace.sums_in(memory), workspace.ticket_in(memory), loss);
+    check_launch("expert_cross_entropy, ends of rows", logits, blocks_of_end, kWarp);
 }
 
 void cuda_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const float* grad_output,
@@ -171,11 +232,15 @@ void cuda_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gr
     const Experts& logits = call.logits;
     check_call("expert_cross_entropy", logits);
     const CurrentDevice current(queue.device);
-    const std::int64_t rows = logits.count * logits.batch;
-    const BlockPlan plan = cross_entropy_plan(logits.count, logits.batch, logits.classes, queue.device, false);
-    const std::int64_t blocks = plan.blocks(rows);
-    cross_entropy_backward_kernel<<<unsigned(blocks), plan.threads(), 0, static_cast<cudaStream_t>(queue.stream)>>>(
-        arguments_of(call, plan), gradient, grad_output);
+    const BlockPlan plan = cross_entropy_plan(logits, call.bias != nullptr, queue.device, false);
+    const std::int64_t blocks = plan.blocks(logits.count * logits.batch);
+    const auto stream = static_cast<cudaStream_t>(queue.stream);
+    with_flag(four_bytes(logits.dtype), [&](auto wide) {
+        with_flag(call.bias != nullptr, [&](auto biased) {
+            cross_entropy_backward_kernel<decltype(wide)::value, decltype(biased)::value>
+                <<<unsigned(blocks), plan.threads(), 0, stream>>>(arguments_of(call, plan), gradient, grad_output);
+        });
+    });
     check_launch("expert_cross_entropy backward", logits, blocks, plan.threads());
 }
 

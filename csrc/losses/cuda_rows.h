@@ -1,7 +1,7 @@
 // Rows of logits and gradients in device memory, as chunks of classes in registers.
 //
-// The storage type and the alignment are branches that all threads of a row take alike: templates on them would
-// multiply the number of kernels, and the build time, for a few instructions a chunk.
+// float32 is a parameter of the templates, because its chunks have fewer classes. Whether two bytes are a bfloat16 or a
+// float16, and the alignment, are branches that all threads of a row take alike.
 #pragma once
 
 #include <cstdint>
@@ -14,41 +14,171 @@
 namespace shike {
 namespace {
 
-// How a chunk is accessed: with wide loads and stores of one type, or element by element.
-enum class Access : int { kFloat32, kBFloat16, kFloat16, kEach };
+// How chunks that no end of the row cuts are accessed.
+enum class Access : int {
+    kWide,     // one packet of 16 bytes (8 for more than four experts of two bytes) an expert
+    kShifted,  // the same, but experts are misaligned to each other: two packets, of which parts are taken
+    kEach      // element by element: other strides
+};
 
 // The same row of K experts, in chunks of N classes.
-template <int K, int N = chunk_of(K)>
+template <int K, bool kFloat, int kChunk = chunk_of(K, kFloat)>
 struct Rows {
+    static constexpr int N = kChunk;
+    static constexpr int kBytes = kFloat ? 4 : 2;    // of an element
+    static constexpr unsigned kPacket = N * kBytes;  // bytes of a chunk
+    static constexpr int kWords = kPacket / 4;
+    using Words = std::uint32_t[K][kWords];
+
     char* row[K];
     const Matrix* expert;
-    DType dtype;
     int classes;
-    int shift;      // distance of the first logit from the boundary that chunks start at
-    Access access;  // of chunks that are not cut by the end of the row
+    int shift;         // distance of the first logit from the boundary that chunks start at
+    bool half;         // float16
+    Access access;
+    int first, last;   // chunks from first to last are read in packets
 
-    __device__ Rows(const Matrix* matrices, DType type, std::int64_t b, int class_count)
-        : expert(matrices), dtype(type), classes(class_count) {
-        const int bytes = bytes_of(dtype), below_boundary = (N * bytes < 16 ? N * bytes : 16) - 1;
-        bool alike = true;
+    __device__ Rows(const Matrix* matrices, DType dtype, std::int64_t b, std::int64_t batch, int class_count)
+        : expert(matrices), classes(class_count), half(dtype == DType::kFloat16) {
+        bool contiguous = true, packed = true;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            row[k] = static_cast<char*>(expert[k].data) + b * expert[k].row_stride * bytes;
-            alike &= expert[k].class_stride == 1;
-            alike &= (int(reinterpret_cast<std::uintptr_t>(row[k]) ^ reinterpret_cast<std::uintptr_t>(row[0])) &
-                      below_boundary) == 0;
+            row[k] = static_cast<char*>(expert[k].data) + b * expert[k].row_stride * kBytes;
+            contiguous &= expert[k].class_stride == 1;
+            packed &= expert[k].row_stride == classes;
         }
-        shift = alike ? (int(reinterpret_cast<std::uintptr_t>(row[0])) & below_boundary) / bytes : 0;
-        access = !alike                     ? Access::kEach
-                 : dtype == DType::kFloat32 ? Access::kFloat32
-                 : dtype == DType::kFloat16 ? Access::kFloat16
-                                            : Access::kBFloat16;
+        align(contiguous, contiguous ? int(reinterpret_cast<std::uintptr_t>(row[0]) % kSector) / kBytes : 0);
+        // Packets that an end of the row cuts may reach into other rows, where these are next to it and not too few.
+        const bool before = packed && b * classes >= N - 1, behind = packed && (batch - 1 - b) * classes >= N - 1;
+        first = access == Access::kShifted ? N : before ? 1 - N : 0;
+        last = access == Access::kShifted ? classes - 2 * N : behind ? classes - 1 : classes - N;
+        keep_in_registers();
     }
 
     // For rows that are written in the chunks of other rows.
     __device__ void in_chunks_of(const Rows& other) {
-        if (other.access == Access::kEach || other.shift != shift) access = Access::kEach;
-        // Opaque to the compiler, which would rather compute all this again for each chunk than keep it in registers.
+        align(access != Access::kEach, other.shift);
+        keep_in_registers();
+    }
+
+    // Whether a chunk, and `margin` classes on either side, lie in the row.
+    __device__ bool inside(int c, int margin = 0) const { return c >= margin && c <= classes - N - margin; }
+    // Whether a chunk can be read with this access.
+    __device__ bool reads(Access with, int c) const { return access == with && c >= first && c <= last; }
+
+    __device__ float load_one(int k, int c) const { return as_float(load_bits(row[k] + std::int64_t(c) * step(k), true)); }
+
+    __device__ void store_one(int k, int c, float value) const {
+        store_bits(row[k] + std::int64_t(c) * step(k), as_bits(value), true);
+    }
+
+    // The words of the classes c ... c + N - 1; what lies outside the row is undefined.
+    __device__ __forceinline__ void fetch(int c, Words& words) const {
+#pragma unroll
+        for (int k = 0; k < K; ++k) load_words(row[k] + std::int64_t(c) * kBytes, words[k]);
+    }
+    __device__ __forceinline__ void fetch_shifted(int c, Words& words) const {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const char* from = row[k] + std::int64_t(c) * kBytes;
+            const unsigned bytes = misaligned(from);
+            std::uint32_t low[kWords], high[kWords] = {}, both[2 * kWords];
+            load_words(from - bytes, low);
+            if (bytes != 0) load_words(from - bytes + kPacket, high);
+#pragma unroll
+            for (int i = 0; i < kWords; ++i) {
+                both[i] = low[i];
+                both[kWords + i] = high[i];
+            }
+            shift_words<kWords, !kFloat>(both, bytes, words[k]);
+        }
+    }
+
+    __device__ __forceinline__ void widen(const Words& words, float (&z)[N][K]) const {
+        if constexpr (kFloat) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+#pragma unroll
+                for (int k = 0; k < K; ++k) z[i][k] = __uint_as_float(words[k][i]);
+            }
+        } else if (half) {
+#pragma unroll
+            for (int i = 0; i < N; i += 2) {
+#pragma unroll
+                for (int k = 0; k < K; ++k) widen_float16(words[k][i / 2], z[i][k], z[i + 1][k]);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i += 2) {
+#pragma unroll
+                for (int k = 0; k < K; ++k) widen_bfloat16(words[k][i / 2], z[i][k], z[i + 1][k]);
+            }
+        }
+    }
+
+    // The same for any c, element by element.
+    __device__ __forceinline__ void fetch_each(int c, Words& words) const {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const std::int64_t bytes = step(k);
+            const char* from = row[k] + c * bytes;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const std::uint32_t bits = load_bits(from, unsigned(c + i) < unsigned(classes));
+                std::uint32_t& word = words[k][i * kBytes / 4];
+                word = kFloat || i % 2 == 0 ? bits : word | bits << 16;
+                from += bytes;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(int c, const float (&z)[N][K]) const {
+        Words words;
+        if constexpr (kFloat) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+#pragma unroll
+                for (int i = 0; i < N; ++i) words[k][i] = __float_as_uint(z[i][k]);
+            }
+        } else if (half) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+#pragma unroll
+                for (int i = 0; i < N; i += 2) words[k][i / 2] = narrow_to_float16(z[i][k], z[i + 1][k]);
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+#pragma unroll
+                for (int i = 0; i < N; i += 2) words[k][i / 2] = narrow_to_bfloat16(z[i][k], z[i + 1][k]);
+            }
+        }
+        if (access == Access::kEach || !inside(c)) {
+            store_each(c, words);
+        } else if (access == Access::kWide) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) store_words(row[k] + std::int64_t(c) * kBytes, words[k]);
+        } else {
+#pragma unroll
+            for (int k = 0; k < K; ++k) store_shifted(row[k] + std::int64_t(c) * kBytes, words[k]);
+        }
+    }
+
+private:
+    __device__ static unsigned misaligned(const char* address) {
+        return unsigned(reinterpret_cast<std::uintptr_t>(address)) & (kPacket - 1);
+    }
+
+    __device__ void align(bool contiguous, int boundary) {
+        shift = boundary;
+        bool aligned = true;
+#pragma unroll
+        for (int k = 0; k < K; ++k) aligned &= misaligned(row[k] - boundary * kBytes) == 0;
+        access = !contiguous ? Access::kEach : aligned ? Access::kWide : Access::kShifted;
+    }
+
+    // Opaque to the compiler, which would rather compute this again for each chunk.
+    __device__ void keep_in_registers() {
 #pragma unroll
         for (int k = 0; k < K; ++k) asm volatile("" : "+l"(row[k]));
         int opaque = int(access);
@@ -56,182 +186,133 @@ struct Rows {
         access = Access(opaque);
     }
 
-    __device__ bool inside(int c) const { return c >= 0 && c <= classes - N; }
-
-    __device__ float load_one(int k, int c) const {
-        return as_float(load_bits(row[k] + std::int64_t(c) * step(k), true));
-    }
-
-    __device__ void store_one(int k, int c, float value) const {
-        store_bits(row[k] + std::int64_t(c) * step(k), as_bits(value), true);
-    }
-
-    // The classes c ... c + N - 1. Those outside the row are 0.
-    __device__ __forceinline__ void load(int c, float (&z)[N][K]) const {
-        switch (inside(c) ? access : Access::kEach) {
-            case Access::kBFloat16: {
-                std::uint32_t words[K][N / 2];
-#pragma unroll
-                for (int k = 0; k < K; ++k) load_words(row[k] + std::int64_t(c) * 2, words[k]);
-#pragma unroll
-                for (int i = 0; i < N; i += 2) {
-#pragma unroll
-                    for (int k = 0; k < K; ++k) widen_bfloat16(words[k][i / 2], z[i][k], z[i + 1][k]);
-                }
-                break;
-            }
-            case Access::kFloat16: {
-                std::uint32_t words[K][N / 2];
-#pragma unroll
-                for (int k = 0; k < K; ++k) load_words(row[k] + std::int64_t(c) * 2, words[k]);
-#pragma unroll
-                for (int i = 0; i < N; i += 2) {
-#pragma unroll
-                    for (int k = 0; k < K; ++k) widen_float16(words[k][i / 2], z[i][k], z[i + 1][k]);
-                }
-                break;
-            }
-            case Access::kFloat32: {
-                std::uint32_t words[K][N];
-#pragma unroll
-                for (int k = 0; k < K; ++k) load_words(row[k] + std::int64_t(c) * 4, words[k]);
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-#pragma unroll
-                    for (int k = 0; k < K; ++k) z[i][k] = __uint_as_float(words[k][i]);
-                }
-                break;
-            }
-            default:
-                load_each(c, z);
-        }
-    }
-
-    __device__ __forceinline__ void store(int c, const float (&z)[N][K]) const {
-        switch (inside(c) ? access : Access::kEach) {
-            case Access::kBFloat16:
-#pragma unroll
-                for (int k = 0; k < K; ++k) {
-                    std::uint32_t words[N / 2];
-#pragma unroll
-                    for (int i = 0; i < N; i += 2) words[i / 2] = narrow_to_bfloat16(z[i][k], z[i + 1][k]);
-                    store_words(row[k] + std::int64_t(c) * 2, words);
-                }
-                break;
-            case Access::kFloat16:
-#pragma unroll
-                for (int k = 0; k < K; ++k) {
-                    std::uint32_t words[N / 2];
-#pragma unroll
-                    for (int i = 0; i < N; i += 2) words[i / 2] = narrow_to_float16(z[i][k], z[i + 1][k]);
-                    store_words(row[k] + std::int64_t(c) * 2, words);
-                }
-                break;
-            case Access::kFloat32:
-#pragma unroll
-                for (int k = 0; k < K; ++k) {
-                    std::uint32_t words[N];
-#pragma unroll
-                    for (int i = 0; i < N; ++i) words[i] = __float_as_uint(z[i][k]);
-                    store_words(row[k] + std::int64_t(c) * 4, words);
-                }
-                break;
-            default:
-                store_each(c, z);
-        }
-    }
-
-private:
-    // From class to class. Opaque to the compiler, which would keep many multiples of it in registers for accesses of
-    // single elements, which are rare.
+    // From class to class, read anew each time: the compiler would keep it in registers for accesses of single elements,
+    // which are rare.
     __device__ std::int64_t step(int k) const {
-        std::int64_t bytes = expert[k].class_stride * bytes_of(dtype);
-        asm volatile("" : "+l"(bytes));
-        return bytes;
+        int none;
+        asm volatile("mov.u32 %0, 0;" : "=r"(none));
+        return expert[k + none].class_stride * kBytes;
     }
 
     __device__ float as_float(std::uint32_t bits) const {
-        float wide = __uint_as_float(bits), none;
-        if (dtype == DType::kBFloat16) wide = __uint_as_float(bits << 16);
-        if (dtype == DType::kFloat16) widen_float16(bits, wide, none);
+        if (kFloat) return __uint_as_float(bits);
+        float wide = __uint_as_float(bits << 16), none;
+        if (half) widen_float16(bits, wide, none);
         return wide;
     }
 
     __device__ std::uint32_t as_bits(float value) const {
-        std::uint32_t bits = __float_as_uint(value);
-        if (dtype == DType::kBFloat16) bits = narrow_to_bfloat16(value, 0);
-        if (dtype == DType::kFloat16) bits = narrow_to_float16(value, 0);
-        return bits;
+        if (kFloat) return __float_as_uint(value);
+        return half ? narrow_to_float16(value, 0) : narrow_to_bfloat16(value, 0);
     }
 
     // Elements one by one are predicated: branches would make the accesses of a chunk wait for each other.
     __device__ __forceinline__ std::uint32_t load_bits(const char* from, bool present) const {
-        const bool two_bytes = dtype != DType::kFloat32;
         std::uint32_t bits = 0;
-        asm("{ .reg .pred p, q; setp.ne.s32 p, %2, 0; setp.ne.s32 q, %3, 0;\n"
-            "  @p ld.global.nc.u16 %0, [%1]; @q ld.global.nc.u32 %0, [%1]; }"
-            : "+r"(bits)
-            : "l"(from), "r"(int(present && two_bytes)), "r"(int(present && !two_bytes)));
+        if constexpr (kFloat) {
+            asm("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.u32 %0, [%1]; }"
+                : "+r"(bits)
+                : "l"(from), "r"(int(present)));
+        } else {
+            asm("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.u16 %0, [%1]; }"
+                : "+r"(bits)
+                : "l"(from), "r"(int(present)));
+        }
         return bits;
     }
 
     __device__ __forceinline__ void store_bits(char* to, std::uint32_t bits, bool present) const {
-        const bool two_bytes = dtype != DType::kFloat32;
-        asm volatile(
-            "{ .reg .pred p, q; setp.ne.s32 p, %2, 0; setp.ne.s32 q, %3, 0;\n"
-            "  @p st.global.u16 [%0], %1; @q st.global.u32 [%0], %1; }" ::"l"(to),
-            "r"(bits), "r"(int(present && two_bytes)), "r"(int(present && !two_bytes))
-            : "memory");
-    }
-
-    __device__ __forceinline__ void load_each(int c, float (&z)[N][K]) const {
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-            const std::int64_t bytes = step(k);
-            const char* from = row[k] + c * bytes;
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                z[i][k] = __uint_as_float(load_bits(from, unsigned(c + i) < unsigned(classes)));
-                from += bytes;
-            }
-        }
-        if (dtype == DType::kBFloat16) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-#pragma unroll
-                for (int k = 0; k < K; ++k) z[i][k] = __uint_as_float(__float_as_uint(z[i][k]) << 16);
-            }
-        } else if (dtype == DType::kFloat16) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-#pragma unroll
-                for (int k = 0; k < K; ++k) z[i][k] = as_float(__float_as_uint(z[i][k]));
-            }
+        if constexpr (kFloat) {
+            asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u32 [%0], %1; }" ::"l"(to), "r"(bits),
+                         "r"(int(present))
+                         : "memory");
+        } else {
+            asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u16 [%0], %1; }" ::"l"(to), "r"(bits),
+                         "r"(int(present))
+                         : "memory");
         }
     }
 
-    __device__ __forceinline__ void store_each(int c, const float (&z)[N][K]) const {
-        std::uint32_t bits[N][K];
+    // A chunk that begins between two packets.
+    __device__ __forceinline__ void store_shifted(char* to, const std::uint32_t (&words)[kWords]) const {
+        if (kFloat || (misaligned(to) & 2u) == 0) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                const std::uint32_t half = dtype == DType::kBFloat16 ? narrow_to_bfloat16(z[i][k], 0)
-                                                                     : narrow_to_float16(z[i][k], 0);
-                bits[i][k] = dtype == DType::kFloat32 ? __float_as_uint(z[i][k]) : half;
+            for (int i = 0; i < kWords; ++i) {
+                asm volatile("st.global.u32 [%0], %1;" ::"l"(to + 4 * i), "r"(words[i]) : "memory");
             }
+            return;
         }
+        asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "r"(words[0]) : "memory");
+#pragma unroll
+        for (int i = 1; i < kWords; ++i) {
+            asm volatile("st.global.u32 [%0], %1;" ::"l"(to + 4 * i - 2), "r"(__funnelshift_r(words[i - 1], words[i], 16))
+                         : "memory");
+        }
+        asm volatile("st.global.u16 [%0], %1;" ::"l"(to + 4 * kWords - 2), "r"(words[kWords - 1] >> 16) : "memory");
+    }
+
+    // Any chunk, element by element; pairs of two-byte elements in one access where they begin at a multiple of 4 bytes.
+    __device__ __forceinline__ void store_each(int c, const Words& words) const {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             const std::int64_t bytes = step(k);
             char* to = row[k] + c * bytes;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                store_bits(to, bits[i][k], unsigned(c + i) < unsigned(classes));
+                const std::uint32_t word = words[k][i * kBytes / 4];
+                bool present = unsigned(c + i) < unsigned(classes);
+                if (!kFloat) {
+                    const bool pair = access == Access::kWide && unsigned(c + i / 2 * 2) < unsigned(classes) &&
+                                      unsigned(c + i / 2 * 2 + 1) < unsigned(classes);
+                    if (i % 2 == 0 && pair) asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+                    present &= !pair;
+                }
+                store_bits(to, kFloat || i % 2 == 0 ? word : word >> 16, present);
                 to += bytes;
             }
         }
     }
+};
+
+// Calls work(c, z) for the chunks of a thread, in ascending order, and before that keep(words, c). The words of the next
+// kAhead chunks are under way while one chunk is worked on. Classes outside the row are undefined.
+template <int kAhead, int K, bool kFloat, int N, class Keep, class Work>
+__device__ __forceinline__ void for_chunks(const Rows<K, kFloat, N>& rows, int first, int stride, Keep keep,
+                                           Work work) {
+    typename Rows<K, kFloat, N>::Words words[kAhead];
+    bool under_way[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+        under_way[i] = rows.reads(Access::kWide, first + i * stride);
+        if (under_way[i]) rows.fetch(first + i * stride, words[i]);
+    }
+#pragma unroll 1
+    for (int round = first; round < rows.classes; round += kAhead * stride) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int c = round + i * stride;
+            if (i > 0 && c >= rows.classes) break;
+            float z[N][K];
+            if (!under_way[i]) {
+                if (rows.reads(Access::kShifted, c)) {
+                    rows.fetch_shifted(c, words[i]);
+                } else {
+                    rows.fetch_each(c, words[i]);
+                }
+            }
+            keep(words[i], c);
+            rows.widen(words[i], z);
+            const int next = c + kAhead * stride;
+            under_way[i] = rows.reads(Access::kWide, next);
+            if (under_way[i]) rows.fetch(next, words[i]);
+            work(c, z);
+        }
+    }
+}
+
+struct KeepNothing {
+    template <class Words>
+    __device__ void operator()(const Words&, int) const {}
 };
 
 }  // namespace

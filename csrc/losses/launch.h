@@ -24,15 +24,24 @@ void cpu_cross_entropy_both(const CrossEntropyCall& call, void* loss, const Expe
 // the device, so the calls can be captured in a CUDA graph. Every function throws std::runtime_error if CUDA reports an
 // error.
 
-// Floats of workspace that the forward needs: row terms, and partial states of rows that several blocks share.
-std::size_t cuda_dkt_workspace(int experts, std::int64_t batch, std::int64_t classes, int device);
-std::size_t cuda_cross_entropy_workspace(int experts, std::int64_t batch, std::int64_t classes, int device);
+// Floats of workspace that the forwards need; only shape and dtype of the logits matter. cuda_dkt_both has 0 where it
+// cannot run, because rows do not fit into shared memory.
+std::size_t cuda_dkt_workspace(const Experts& logits, int device);
+std::size_t cuda_dkt_both_workspace(const Experts& logits, int device);
+std::size_t cuda_cross_entropy_workspace(const Experts& logits, bool biased, int device);
 
 // Call them with batch >= 1 only.
 void cuda_dkt_forward(const DktCall& call, float* workspace, float* loss, float* terms, const CudaQueue& queue);
 void cuda_cross_entropy_forward(const CrossEntropyCall& call, float* workspace, float* loss, const CudaQueue& queue);
+// Forward and backward from one reading of the logits, for a grad_output of `expected`; kept: float [B], for the
+// backward. `expected` lies on the device, and the backward writes there what it was given.
+void cuda_dkt_both(const DktCall& call, const Experts& gradient, const float* expected, float* kept, float* workspace,
+                   float* loss, float* terms, const CudaQueue& queue);
 
-void cuda_dkt_backward(const DktCall& call, const Experts& gradient, const float* grad_output, const CudaQueue& queue);
+// `kept` and `expected`: null, or those of cuda_dkt_both, whose gradient is then left as it is where it was written for
+// this grad_output.
+void cuda_dkt_backward(const DktCall& call, const Experts& gradient, const float* grad_output, const float* kept,
+                       float* expected, const CudaQueue& queue);
 void cuda_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const float* grad_output,
                                  const CudaQueue& queue);
 

@@ -29,6 +29,28 @@ struct DktTerms {  // of one row, without the weights
     T mutual;         // sum_{i != j} KL(p_j || p_i)
 };
 
+// What the logits of a row, relative to a pivot, add up to: 1 / sum and log(sum), of the sum over the other classes and
+// the target, whichever of them is 1 (`leads`: the target's logit is the pivot, and `ratio` has to be multiplied by).
+template <class V>
+struct Normalizer {
+    V scale, log_sum;
+};
+
+#ifdef __CUDA_ARCH__
+// The pivot may lie above all logits of an expert, so that the sum is small.
+SHIKE_HD Normalizer<float> normalizer(bool leads, float sum, float ratio) {
+    const float total = leads ? 1 + sum * ratio : sum + ratio;
+    return {1 / total, total > 0.5f ? logarithm_1p(leads ? sum * ratio : sum - 1 + ratio) : logarithm(total)};
+}
+#else
+template <class Mask, class V>
+SHIKE_HD Normalizer<V> normalizer(Mask leads, V sum, V ratio) {
+    // The sum less 1: without the target it is 1 or more.
+    const V rest = leads ? sum * ratio : sum - 1 + ratio;
+    return {1 / (1 + rest), logarithm_1p(rest)};
+}
+#endif
+
 // Ends a row: the logits at the target, z_y, and at the hardest negative, z_h (any finite numbers if the term is off).
 // V is one row, or a vector of as many rows as it has lanes.
 template <class V, class T, int K>
@@ -46,9 +68,7 @@ SHIKE_HD DktTerms<V> finish(const DktState<V, K>& state, const V (&z_y)[K], cons
         const V one = all<V>(1), margin = z_y[k] - state.pivot[k];
         const auto leads = margin >= V{};  // the target's logit is the largest
         const V ratio = exponential(leads ? -margin : margin);
-        // The sum over all classes relative to the largest logit, less 1: the sum over the others is 1 or more.
-        const V rest = leads ? state.sum[k] * ratio : state.sum[k] - 1 + ratio;
-        const V scale = 1 / (1 + rest), log_rest = logarithm_1p(rest);
+        const auto [scale, log_rest] = normalizer(leads, state.sum[k], ratio);
         saved.pivot[k] = state.pivot[k];
         saved.p_scale[k] = scale * (leads ? ratio : one);
         p_target[k] = scale * (leads ? one : ratio);

@@ -30,7 +30,8 @@ class Fused:
         differentiable: the number of differentiable groups.
         shown: the number of results beside the first that the caller sees.
         both: what ``forward`` returns without the part for the backward, and what ``backward`` returns for a
-            ``grad_output`` of 1; None where it cannot. It is used where a gradient is wanted and no tracer is at work.
+            ``grad_output`` of 1; or what ``forward`` returns, and what ``backward`` takes as ``kept`` to complete it.
+            None where it cannot. It is used where a gradient is wanted and no tracer is at work.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class _Function(torch.autograd.Function):
         ctx.call, ctx.computed, ctx.kept = call, None, ()
         if op.both is not None and (both := op.both(*groups, *call.options)) is not None:
             results, ctx.computed = both
-            ctx.save_for_backward(*flat)
+            ctx.save_for_backward(*flat, *results[1 + op.shown :])
         else:
             results = op.forward(*groups, *call.options, *extra)
             ctx.save_for_backward(*flat, *results[1 + op.shown :])
@@ -179,7 +180,11 @@ class _Function(torch.autograd.Function):
         if ctx.computed is not None and not create_graph and is_plain(grad_output):
             # Handed over once: a second backward computes it anew.
             computed, ctx.computed = ctx.computed, None
-            if grad_output.item() != 1.0:
+            if not isinstance(computed, Tensor):
+                saved = ctx.saved_tensors
+                groups, results = call.groups(saved[: call.total]), saved[call.total :]
+                computed = op.backward(grad_output, *groups, *results, *call.options, kept=computed)
+            elif grad_output.item() != 1.0:
                 computed *= grad_output
         else:
             saved = ctx.saved_tensors
@@ -240,7 +245,7 @@ class _SecondDerivative(torch.autograd.Function):
 
 
 def _save(ctx: Any, call: _Call, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
-    ctx.call, ctx.computed = call, None
+    ctx.call, ctx.computed, ctx.kept = call, None, ()
     ctx.save_for_backward(*tensors, *results[1 + call.op.shown :])
     ctx.mark_non_differentiable(*results[1:])
     ctx.set_materialize_grads(False)

@@ -61,7 +61,7 @@ def fused_loss(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., Tensor],
     fake_forward: Callable[..., tuple[Tensor, ...]],
-    both: Callable[..., tuple[tuple[Tensor, ...], Tensor] | None] | None = None,
+    both: Callable[..., tuple[tuple[Tensor, ...], Any] | None] | None = None,
 ) -> Fused:
     """The kernels of a loss as operators; only the logits are differentiable.
 

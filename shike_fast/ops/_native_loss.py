@@ -6,7 +6,7 @@ and in the accumulation dtype.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from shike_fast.ops._checks import accumulation_dtype, gradient_like
 from shike_fast.ops._native import native
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType of csrc/common/dtype.h
+
+
+class Kept(NamedTuple):
+    """A gradient that a CUDA kernel wrote before ``grad_output`` was known."""
+
+    gradient: Tensor
+    rows: Tensor  # float32 [B]: for which grad_output; NaN: the row has no gradient yet
+    expected: Tensor  # float32 [], of the device: the grad_output of the last backward, which the next one may have too
+
+
+# By the number of the device. The value lies on the device, because nothing here may wait for it.
+_EXPECTED: dict[int, Tensor] = {}
 
 
 def shape_of(logits: Sequence[Tensor]) -> tuple[int, int, int]:
@@ -52,8 +64,8 @@ def dkt_forward(
         loss.zero_()
         terms.zero_()
     else:
-        size = native().cuda_dkt_workspace(*shape_of(logits), loss.device.index)
-        native().cuda_dkt_forward(**call, workspace=loss.new_empty(size), **queue_of(loss))
+        size = native().cuda_dkt_workspace(call["dtype"], *call["shape"], loss.device.index)
+        native().cuda_dkt_forward(**call, workspace=workspace_of(loss, size), **queue_of(loss))
     return loss, terms, saved
 
 
@@ -64,16 +76,18 @@ def dkt_backward(
     factors: Tensor | None,
     saved: Tensor,
     *options: Any,
+    kept: Kept | None = None,
 ) -> Tensor:
-    """Gradient [K, B, C] of the logits, times ``grad_output`` []."""
-    gradient = gradient_like(logits)
+    """Gradient [K, B, C] of the logits, times ``grad_output`` []; ``kept`` is what ``dkt_both`` has left of it."""
+    gradient = gradient_like(logits) if kept is None else kept.gradient
     call = _dkt_call(logits, target, saved, factors, *options)
     call["gradient"], call["grad_output"] = [gradient], grad_output
-    if gradient.device.type == "cpu":
+    if gradient.is_cpu:
         call["threads"] = torch.get_num_threads()
         native().cpu_dkt_backward(**call)
     elif gradient.numel() > 0:
-        native().cuda_dkt_backward(**call, **queue_of(gradient))
+        rows, expected = (None, None) if kept is None else kept[1:]
+        native().cuda_dkt_backward(**call, kept=rows, expected=expected, **queue_of(gradient))
     return gradient
 
 
@@ -86,15 +100,19 @@ def dkt_both(
     teacher_target_logit: float,
     student_target_logit: float,
     detach_teacher: bool,
-) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
-    """Loss [] and terms [3], and the gradient for a ``grad_output`` of 1, from one reading of the logits.
+) -> tuple[tuple[Tensor, ...], Tensor | Kept] | None:
+    """Results of ``dkt_forward`` and the gradient, from one reading of the logits; None where there is no such kernel.
 
-    None where that is no good: a gradient in low precision must be rounded after ``grad_output``, perhaps a loss scale,
-    is multiplied in, and GPUs have no such kernel.
+    On the CPU: loss [] and terms [3], and the gradient for a ``grad_output`` of 1. Not in low precision: there a
+    gradient must be rounded after ``grad_output``, perhaps a loss scale, is multiplied in.
+    On CUDA devices, where rows fit into shared memory: loss, terms and saved, and ``Kept`` for ``dkt_backward``.
     """
     first = logits[0]
     dtype = first.dtype
-    if not first.is_cpu or (dtype != torch.float32 and dtype != torch.float64):
+    if first.is_cuda:
+        options = hardest_weight, mutual_weight, teacher_target_logit, student_target_logit, detach_teacher
+        return _cuda_dkt_both(logits, target, factors, *options)
+    if dtype != torch.float32 and dtype != torch.float64:
         return None
     shape = shape_of(logits)
     scale = 1.0 / max(shape[1], 1)
@@ -118,6 +136,32 @@ def dkt_both(
     return (loss, terms), gradient
 
 
+def _cuda_dkt_both(
+    logits: Sequence[Tensor], target: Tensor, factors: Tensor | None, *options: Any
+) -> tuple[tuple[Tensor, ...], Kept] | None:
+    shape, queue = shape_of(logits), queue_of(logits[0])
+    size = native().cuda_dkt_both_workspace(DTYPES[logits[0].dtype], *shape, queue["device"]) if shape[1] else 0
+    expected = _expected(logits[0], queue["device"]) if size else None
+    if expected is None:
+        return None
+    loss, terms, saved = new_dkt_results(logits)
+    kept = Kept(gradient_like(logits), loss.new_empty(shape[1]), expected)
+    call = _dkt_call(logits, target, saved, factors, *options)
+    call["loss"], call["terms"], call["gradient"] = loss, terms, [kept.gradient]
+    call["kept"], call["expected"], call["workspace"] = kept.rows, expected, workspace_of(loss, size)
+    native().cuda_dkt_both(**call, **queue)
+    return (loss, terms, saved), kept
+
+
+def _expected(like: Tensor, device: int) -> Tensor | None:
+    """What backwards on a device were given; None while a graph is recorded, to whose memory it would belong."""
+    if device not in _EXPECTED:
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        _EXPECTED[device] = like.new_ones((), dtype=torch.float32)
+    return _EXPECTED[device]
+
+
 def cross_entropy_forward(
     logits: Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
@@ -129,8 +173,8 @@ def cross_entropy_forward(
     elif target.shape[0] == 0:
         loss.zero_()
     else:
-        size = native().cuda_cross_entropy_workspace(*shape_of(logits), loss.device.index)
-        native().cuda_cross_entropy_forward(**call, workspace=loss.new_empty(size), **queue_of(loss))
+        size = native().cuda_cross_entropy_workspace(call["dtype"], *call["shape"], bias is not None, loss.device.index)
+        native().cuda_cross_entropy_forward(**call, workspace=workspace_of(loss, size), **queue_of(loss))
     return loss, saved
 
 
@@ -214,6 +258,11 @@ def _dkt_call(
     call["student_target_logit"] = student_target_logit
     call["detach_teacher"] = detach_teacher
     return call
+
+
+def workspace_of(tensor: Tensor, floats: int) -> Tensor:
+    """Memory for a kernel beside a tensor."""
+    return tensor.new_empty(floats, dtype=torch.float32)
 
 
 def queue_of(tensor: Tensor) -> dict[str, int]:

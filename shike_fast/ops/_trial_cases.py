@@ -46,6 +46,8 @@ def _loss_cases(call: Callable[..., Callable[..., Tensor]]) -> Callable[[torch.d
         yield Case("float32 experts apart, not aligned", _several(function), apart)
         yield Case("float32 transposed", _one(function), (_random(device, 19, 5, 3).permute(2, 1, 0),))
         yield Case("float32 logits of 60", _one(function), (_random(device, 3, 5, 19, scale=60.0),))
+        below = _random(device, 3, 5, 19) - torch.tensor([0.0, 100.0, 0.0], device=device).view(3, 1, 1)
+        yield Case("float32 an expert far below the others", _one(function), (below,))
         yield Case("float32 equal logits", _one(function), (torch.ones(3, 5, 19, device=device),))
         for value in (float("nan"), float("inf")):
             logits = _random(device, 3, 5, 19)

@@ -185,8 +185,8 @@ _FUSED = fused_loss(
     shown=1,
     # the kernels divide by B; what else divides is in the weights
     forward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_forward(*args[:-1]),
-    backward=lambda *args: kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:-1]),
-    both=lambda *args: _native_loss.dkt_both(*args[:-1]) if args[-1] == "cpu" else None,
+    backward=lambda *args, **kept: kernels("dkt", args[-1], _native_loss).dkt_backward(*args[:-1], **kept),
+    both=lambda *args: _native_loss.dkt_both(*args[:-1]) if args[-1] in ("cpu", "cuda") else None,
     fake_forward=_native_loss.new_dkt_results,
 )
 

@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 ARGUMENTS = {
-    "loss_plan": (c_int, c_int64, c_int64, c_int, c_bool, POINTER(c_int)),
+    "loss_plan": (c_int, c_bool, c_int64, c_int64, c_int, c_bool, POINTER(c_int)),
+    "resident_plan": (c_int, c_bool, c_int64, c_int64, c_int, c_int, c_int, POINTER(c_int)),
     "threads_of_classes": (c_int, c_int, c_int, c_int, c_int, POINTER(c_int)),
     "fusion_plan": (POINTER(c_int64), POINTER(c_int64), c_int, c_int, c_int, c_int, c_bool, POINTER(c_int64)),
 }

@@ -8,20 +8,34 @@
 using std::int64_t;
 
 // group, rows and splits.
-extern "C" void loss_plan(int experts, int64_t rows, int64_t classes, int processors, bool reducing, int* numbers) {
-    const shike::BlockPlan plan = shike::plan_blocks(shike::chunk_of(experts), rows, classes, processors, reducing);
+extern "C" void loss_plan(int experts, bool four_bytes, int64_t rows, int64_t classes, int processors, bool reducing,
+                          int* numbers) {
+    const shike::BlockPlan plan =
+        shike::plan_blocks(shike::chunk_of(experts, four_bytes), rows, classes, processors, reducing);
     numbers[0] = plan.group;
     numbers[1] = plan.rows;
     numbers[2] = plan.splits;
 }
 
+// group and rows of blocks that keep their rows in shared memory, its bytes (0: they cannot), and the chunks of a thread.
+extern "C" void resident_plan(int experts, bool four_bytes, int64_t rows, int64_t classes, int processors,
+                              int of_processor, int of_block, int* numbers) {
+    const int chunk = shike::chunk_of(experts, four_bytes);
+    const shike::ResidentPlan plan = shike::plan_resident(chunk, experts * (four_bytes ? 4 : 2), rows, classes, processors,
+                                                          1024, {of_processor, of_block});
+    numbers[0] = plan.blocks.group;
+    numbers[1] = plan.blocks.rows;
+    numbers[2] = plan.bytes;
+    numbers[3] = plan.blocks.chunks_of_thread(int(classes));
+}
+
 // For each class of a row how many of its threads visit it, the last of them, how many BlockPlan::serves names, and the
 // last of those.
-extern "C" void threads_of_classes(int experts, int classes, int shift, int group, int splits, int (*numbers)[4]) {
-    const shike::BlockPlan plan{shike::chunk_of(experts), group, 1, splits};
+extern "C" void threads_of_classes(int chunk, int classes, int shift, int group, int splits, int (*numbers)[4]) {
+    const shike::BlockPlan plan(chunk, group, 1, splits);
     for (int split = 0; split < splits; ++split) {
         for (int thread = 0; thread < group; ++thread) {
-            for (int first = plan.first_class(thread, split, shift); first < classes; first += plan.stride()) {
+            for (int first = plan.first_class(thread, split, shift); first < classes; first += plan.stride) {
                 for (int c = first < 0 ? 0 : first; c < first + plan.chunk && c < classes; ++c) {
                     ++numbers[c][0];
                     numbers[c][1] = split * group + thread;

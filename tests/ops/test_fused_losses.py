@@ -231,6 +231,7 @@ def test_low_precision_is_widened_and_rounded_exactly(kernels, dtype, scale):
     for logits in (every, every.float()):
         leaf = logits.to(device).requires_grad_()
         loss = scale * expert_cross_entropy(leaf, target, backend=backend)
+        torch.autograd.grad(loss, leaf, retain_graph=True)  # perhaps of a kernel that only float32 has
         gradients.append(torch.autograd.grad(loss, leaf)[0].cpu())
     assert torch.equal(gradients[0], gradients[1].to(dtype))
 
@@ -293,7 +294,8 @@ def test_logits_far_apart(kernels, kind, distance, dtype):
             mine = functools.partial(loss, backend=backend)
             value, terms, gradient = run(mine, logits.to(device), target.to(device), "contiguous")
             tolerance = 1e-12 if dtype == torch.float64 else 3e-5
-            rounding = 12 * torch.finfo(dtype).eps * distance  # of the differences of logits that the divergence adds
+            # Of the differences of logits that the divergence adds, in thousands.
+            rounding = 12 * torch.finfo(dtype).eps * distance if distance > 60 else 0.0
             assert abs(value.item() - wide_loss.item()) <= tolerance * abs(wide_loss.item()) + rounding
             if dtype == torch.float32:
                 assert (terms.cpu() - wide_terms).abs().max() <= tolerance * wide_terms.abs().max() + rounding

@@ -15,22 +15,22 @@ Outcome = tuple[cuda, float]  # and the error, relative to what is allowed
 
 
 def _gradient(
-    logits: Tensor, target: Tensor, processors: int, order: Order | None = None
+    logits: Tensor, target: Tensor, processors: int = 132, keeps: bool = False
 ) -> tuple[cuda, Tensor, Tensor]:
     leaf = logits.detach().requires_grad_()
-    with cuda(processors, order or Order()) as device:
+    with cuda(processors, keeps=keeps) as device:
         loss = ops.dkt_loss(leaf, target, backend="cpu")
         loss.backward()
     assert leaf.grad is not None
     return device, loss.detach(), leaf.grad
 
 
-def _dkt(classes: int, batch: int = 2, offset: int = 1, processors: int = 132, order: Order | None = None) -> Outcome:
+def _dkt(classes: int, batch: int = 2, offset: int = 1, processors: int = 132, keeps: bool = False) -> Outcome:
     """Two experts in float32."""
     torch.manual_seed(0)
     strides = (batch * classes + offset, classes, 1)
     logits, target = strided(torch.randn(2, batch, classes) * 3, strides, offset), torch.randint(0, classes, (batch,))
-    device, loss, gradient = _gradient(logits, target, processors, order)
+    device, loss, gradient = _gradient(logits, target, processors, keeps)
     exact = logits.detach().double().requires_grad_()
     expected = ops.dkt_loss(exact, target, backend="reference")
     expected.backward()
@@ -42,8 +42,8 @@ def _rounding() -> Outcome:
     """The gradient in bfloat16 is that in float32, rounded."""
     torch.manual_seed(0)
     logits, target = (torch.randn(2, 4, 512) * 3).bfloat16(), torch.randint(0, 512, (4,))
-    _, _, wide = _gradient(logits.float(), target, 132)
-    device, _, narrow = _gradient(logits, target, 132)
+    _, _, wide = _gradient(logits.float(), target)
+    device, _, narrow = _gradient(logits, target)
     return device, (wide.bfloat16() != narrow).float().mean().item() / 0.01
 
 
@@ -81,7 +81,8 @@ SCENARIOS: dict[str, Callable[[], Outcome]] = {
     "row": lambda: _dkt(3000),
     "aligned row": lambda: _dkt(3000, offset=0),
     "row of a block": lambda: _dkt(20000),
-    "row of several blocks": lambda: _dkt(70000, 1, processors=2000),
+    "kept row": lambda: _dkt(3000, offset=0, keeps=True),
+    "many rows": lambda: _dkt(10, 70),
     "rounding": _rounding,
     "no class": _traps,
     "fusion": _norm,

@@ -19,7 +19,8 @@ class Fault(NamedTuple):
     skip: int = 0
 
 
-FORWARD, BACKWARD, STATISTICS = "dkt_forward_kernel<2>", "dkt_backward_kernel<2>", "dkf_statistics_kernel<0, 4>"
+FORWARD, BACKWARD, BOTH = (f"dkt_{way}_kernel<2, 1>" for way in ("forward", "backward", "both"))
+END, STATISTICS = "dkt_end_kernel<2>", "dkf_statistics_kernel<0, 4>"
 POOLING, GRADIENT, MERGE = "dkf_pooling_kernel<0, 4, 0>", "dkf_gradient_kernel<0, 4, 0>", "dkf_merge_kernel"
 SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+[^,;]*, %r\d+), %r\d+, (%r\d+, %r\d+);"
 BARRIER, FENCE, NOTHING = r"bar\.sync\s+0;", r"membar\.gl;", ""
@@ -27,50 +28,40 @@ BARRIER, FENCE, NOTHING = r"bar\.sync\s+0;", r"membar\.gl;", ""
 FAULTS = [
     # ---- order
     Fault("no barrier between warps", FORWARD, BARRIER, NOTHING, "row of a block", "read without a barrier"),
-    Fault(
-        "no fence before the ticket", FORWARD, FENCE, NOTHING, "row of several blocks", "without release and acquire", 1
-    ),
-    Fault(
-        "no fence after the ticket",
-        FORWARD,
-        FENCE,
-        NOTHING,
-        "row of several blocks",
-        "without release",
-        count=1,
-        skip=1,
-    ),
+    Fault("no barrier before the gradient", BOTH, BARRIER, NOTHING, "kept row", "read without a barrier"),
+    Fault("no fence before the ticket", END, FENCE, NOTHING, "many rows", "without release and acquire", 1),
+    Fault("no fence after the ticket", END, FENCE, NOTHING, "many rows", "without release", count=1, skip=1),
     Fault(
         "no __syncwarp after the ticket",
-        FORWARD,
+        END,
         r"bar\.warp\.sync\s+-1;",
         NOTHING,
-        "row of several blocks",
+        "many rows",
         "without __syncwarp",
     ),
     Fault(
-        "partial states read past the caches' coherence",
-        FORWARD,
-        r"ld\.volatile\.f32",
-        "ld.global.nc.f32",
-        "row of several blocks",
+        "sums of blocks read past the caches' coherence",
+        END,
+        r"ld\.volatile\.global\.f64|ld\.volatile\.f64",
+        "ld.global.nc.f64",
+        "many rows",
         "ld.global.nc of what the same launch writes",
         1,
     ),
     Fault(
         "a ticket that is not atomic",
-        FORWARD,
+        END,
         r"atom\.global\.add\.u32\s+(%r\d+), (\[%rd\d+\]), 1;",
         r"ld.global.u32 \1, \2; st.global.u32 \2, 1;",
-        "row of several blocks",
+        "many rows",
         "never written",
     ),
     Fault(
         "the first block merges, not the last",
-        FORWARD,
+        END,
         r"(atom\.global\.add\.u32\s+%r\d+, \[%rd\d+\]), 1;",
         r"\1, 0xFFFFFFFF;",
-        "row of several blocks",
+        "many rows",
         "error",
     ),
     Fault("pooling: no barrier", POOLING, BARRIER, NOTHING, "fusion", "without a barrier"),
@@ -90,8 +81,8 @@ FAULTS = [
     Fault(
         "an index off by one",
         FORWARD,
-        r"@q ld\.global\.nc\.u32 (%r\d+), \[(%rd\d+)\]",
-        r"@q ld.global.nc.u32 \1, [\2+4]",
+        r"@p ld\.global\.nc\.u32 (%r\d+), \[(%rd\d+)\]",
+        r"@p ld.global.nc.u32 \1, [\2+4]",
         "row",
         "ld.global: not allocated",
     ),
@@ -119,7 +110,16 @@ FAULTS = [
         "aligned row",
         "st.global: not allocated",
     ),
-    Fault("a result that is not stored", FORWARD, r"st\.global\.f32\s+[^;]*;", NOTHING, "row", "never written"),
+    Fault("a result that is not stored", END, r"st\.global\.f32\s+[^;]*;", NOTHING, "row", "never written"),
+    Fault("a state that is not stored", FORWARD, r"st\.global\.v4\.f32\s+[^;]*;", NOTHING, "row", "never written"),
+    Fault(
+        "a chunk kept in the place of another",
+        BOTH,
+        r"st\.shared\.v4\.u32\s+\[(%r\d+)\]",
+        r"st.shared.v4.u32 [\1+16]",
+        "kept row",
+        "error",
+    ),
     Fault(
         "a gradient that is not stored",
         BACKWARD,
@@ -147,7 +147,7 @@ FAULTS = [
     Fault(
         "a parameter beyond the last one",
         BACKWARD,
-        r"ld\.param\.u64\s+(%rd\d+), \[(\w+_param_2)\]",
+        r"ld\.param\.u64\s+(%rd\d+), \[(\w+_param_4)\]",
         r"ld.param.u64 \1, [\2+8]",
         "row",
         "ld.param: outside",
@@ -193,7 +193,7 @@ FAULTS = [
     ),
     Fault(
         "truncation in place of rounding",
-        BACKWARD,
+        "dkt_backward_kernel<2, 0>",
         r"cvt\.rn\.bf16x2\.f32 (%r\d+), (%f\d+), (%f\d+);",
         r"{ .reg .b32 high, low; mov.b32 high, \2; mov.b32 low, \3; prmt.b32 \1, low, high, 0x7632; }",
         "rounding",

@@ -5,9 +5,9 @@ from random import Random
 from typing import Any
 
 import torch
-from common import run, run_all, summary
+from common import run, run_all, strided, summary
 from host import cuda, native_loss
-from loss_inputs import LAYOUTS, OPS, VALUES, LossCase, check, evaluate
+from loss_inputs import LAYOUTS, OPS, VALUES, LossCase, check, evaluate, laid_out, values_of
 from outcomes import DTYPES, OTHER_ORDERS, Outcome
 from torch import Tensor
 
@@ -39,7 +39,7 @@ def difficult_rows() -> dict[str, tuple[Tensor, Tensor, int]]:
 
 
 def hardest_negatives() -> dict[str, Outcome]:
-    """Saved are the largest logits and the hardest negative, the lowest of tied classes, both exactly."""
+    """Saved are the hardest negative, the lowest of tied classes, and what makes probabilities of logits."""
     outcomes = {}
     for name, (z, target, processors) in difficult_rows().items():
         outcome = outcomes[name] = Outcome()
@@ -48,9 +48,11 @@ def hardest_negatives() -> dict[str, Outcome]:
             gradient = native_loss.dkt_backward(torch.ones(()), [z], target, None, saved, *BATCH_MEAN)
         outcome.seen("lockstep", device)
         places = target.view(1, -1, 1)
-        maxima = z.scatter(2, places.expand(3, -1, 1), -torch.inf).amax(2)
         total = (z[0] + z[1] + z[2]).scatter(1, places[0], -torch.inf)
-        outcome.same("maxima", saved[:, :3], maxima.T)
+        pivot, scale = (saved.double().T[first : first + 3, :, None] for first in (0, 3))
+        others = torch.ones_like(z, dtype=torch.bool).scatter(2, places.expand(3, -1, 1), False)
+        p = (scale * (z.double() - pivot).exp())[others], z.double().softmax(2)[others]
+        outcome.within("probability", (p[0] - p[1]).abs().max().item(), 2e-6)
         outcome.same("hardest negative", saved[:, -1], torch.from_numpy(total.numpy().argmax(1)).float())
         options = {"hardest_weight": 1.0, "mutual_weight": 1.0, "kl_reduction": "batchmean", "return_terms": True}
         exact = evaluate("dkt", z.double(), target, 1.0, "reference", **options)
@@ -84,24 +86,96 @@ def terms_that_are_off() -> dict[str, Outcome]:
     return outcomes
 
 
+# ---- one pivot for all experts
+
+
+def apart(distance: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Logits of three experts, one far below the others, and one class far above the others; and the targets."""
+    torch.manual_seed(int(distance))
+    z = 2 * torch.randn(3, 6, 700)
+    z[1] -= distance
+    z[:, 2, 40] += distance  # the teacher's other classes are far below its pivot
+    z[:2, 3, 50] += distance
+    z[2, 4, 30] += 3 * distance
+    return z.to(dtype), torch.tensor([0, 700 - 1, 5, 50, 300, 40])
+
+
+def experts_apart() -> dict[str, Outcome]:
+    """Their exponentials vanish beside the others', so that some rows are computed in the general way."""
+    outcomes = {}
+    options = {"kl_reduction": "batchmean", "return_terms": True}
+    for distance, keeps in itertools.product((20, 30, 50, 60, 100, 1000, 9000), (False, True)):
+        outcome = outcomes[f"experts {distance} apart, {'kept' if keeps else 'read twice'}"] = Outcome()
+        z, target = apart(distance)
+        with cuda(132, keeps=keeps) as device:
+            mine = evaluate("dkt", z, target, 1.0, "cpu", **options)
+        outcome.seen("lockstep", device)
+        exact = evaluate("dkt", z.double(), target, 1.0, "reference", **options)
+        eager = evaluate("dkt", z, target, 1.0, "reference", **options)
+        for name in ("loss", "terms", "gradient"):
+            one, expected, other = (getattr(results, name).double() for results in (mine, exact, eager))
+            size = expected.abs().max().item()
+            worst, of_eager = ((values - expected).abs().max().item() / size for values in (one, other))
+            outcome.within(f"{name}, {distance} apart", worst, max(3e-5, 2 * of_eager))
+    return outcomes
+
+
+def kept_gradients() -> dict[str, Outcome]:
+    """One reading of the logits gives every bit that two readings give, whatever grad_output is and was expected."""
+    outcomes = {}
+    options = (0.3, 2.0, 0.0, -30.0, False)
+    for dtype, layout in itertools.product(DTYPES, ("whole", "list, each its own", "transposed")):
+        outcome = outcomes[f"kept, {dtype}, {layout}"] = Outcome()
+        case = LossCase("dkt", 3, 5, 1003, dtype, layout, "normal")
+        torch.manual_seed(1)
+        values = values_of(case)
+        values[1, 3] -= 200  # in the general way
+        logits, _ = laid_out(values.to(DTYPES[dtype]), layout, Random(0), strided)
+        target = torch.tensor([0, 1002, 5, 9, 500])
+        given = (logits if isinstance(logits, list) else [logits], target, None)
+        native_loss._EXPECTED.clear()
+        with cuda() as device:
+            for number, grad_output in enumerate((1.0, 1.0, 0.25, 0.25, 1.0, float("inf"))):
+                results, kept = native_loss._cuda_dkt_both(*given, *options)
+                expected = kept.expected.item()
+                finished = kept.rows == expected
+                outcome.same(f"rows, {number}", finished.int(), torch.tensor([1, 1, 1, 0, 1]).int())
+                left = kept.gradient.clone()
+                gradient = native_loss.dkt_backward(torch.tensor(grad_output), *given, results[2], *options, kept=kept)
+                if grad_output == expected:
+                    outcome.same(f"a gradient that was finished, {number}", gradient[:, :3], left[:, :3])
+                again = native_loss.dkt_backward(torch.tensor(grad_output), *given, results[2], *options)
+                outcome.same(f"gradient, {number}", gradient, again)
+                after = grad_output if grad_output < float("inf") else expected
+                outcome.same(f"expected, {number}", kept.expected, torch.tensor(after))
+        outcome.seen("lockstep", device)
+    return outcomes
+
+
 # ---- what the tests ask for
 
 
 def quick() -> dict[str, Any]:
-    """Every number of experts, dtype, layout and kind of values; rows of one block and of several; difficult rows."""
-    layouts, values, dtypes = (itertools.cycle(names) for names in (LAYOUTS, VALUES[1:], DTYPES))
+    """Every kernel, layout and kind of values; rows of one block and of several; difficult rows."""
+    layouts, values = (itertools.cycle(names) for names in (LAYOUTS, VALUES[1:]))
+    halves = itertools.cycle(("bf16", "f16"))
     cases = []
-    for experts in range(1, 9):
-        for op in ("dkt", "cross-entropy") if experts % 2 else ("dkt", "balanced"):
-            sizes = (next(dtypes), next(layouts), next(values))
-            orders = ("descending", "random") if experts == 3 else ("descending alone",)
-            cases.append(LossCase(op, experts, 3, 101, *sizes, orders=orders, seed=experts))
+    for experts, wide in itertools.product(range(1, 9), (True, False)):
+        orders = ("descending", "random") if experts == 3 else ("descending alone",)
+        for seed in (0, 1) if experts <= 4 else (0,):  # read once, and read twice
+            where = "f32" if wide else next(halves), next(layouts), next(values)
+            cases.append(LossCase("dkt", experts, 3, 101, *where, orders=orders, seed=seed))
+    of_cross_entropy = [("cross-entropy", seed) for seed in range(24)]  # with and without bias and smoothing
+    for op, seed in of_cross_entropy + [("balanced", seed) for seed in range(6)]:
+        where = "f32" if seed % 2 else next(halves), next(layouts), next(values)
+        cases.append(LossCase(op, 1 + seed % 8, 3, 101, *where, orders=("descending alone",), seed=seed))
     cases.append(LossCase("dkt", 3, 1, 20011, "bf16", "whole, unaligned", "normal", 2000, ("random alone",)))
     cases.append(
         LossCase("cross-entropy", 2, 1, 33000, "f32", "list, unaligned", "normal", 2000, ("descending alone",))
     )
     outcomes = {str(tuple(case)): run(case, check) for case in cases}
-    return summary(outcomes | hardest_negatives() | terms_that_are_off())
+    more = (hardest_negatives(), terms_that_are_off(), experts_apart(), kept_gradients())
+    return summary(outcomes | {name: outcome for group in more for name, outcome in group.items()})
 
 
 def matrix(experts: int, seed: int) -> dict[str, Any]:

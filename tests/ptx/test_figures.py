@@ -124,14 +124,48 @@ def nvcc(record, programs):
     return path
 
 
-@pytest.mark.slow
-def test_cuda(record, nvcc, interpreted):
-    check(record, "cuda", of_cuda(interpreted))
-
-
 def of_cuda(interpreted, cases="CASES") -> dict[str, Found]:
     found = interpreted("figures", "of_cuda", cases=cases)
     return {case: Found([Figures(*row) for row in rows], sectors) for case, (rows, sectors) in found.items()}
+
+
+@pytest.fixture(scope="module")
+def cuda_figures(interpreted) -> dict[str, Found]:
+    return of_cuda(interpreted)
+
+
+@pytest.mark.slow
+def test_cuda(record, nvcc, cuda_figures):
+    check(record, "cuda", cuda_figures)
+
+
+def aligned_losses(found: dict[str, Found]) -> dict[str, Found]:
+    return {case: of for case, of in found.items() if case.startswith(("dkt_", "expert_")) and "misaligned" not in case}
+
+
+@pytest.mark.slow
+def test_losses_waste_no_sector_and_no_bank(cuda_figures):
+    check_waste(aligned_losses(cuda_figures))
+
+
+@pytest.mark.slow
+def test_one_reading_is_one_reading(cuda_figures):
+    """The requests of forward and backward together, beside the logits and their gradient."""
+    cases = [case for case in CASES if case.keeps and "misaligned" not in case.name]
+    assert cases
+    for case in cases:
+        moved = sum(kernel.read + kernel.written for kernel in cuda_figures[case.name].kernels)
+        assert moved <= 1.05 * case.ideal, (case.name, moved / case.ideal)
+
+
+@pytest.mark.slow
+def test_misaligned_experts_cost_little_more(cuda_figures):
+    cases = [case for case in cuda_figures if "misaligned" in case]
+    assert cases
+    for case in cases:
+        aligned = cuda_figures[case.replace(" of misaligned experts", "")].kernels
+        for kernel, usual in zip(cuda_figures[case].kernels, aligned, strict=True):
+            assert kernel.instructions <= 1.4 * usual.instructions, (case, kernel, usual)
 
 
 @pytest.mark.slow
@@ -197,11 +231,13 @@ def test_triton(architecture, record, programs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets its kernels in this process")
-def test_triton_fusions_waste_no_sector_and_no_bank():
+def test_triton_kernels_waste_no_sector_and_no_bank():
     pytest.importorskip("triton", reason="needs Triton, which is not installed")
     from triton_host import driver_of
 
-    check_waste(of_triton(driver_of("sm_90"), SMALL_FUSIONS))
+    driver = driver_of("sm_90")
+    check_waste(of_triton(driver, SMALL_FUSIONS))
+    check_waste(of_triton(driver, [case for case in CASES if case.name.startswith(("dkt_", "expert_"))]))
 
 
 # ---- the document
@@ -212,8 +248,7 @@ def test_every_kernel_is_recorded(record):
     kernels = set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", sources))
     recorded = {kernel.partition("<")[0] for backend, _, kernel, _ in record.registers if backend == "cuda"}
     assert kernels and kernels <= recorded, kernels - recorded
-    assert {case for case, _ in record.bounds} == {case.name for case in CASES}
-    assert {backend for _, backend in record.bounds} == {"cuda", "triton"}
+    assert set(record.bounds) == {(case.name, backend) for case in CASES for backend in case.backends}
 
 
 def test_what_is_written_is_read(script):
