@@ -360,7 +360,7 @@ def test_bad_architectures(configure, archs, message):
 @needs_nvcc
 @pytest.mark.parametrize(
     ("capabilities", "archs"),
-    [("9.0\\n9.0\\n", r"90"), ("99.9\\n", r"(\d+-real;)+\d+")],
+    [("9.0\\n9.0\\n", r"90"), ("99.9\\n", r"(\d+-real;)+(\d+-virtual)")],
     ids=["two present GPUs", "a GPU this nvcc does not know"],
 )
 def test_default_architectures(configure, capabilities, archs, tmp_path):
