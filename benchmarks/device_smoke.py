@@ -42,7 +42,8 @@ def run_losses(backend: str, device: str, dtype: torch.dtype) -> None:
     for experts, batch, classes in SHAPES:
         target = torch.randint(classes, (batch,), device=device)
         counts = torch.randint(1, 100, (classes,), device=device)
-        for logits in layouts(torch.randn(experts, batch, classes, device=device).to(dtype)):
+        values = torch.randn(experts, batch, classes, device=device).to(dtype)
+        for logits, scale in zip(layouts(values), (1.0, 1024.0, 1024.0), strict=True):
             leaves = [logits] if isinstance(logits, torch.Tensor) else logits
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             argument = leaves[0] if isinstance(logits, torch.Tensor) else leaves
@@ -51,8 +52,12 @@ def run_losses(backend: str, device: str, dtype: torch.dtype) -> None:
                 + ops.balanced_softmax_loss(argument, target, counts, backend=backend)
                 + ops.expert_cross_entropy(argument, target, label_smoothing=0.1, backend=backend)
             )
-            gradients = torch.autograd.grad(loss, leaves)
-            finite_or_exit((loss, *gradients), f"{backend}, {dtype}, [K, B, C] = {[experts, batch, classes]}")
+            # Gradients that were written for the grad_output before, and others.
+            gradients = torch.autograd.grad(scale * loss, leaves)
+            with torch.no_grad():
+                alone = ops.dkt_loss(argument, target, backend=backend)
+            what = f"{backend}, {dtype}, [K, B, C] = {[experts, batch, classes]}"
+            finite_or_exit((loss, alone, *gradients), what)
 
 
 def run_fusion(backend: str, device: str, dtype: torch.dtype) -> None:
