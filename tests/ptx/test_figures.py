@@ -237,7 +237,11 @@ def test_triton_kernels_waste_no_sector_and_no_bank():
 
     driver = driver_of("sm_90")
     check_waste(of_triton(driver, SMALL_FUSIONS))
-    check_waste(of_triton(driver, [case for case in CASES if case.name.startswith(("dkt_", "expert_"))]))
+    losses = of_triton(driver, [case for case in CASES if case.name.startswith(("dkt_", "expert_"))])
+    for case, of in losses.items():  # all accesses together, for the few classes outside whole chunks begin anywhere
+        for kernel in of.kernels:
+            assert max(kernel.read_ratio, kernel.written_ratio) <= 1.06, (case, kernel)
+            assert kernel.bank_conflicts <= 1.1, (case, kernel)
 
 
 # ---- the document
