@@ -19,7 +19,7 @@ struct StatisticsArguments {
     FusionPlan plan;
 };
 
-// The products of W channels of a sample as a member of its group knows them, each about a reference of its own.
+// The products of W channels of a sample as a member of its group knows them, each about its own reference.
 // kRests: with what their roundings left.
 template <int W, bool kRests>
 struct SampleProducts {

@@ -14,7 +14,7 @@ constexpr unsigned kWholeWarp = ~0u;
 SHIKE_DEVICE float from_lane(float number, int distance) { return __shfl_xor_sync(kWholeWarp, number, distance); }
 
 // The members of a group that still hold the same channels. At each step two threads, `distance` apart, share out the
-// channels that both hold: one goes on with the lower half, the other with the upper one.
+// channels that both hold: one keeps the lower half, the other with the upper one.
 struct Members {
     int count, distance;
 

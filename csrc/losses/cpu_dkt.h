@@ -15,7 +15,7 @@ namespace shike {
 namespace {
 
 // The teacher's weight of a class, exp(max_k z_k - pivot), is the largest of e_k exp(M_k - pivot), so it needs no
-// exponential of its own. Where the experts' largest logits are so far above those of the teacher that weights would be
+// further exponential. Where the experts' largest logits are so far above those of the teacher that weights would be
 // lost, it is computed from the logits: below the sum kTeacherLost, or from the distance kTeacherFar = -log of it on.
 constexpr float kTeacherLost = 0x1p-80f;
 constexpr float kTeacherFar = 55;

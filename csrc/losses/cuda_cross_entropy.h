@@ -1,4 +1,4 @@
-// The CUDA kernels of expert_cross_entropy. Each expert has rows of its own: row k B + b.
+// The CUDA kernels of expert_cross_entropy. Each expert has its own rows: row k B + b.
 //
 //   forward    streams every row once and leaves a CrossEntropyPart of it, one for each of the row's blocks
 //   end        a thread a sample: the losses of its rows, what the backward needs, and the sum over the batch

@@ -226,7 +226,7 @@ def logits_forward(
     norms = torch.linalg.vector_norm(features, dim=2), torch.linalg.vector_norm(weight, dim=1)
     r, c = _scales(*norms, scale, eps)
     kept = torch.empty_like(z) if keep else z.new_empty(0)
-    # Written twice to one place where nothing is kept: a kernel of its own would first be compiled where the first call
+    # Written twice to one place where nothing is kept: a separate kernel would first be compiled where the first call
     # without gradients is, perhaps in a graph that is being captured.
     _product(features, weight, z, precision, copy=kept if keep else z, row_scale=r, column_scale=c)
     return z, *norms, kept

@@ -223,5 +223,5 @@ _OPERATOR = Operator(
     "(Tensor features, Tensor weight, Tensor? bias, float? cosine_scale, str precision) -> Tensor",
     composite_logits,
 )
-_OPERATOR.add("reference", composite_logits)  # which whoever sees an operation sees into
+_OPERATOR.add("reference", composite_logits)  # visible to tracers and modes
 _OPERATOR.add("triton", _fused_logits, refuses=_refuses)

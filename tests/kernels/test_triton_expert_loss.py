@@ -1,6 +1,6 @@
 """The Triton kernels of the expert losses in Triton's interpreter, on the CPU.
 
-Triton decides at its import whether it interprets, so the checks run in a process of their own: there pytest collects
+Triton decides at its import whether it interprets, so the checks run in a separate process: there pytest collects
 the functions of this file that are named ``check_``.
 """
 

@@ -1,7 +1,7 @@
 """The Triton kernels of the classifiers in Triton's interpreter, on the CPU, where a product of TF32 is one of float32.
 
 What TF32 makes of it on a GPU is the subject of tests/ptx. Triton decides at its import whether it interprets, so the
-checks run in a process of their own: there pytest collects the functions of this file that are named ``check_``.
+checks run in a separate process: there pytest collects the functions of this file that are named ``check_``.
 """
 
 import pytest

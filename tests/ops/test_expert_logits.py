@@ -180,7 +180,7 @@ def test_a_slower_kernel_is_not_taken():
 
 
 def test_pytorchs_setting_is_read_however_it_was_made(programs):
-    """In processes of their own: reading it the old way raises where both ways were used."""
+    """In separate processes: reading it the old way raises where both ways were used."""
     code = (
         "import torch; from shike_fast.ops import expert_logits; import sys; "
         "m = sys.modules['shike_fast.ops.expert_logits']; seen = [m._tf32_is_allowed()]\n"

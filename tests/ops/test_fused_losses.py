@@ -267,7 +267,7 @@ FAR = (30.0, 54.0, 60.0, 100.0, 1000.0)
 
 def logits_apart(kind, distance, classes):
     logits = torch.randn(3, 5, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)
-    if kind == "experts":  # each expert on a level of its own
+    if kind == "experts":  # each expert on its own level
         logits += distance * torch.arange(3, dtype=torch.float64).reshape(3, 1, 1)
     elif kind == "a torn class":  # the hardest negative by a little, where the teacher is the mean of the experts
         logits[:, :, classes // 2] += torch.tensor([distance, -distance / 2, -distance / 2 + 6]).reshape(3, 1)
