@@ -125,6 +125,18 @@ SHIKE_DEVICE float largest(const float (&z)[N][K]) {
     return result;
 }
 
+// What all sums of a row have in common when its pivot moves.
+template <int K>
+SHIKE_DEVICE void multiply(float (&sum)[K], float (&cross)[K], float& teacher_sum, float& teacher_gap, float factor) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        sum[k] *= factor;
+        cross[k] *= factor;
+    }
+    teacher_sum *= factor;
+    teacher_gap *= factor;
+}
+
 // Sums over the classes that a thread saw, the target left out.
 template <int K, bool kFloat>
 struct DktStream {
@@ -180,13 +192,7 @@ struct DktStream {
 
     SHIKE_DEVICE void move_pivot(float next) {
         const float factor = Exponential<kFloat>::moved(pivot, next);
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-            sum[k] *= factor;
-            cross[k] *= factor;
-        }
-        teacher_sum *= factor;
-        teacher_gap *= factor;
+        multiply(sum, cross, teacher_sum, teacher_gap, factor);
         held_sum *= factor;
         held_gap *= factor;
         pivot = next;
@@ -258,14 +264,7 @@ struct alignas(bytes_of_row(K)) DktRow {
 
 private:
     SHIKE_DEVICE void move_pivot(float next) {
-        const float factor = Exponential<true>::moved(pivot, next);
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-            sum[k] *= factor;
-            cross[k] *= factor;
-        }
-        teacher_sum *= factor;
-        teacher_gap *= factor;
+        multiply(sum, cross, teacher_sum, teacher_gap, Exponential<true>::moved(pivot, next));
         pivot = next;
     }
 };
