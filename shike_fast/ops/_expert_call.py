@@ -153,5 +153,6 @@ def kl_row_weights(tensors: ExpertTensors, options: ExpertOptions, logits: Tenso
 
 def is_plain_divergence(tensors: ExpertTensors, options: ExpertOptions) -> bool:
     """Whether the divergence takes the very logits of the cross-entropy, so that both share their exponentials."""
-    same_logits = options.adjusted or (tensors.bias is None and tensors.scale is None and options.scale == 1.0)
+    unchanged = tensors.bias is None and tensors.scale is None and options.scale == 1.0
+    same_logits = options.adjusted or (unchanged and options.masked in ("", "partial"))
     return same_logits and tensors.temperature is None and options.temperature == 1.0

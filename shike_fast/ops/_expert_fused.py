@@ -53,7 +53,8 @@ def fused_expert_loss(
     if tensors.teacher is not None:
         ready["teacher"] = tensors.teacher.detach()
     tensors = tensors._replace(**ready)
-    if options.gated and (options.teacher != OTHERS or options.kl_reduction == "gated_mean"):
+    in_the_pass = options.teacher == OTHERS and options.adjusted and not options.by_student
+    if options.gated and (not in_the_pass or options.kl_reduction == "gated_mean"):
         tensors, options = _with_gate(backend, experts, tensors, options)
     run = _FUSED.direct if is_plain(*experts, *tensors) else _FUSED.dispatched
     return run((experts, *tensors), (*options, backend))[:3]

@@ -1,0 +1,413 @@
+"""The forward kernel of the generalised expert loss: a program streams the logits of a row, all experts' together.
+
+The labels are left out of all sums and added at the end of the row. Each lane keeps, of the classes it has seen,
+
+    cross-entropy:  M_k = max x_k,  Σ exp(x_k − M_k)
+    divergence:     M_k = max d_k,  Σ f_k with f_k = exp(d_k − M_k), and M, Σ f of each teacher alike
+    cross:          Σ f_k D_k, D_k = Σ_i v_i (d_k − d_i), among experts; Σ f_teacher (u − d_k) with teachers
+
+The cross sums are of differences between logits, so no pivot is in them, and moving a pivot multiplies all sums by one
+factor. Where d = x the cross-entropy takes the divergence's sums.
+"""
+
+import triton
+import triton.language as tl
+
+from shike_fast.kernels.losses._dkt_block import FLOOR, MASKED
+from shike_fast.kernels.losses._expert_logits import (
+    chunks_of,
+    labels_at,
+    numbers_of,
+    sources_of,
+    touches,
+    values_at,
+    weighted_distances,
+)
+from shike_fast.kernels.losses._rows import (
+    ahead_of_chunks,
+    before_chunks,
+    class_offset,
+    edge_classes,
+    exp,
+    kernel,
+    reduced,
+    times,
+)
+
+# Where the pivots of x start, which −∞ does not lower: no −∞ − −∞ arises. Divergence logits are MASKED at least.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _left_out(values, c, valid, labels, second, other):
+    """The values of classes that are valid and no label; ``other`` in place of the rest."""
+    kept = ()
+    for k in tl.static_range(len(values)):
+        here = valid
+        if len(labels) > 0:
+            here = here & (c != labels[k % len(labels)])
+        if len(second) > 0:
+            here = here & (c != second[k % len(second)])
+        kept += (tl.where(here, values[k], other),)
+    return kept
+
+
+@triton.jit
+def _lane_max(block):
+    return tl.max(tl.max(block, 2), 0)
+
+
+@triton.jit
+def _lane_sum(block):
+    return tl.sum(tl.sum(block, 2), 0)
+
+
+@triton.jit
+def _filled(count: tl.constexpr, value, LANES: tl.constexpr):
+    """The same number in every lane, ``count`` times."""
+    lanes = ()
+    for _ in tl.static_range(count):
+        lanes += (tl.full([LANES], value, tl.float32),)
+    return lanes
+
+
+@triton.jit
+def _add_cross_entropy(x, pivots, exps):
+    new_pivots = ()
+    new_exps = ()
+    for k in tl.static_range(len(x)):
+        pivot = tl.maximum(pivots[k], _lane_max(x[k]))
+        new_pivots += (pivot,)
+        new_exps += (exps[k] * exp(pivots[k] - pivot) + _lane_sum(exp(x[k] - pivot[None, :, None])),)
+    return new_pivots, new_exps
+
+
+@triton.jit
+def _add_divergence(d, u, weights, state):
+    pivots, exps, crosses, teacher_pivots, teacher_exps = state
+    new_pivots = ()
+    new_exps = ()
+    new_crosses = ()
+    new_teacher_pivots = ()
+    new_teacher_exps = ()
+    t = ()
+    moves = ()
+    for k in tl.static_range(len(u)):
+        pivot = tl.maximum(teacher_pivots[k], _lane_max(u[k]))
+        t += (exp(u[k] - pivot[None, :, None]),)
+        moves += (exp(teacher_pivots[k] - pivot),)
+        new_teacher_pivots += (pivot,)
+        new_teacher_exps += (teacher_exps[k] * moves[k] + _lane_sum(t[k]),)
+    if len(d) > 0 and len(u) == 0:
+        apart = weighted_distances(d, weights)
+    for k in tl.static_range(len(d)):
+        pivot = tl.maximum(pivots[k], _lane_max(d[k]))
+        f = exp(d[k] - pivot[None, :, None])
+        move = exp(pivots[k] - pivot)
+        new_pivots += (pivot,)
+        new_exps += (exps[k] * move + _lane_sum(f),)
+        if len(u) == 0:
+            new_crosses += (crosses[k] * move + _lane_sum(f * apart[k]),)
+        else:
+            j: tl.constexpr = k % len(u)
+            new_crosses += (crosses[k] * moves[j] + _lane_sum(t[j] * (u[j] - d[k])),)
+    return new_pivots, new_exps, new_crosses, new_teacher_pivots, new_teacher_exps
+
+
+@triton.jit
+def _add_distances(x, valid, reference, distances):
+    """Σ (x − reference) over all classes, for label smoothing."""
+    new_distances = ()
+    for k in tl.static_range(len(distances)):
+        new_distances += (distances[k] + _lane_sum(tl.where(valid, x[k] - reference[k], 0.0)),)
+    return new_distances
+
+
+@triton.jit
+def _add_beaten(x, c, valid, labels, at_label, beaten):
+    """1 where a class beats the label: its logit is larger, or as large and the class lower."""
+    new_beaten = ()
+    for k in tl.static_range(len(beaten)):
+        y = labels[k % len(labels)]
+        better = ((c < y) & (x[k] >= at_label[k])) | ((c > y) & (x[k] > at_label[k]))
+        new_beaten += (tl.maximum(beaten[k], _lane_max(tl.where(valid & better, 1.0, 0.0))),)
+    return new_beaten
+
+
+@triton.jit
+def _scaled(sums, pivots, maxima):
+    scaled = ()
+    for k in tl.static_range(len(sums)):
+        scaled += (times(sums[k], exp(pivots[k % len(pivots)] - maxima[k % len(maxima)])),)
+    return scaled
+
+
+@triton.jit
+def _joined_lanes(pivots, exps, distances, beaten, divergence):
+    """The same of the whole row: all maxima in one reduction, sums in one for each of the two losses."""
+    d_pivots, d_exps, crosses, teacher_pivots, teacher_exps = divergence
+    highest = pivots + d_pivots + teacher_pivots + beaten
+    maxima = reduced(highest, True)
+    row_pivots = maxima[: len(pivots)]
+    after: tl.constexpr = len(pivots) + len(d_pivots)
+    row_d_pivots = maxima[len(pivots) : after]
+    row_teacher_pivots = maxima[after : after + len(teacher_pivots)]
+    row_beaten = maxima[after + len(teacher_pivots) : after + len(teacher_pivots) + len(beaten)]
+    sums = ()
+    if len(exps) + len(distances) > 0:
+        sums = reduced(_scaled(exps, pivots, row_pivots) + distances, False)
+    row_exps = sums[: len(exps)]
+    row_distances = sums[len(exps) : len(exps) + len(distances)]
+    row_d_exps = d_exps
+    row_crosses = crosses
+    row_teacher_exps = teacher_exps
+    K: tl.constexpr = len(d_exps)
+    if K > 0:
+        addends = _scaled(d_exps, d_pivots, row_d_pivots)
+        if len(teacher_pivots) > 0:
+            addends += _scaled(crosses, teacher_pivots, row_teacher_pivots)
+            addends += _scaled(teacher_exps, teacher_pivots, row_teacher_pivots)
+        else:
+            addends += _scaled(crosses, d_pivots, row_d_pivots)
+        added = reduced(addends, False)
+        row_d_exps = added[:K]
+        row_crosses = added[K : 2 * K]
+        row_teacher_exps = added[2 * K : 2 * K + len(teacher_exps)]
+    of_divergence = row_d_pivots, row_d_exps, row_crosses, row_teacher_pivots, row_teacher_exps
+    return row_pivots, row_exps, row_distances, row_beaten, of_divergence
+
+
+@triton.jit
+def _at_labels(
+    labels,
+    sources,
+    class_stride,
+    teacher_class_stride,
+    scale,
+    inverse_temperature,
+    K: tl.constexpr,
+    TEACHER: tl.constexpr,
+    ADJUSTED: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+):
+    """x_k, d_k and u at the labels, NaN where a label is out of range, so that it shows; none without labels."""
+    x = ()
+    d = ()
+    u = ()
+    for i in tl.static_range(len(labels)):
+        y = labels[i]
+        at_x, at_d, at_u, _, _, _ = values_at(
+            sources,
+            y,
+            y >= 0,
+            class_stride,
+            teacher_class_stride,
+            scale,
+            inverse_temperature,
+            TEACHER,
+            ADJUSTED,
+            EXCLUDE,
+        )
+        if len(labels) == 1:
+            for k in tl.static_range(K):
+                x += (tl.where(y >= 0, at_x[k], float("nan")),)
+            for k in tl.static_range(len(at_d)):
+                d += (tl.where(y >= 0, at_d[k], float("nan")),)
+            u = at_u
+        else:
+            x += (tl.where(y >= 0, at_x[i], float("nan")),)
+    return x, d, u
+
+
+@triton.jit
+def _store(left, batch, numbers, count: tl.constexpr):
+    """A number of each of ``count`` experts, or one for all; returns where the next column begins."""
+    for k in tl.static_range(count):
+        tl.store(left + k * batch, numbers[k % len(numbers)])
+    return left + count * batch
+
+
+@kernel
+def _forward_kernel(
+    logits,  # [K, B, C]: expert k at expert_offset(offsets, k), strides row_stride and class_stride
+    offsets,
+    row_stride: tl.int64,
+    class_stride,
+    classes: tl.int32,
+    target,  # int64 [B], [K, B] or None
+    target_expert_stride,  # None: of [B]
+    target_stride: tl.int64,
+    second,  # the second label, alike
+    second_expert_stride,
+    second_stride: tl.int64,
+    scale,  # a number, or None for 1
+    scales,  # float32 [C], [K, C] or None
+    scale_expert_stride,  # None: of [C]
+    bias,  # float32 [C], [K, C] or None
+    bias_expert_stride,
+    mask,  # uint8 [B, C] or None
+    inverse_temperature,  # a number, or None for 1
+    inverse_temperatures,  # float32 [C] or None
+    teacher,  # [B, C], [K, B, C] or None
+    teacher_expert_stride: tl.int64,
+    teacher_row_stride: tl.int64,
+    teacher_class_stride,
+    images: tl.int32,  # of a view
+    students,  # float32 [K, B] or None: the weights v
+    left,  # float32 [columns, K, B]
+    ticket,  # int32 []
+    K: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    SHARED: tl.constexpr,  # d = x: one exponential serves both losses
+    SMOOTHING: tl.constexpr,
+    RANKED: tl.constexpr,  # whether the answers are right is wanted
+    TEACHER: tl.constexpr,  # "", "others", "mean", "given", "view"
+    TEACHERS: tl.constexpr,  # how many logits of teachers a class has
+    ADJUSTED: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STEPS: tl.constexpr,
+    AHEAD: tl.constexpr,  # start at the beginning of a sector
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch = tl.num_programs(0)
+    sources = sources_of(
+        row,
+        logits,
+        offsets,
+        row_stride,
+        classes,
+        scales,
+        scale_expert_stride,
+        bias,
+        bias_expert_stride,
+        mask,
+        inverse_temperatures,
+        teacher,
+        teacher_expert_stride,
+        teacher_row_stride,
+        images,
+        K,
+        TEACHER,
+        TEACHERS,
+    )
+    first = sources[0][0]
+    before = before_chunks(first, VECTOR)
+    count = (classes - before) // VECTOR  # of whole chunks, at least one
+    chunks = chunks_of(sources, before, class_stride, teacher_class_stride, VECTOR)
+    ahead = ahead_of_chunks(first + class_offset(before, class_stride), VECTOR) if AHEAD else 0
+
+    y = labels_at(target, target_expert_stride, row * target_stride, classes, K)
+    y2 = labels_at(second, second_expert_stride, row * second_stride, classes, K)
+    x_y, d_y, u_y = _at_labels(
+        y, sources, class_stride, teacher_class_stride, scale, inverse_temperature, K, TEACHER, ADJUSTED, EXCLUDE
+    )
+    x_y2, d_y2, u_y2 = _at_labels(
+        y2, sources, class_stride, teacher_class_stride, scale, inverse_temperature, K, TEACHER, ADJUSTED, EXCLUDE
+    )
+    reference = ()  # of the distances whose mean label smoothing wants; near the pivots, so that little is rounded
+    if SMOOTHING:
+        for k in tl.static_range(K):
+            reference += (tl.where(tl.abs(x_y[k]) < float("inf"), x_y[k], 0.0),)
+    weights = ()
+    if students is not None:
+        weights = numbers_of(students + row, batch, (), K)
+
+    own: tl.constexpr = K if CROSS_ENTROPY and not SHARED else 0
+    shared: tl.constexpr = K if TEACHER != "" else 0
+    pivots = _filled(own, _LOWEST, LANES)
+    exps = _filled(own, 0.0, LANES)
+    distances = _filled(K if SMOOTHING else 0, 0.0, LANES)
+    beaten = _filled(K if RANKED else 0, 0.0, LANES)
+    zeros = _filled(shared, 0.0, LANES)
+    divergence = (
+        _filled(shared, FLOOR, LANES),
+        zeros,
+        zeros,
+        _filled(TEACHERS, FLOOR, LANES),
+        _filled(TEACHERS, 0.0, LANES),
+    )
+    if VECTOR > 1:
+        c = edge_classes(tl.arange(0, LANES), before, count, VECTOR)[None, :, None]
+        x, d, u, _, _, _ = values_at(
+            sources,
+            c,
+            c < classes,
+            class_stride,
+            teacher_class_stride,
+            scale,
+            inverse_temperature,
+            TEACHER,
+            ADJUSTED,
+            EXCLUDE,
+        )
+        distances = _add_distances(x, c < classes, reference, distances)
+        beaten = _add_beaten(x, c, c < classes, y, x_y, beaten)
+        pivots, exps = _add_cross_entropy(_left_out(x[:own], c, c < classes, y, y2, -float("inf")), pivots, exps)
+        d = _left_out(d, c, c < classes, y, y2, MASKED)
+        u = _left_out(u, c, c < classes, y, y2, MASKED)
+        divergence = _add_divergence(d, u, weights, divergence)
+    for i in range(0, STEPS):
+        # Lanes outside of the row read the nearest chunk, so that no mask is needed, and leave it out.
+        chunk = (i * UNROLL + tl.arange(0, UNROLL))[:, None] * LANES + tl.arange(0, LANES)[None, :] - ahead
+        inside = ((chunk >= 0) & (chunk < count))[:, :, None]
+        c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+        x, d, u, _, _, _ = values_at(
+            chunks,
+            c,
+            None,
+            class_stride,
+            teacher_class_stride,
+            scale,
+            inverse_temperature,
+            TEACHER,
+            ADJUSTED,
+            EXCLUDE,
+        )
+        distances = _add_distances(x, inside, reference, distances)
+        beaten = _add_beaten(x, before + c, inside, y, x_y, beaten)
+        x = x[:own]
+        start = before + (i * UNROLL * LANES - ahead) * VECTOR
+        rare = touches(y, start, UNROLL * LANES * VECTOR) | touches(y2, start, UNROLL * LANES * VECTOR)
+        if (i == 0) | (i == STEPS - 1) | rare:
+            x = _left_out(x, before + c, inside, y, y2, -float("inf"))
+            d = _left_out(d, before + c, inside, y, y2, MASKED)
+            u = _left_out(u, before + c, inside, y, y2, MASKED)
+        pivots, exps = _add_cross_entropy(x, pivots, exps)
+        divergence = _add_divergence(d, u, weights, divergence)
+
+    pivots, exps, distances, beaten, divergence = _joined_lanes(pivots, exps, distances, beaten, divergence)
+    d_pivots, d_exps, crosses, teacher_pivots, teacher_exps = divergence
+    left += row
+    if own > 0:
+        left = _store(left, batch, pivots, K)
+        left = _store(left, batch, exps, K)
+    if SMOOTHING:
+        of_mean = ()
+        for k in tl.static_range(K):
+            of_mean += (distances[k] / classes,)
+        left = _store(left, batch, of_mean, K)
+    if RANKED:
+        left = _store(left, batch, beaten, K)
+    if CROSS_ENTROPY:
+        left = _store(left, batch, x_y, K)
+        if second is not None:
+            left = _store(left, batch, x_y2, K)
+    if TEACHER != "":
+        left = _store(left, batch, d_pivots, K)
+        left = _store(left, batch, d_exps, K)
+        left = _store(left, batch, crosses, K)
+        if TEACHERS > 0:
+            left = _store(left, batch, teacher_pivots, K)
+            left = _store(left, batch, teacher_exps, K)
+        if target is not None:
+            left = _store(left, batch, d_y, K)
+            if TEACHERS > 0:
+                left = _store(left, batch, u_y, K)
+        if second is not None:
+            left = _store(left, batch, d_y2, K)
+            if TEACHERS > 0:
+                left = _store(left, batch, u_y2, K)
+    tl.store(ticket, 0, mask=row == 0)
