@@ -256,11 +256,11 @@ def _backward_kernel(
         out = first_chunk(out, class_offset(before, out_class_stride), VECTOR) + class_offset(c, out_class_stride)
         tl.store(out, dz[k].to(gradient.dtype.element_ty), mask=((chunk >= 0) & (chunk < count))[:, :, None])
     if VECTOR > 1 and tl.program_id(1) == 0:
-        c = edge_classes(tl.arange(0, 2 * VECTOR), before, count, VECTOR)
-        x, d, u, scales_c, temperatures, kept = values_at(
+        edge = edge_classes(tl.arange(0, 2 * VECTOR), before, count, VECTOR)
+        edge_x, edge_d, edge_u, edge_scales, edge_temperatures, edge_kept = values_at(
             sources,
-            c,
-            c < classes,
+            edge,
+            edge < classes,
             class_stride,
             teacher_class_stride,
             scale,
@@ -269,11 +269,11 @@ def _backward_kernel(
             ADJUSTED,
             EXCLUDE,
         )
-        dx = _gradients_of_x(x, pivots, slopes, () if SHARED else constants)
-        dd = _gradients_of_d(d, u, numbers, constants if SHARED else ())
-        dx = _corrected(_corrected(dx, c, y2, x_y2), c, y, x_y)
-        dd = _corrected(_corrected(dd, c, y2, d_y2), c, y, d_y)
-        dz = _gradients_of_z(dx, dd, scales_c, temperatures, kept, ADJUSTED)
+        edge_dx = _gradients_of_x(edge_x, pivots, slopes, () if SHARED else constants)
+        edge_dd = _gradients_of_d(edge_d, edge_u, numbers, constants if SHARED else ())
+        edge_dx = _corrected(_corrected(edge_dx, edge, y2, x_y2), edge, y, x_y)
+        edge_dd = _corrected(_corrected(edge_dd, edge, y2, d_y2), edge, y, d_y)
+        edge_dz = _gradients_of_z(edge_dx, edge_dd, edge_scales, edge_temperatures, edge_kept, ADJUSTED)
         for k in tl.static_range(K):
-            out = gradient + (k * out_expert_stride + row * out_row_stride)
-            tl.store(out + c, dz[k].to(gradient.dtype.element_ty), mask=c < classes)
+            edge_out = gradient + (k * out_expert_stride + row * out_row_stride)
+            tl.store(edge_out + edge, edge_dz[k].to(gradient.dtype.element_ty), mask=edge < classes)

@@ -109,8 +109,8 @@ def _add_divergence(d, u, weights, state):
         if len(u) == 0:
             new_crosses += (crosses[k] * move + _lane_sum(f * apart[k]),)
         else:
-            j: tl.constexpr = k % len(u)
-            new_crosses += (crosses[k] * moves[j] + _lane_sum(t[j] * (u[j] - d[k])),)
+            product = t[k % len(u)] * (u[k % len(u)] - d[k])
+            new_crosses += (crosses[k] * moves[k % len(u)] + _lane_sum(product),)
     return new_pivots, new_exps, new_crosses, new_teacher_pivots, new_teacher_exps
 
 
@@ -330,11 +330,11 @@ def _forward_kernel(
         _filled(TEACHERS, 0.0, LANES),
     )
     if VECTOR > 1:
-        c = edge_classes(tl.arange(0, LANES), before, count, VECTOR)[None, :, None]
-        x, d, u, _, _, _ = values_at(
+        edge = edge_classes(tl.arange(0, LANES), before, count, VECTOR)[None, :, None]
+        edge_x, edge_d, edge_u, _, _, _ = values_at(
             sources,
-            c,
-            c < classes,
+            edge,
+            edge < classes,
             class_stride,
             teacher_class_stride,
             scale,
@@ -343,12 +343,14 @@ def _forward_kernel(
             ADJUSTED,
             EXCLUDE,
         )
-        distances = _add_distances(x, c < classes, reference, distances)
-        beaten = _add_beaten(x, c, c < classes, y, x_y, beaten)
-        pivots, exps = _add_cross_entropy(_left_out(x[:own], c, c < classes, y, y2, -float("inf")), pivots, exps)
-        d = _left_out(d, c, c < classes, y, y2, MASKED)
-        u = _left_out(u, c, c < classes, y, y2, MASKED)
-        divergence = _add_divergence(d, u, weights, divergence)
+        distances = _add_distances(edge_x, edge < classes, reference, distances)
+        beaten = _add_beaten(edge_x, edge, edge < classes, y, x_y, beaten)
+        pivots, exps = _add_cross_entropy(
+            _left_out(edge_x[:own], edge, edge < classes, y, y2, -float("inf")), pivots, exps
+        )
+        edge_d = _left_out(edge_d, edge, edge < classes, y, y2, MASKED)
+        edge_u = _left_out(edge_u, edge, edge < classes, y, y2, MASKED)
+        divergence = _add_divergence(edge_d, edge_u, weights, divergence)
     for i in range(0, STEPS):
         # Lanes outside of the row read the nearest chunk, so that no mask is needed, and leave it out.
         chunk = (i * UNROLL + tl.arange(0, UNROLL))[:, None] * LANES + tl.arange(0, LANES)[None, :] - ahead
