@@ -196,7 +196,7 @@ def _at_labels(
     u = ()
     for i in tl.static_range(len(labels)):
         y = labels[i]
-        at_x, at_d, at_u, _, _, _ = values_at(
+        at_x, at_d, at_u = values_at(
             sources,
             y,
             y >= 0,
@@ -207,7 +207,7 @@ def _at_labels(
             TEACHER,
             ADJUSTED,
             EXCLUDE,
-        )
+        )[:3]
         if len(labels) == 1:
             for k in tl.static_range(K):
                 x += (tl.where(y >= 0, at_x[k], float("nan")),)
@@ -331,7 +331,7 @@ def _forward_kernel(
     )
     if VECTOR > 1:
         edge = edge_classes(tl.arange(0, LANES), before, count, VECTOR)[None, :, None]
-        edge_x, edge_d, edge_u, _, _, _ = values_at(
+        edge_x, edge_d, edge_u = values_at(
             sources,
             edge,
             edge < classes,
@@ -342,7 +342,7 @@ def _forward_kernel(
             TEACHER,
             ADJUSTED,
             EXCLUDE,
-        )
+        )[:3]
         distances = _add_distances(edge_x, edge < classes, reference, distances)
         beaten = _add_beaten(edge_x, edge, edge < classes, y, x_y, beaten)
         pivots, exps = _add_cross_entropy(
@@ -356,7 +356,7 @@ def _forward_kernel(
         chunk = (i * UNROLL + tl.arange(0, UNROLL))[:, None] * LANES + tl.arange(0, LANES)[None, :] - ahead
         inside = ((chunk >= 0) & (chunk < count))[:, :, None]
         c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
-        x, d, u, _, _, _ = values_at(
+        x, d, u = values_at(
             chunks,
             c,
             None,
@@ -367,7 +367,7 @@ def _forward_kernel(
             TEACHER,
             ADJUSTED,
             EXCLUDE,
-        )
+        )[:3]
         distances = _add_distances(x, inside, reference, distances)
         beaten = _add_beaten(x, before + c, inside, y, x_y, beaten)
         x = x[:own]
