@@ -139,6 +139,7 @@ def _backward_kernel(
     VECTOR: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
+    STEPS: tl.constexpr,  # of a program
     AHEAD: tl.constexpr,
 ):
     batch = tl.num_programs(0)
@@ -229,32 +230,33 @@ def _backward_kernel(
             if second is not None:
                 d_y2 = numbers_of(saved + step, batch, of_d, K)
 
-    first = tl.program_id(1) * UNROLL * LANES - ahead
-    chunk = first + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
-    x, d, u, scales_c, temperatures, kept = values_at(
-        chunks,
-        c,
-        None,
-        class_stride,
-        teacher_class_stride,
-        scale,
-        inverse_temperature,
-        TEACHER,
-        ADJUSTED,
-        EXCLUDE,
-    )
-    dx = _gradients_of_x(x, pivots, slopes, () if SHARED else constants)
-    dd = _gradients_of_d(d, u, numbers, constants if SHARED else ())
-    start = before + first * VECTOR
-    if touches(y, start, UNROLL * LANES * VECTOR) | touches(y2, start, UNROLL * LANES * VECTOR):
-        dx = _corrected(_corrected(dx, before + c, y2, x_y2), before + c, y, x_y)
-        dd = _corrected(_corrected(dd, before + c, y2, d_y2), before + c, y, d_y)
-    dz = _gradients_of_z(dx, dd, scales_c, temperatures, kept, ADJUSTED)
-    for k in tl.static_range(K):
-        out = gradient + (k * out_expert_stride + row * out_row_stride)
-        out = first_chunk(out, class_offset(before, out_class_stride), VECTOR) + class_offset(c, out_class_stride)
-        tl.store(out, dz[k].to(gradient.dtype.element_ty), mask=((chunk >= 0) & (chunk < count))[:, :, None])
+    for i in range(0, STEPS):
+        first = (tl.program_id(1) * STEPS + i) * UNROLL * LANES - ahead
+        chunk = first + tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        c = (tl.minimum(tl.maximum(chunk, 0), count - 1) * VECTOR)[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+        x, d, u, scales_c, temperatures, kept = values_at(
+            chunks,
+            c,
+            None,
+            class_stride,
+            teacher_class_stride,
+            scale,
+            inverse_temperature,
+            TEACHER,
+            ADJUSTED,
+            EXCLUDE,
+        )
+        dx = _gradients_of_x(x, pivots, slopes, () if SHARED else constants)
+        dd = _gradients_of_d(d, u, numbers, constants if SHARED else ())
+        first_class = before + first * VECTOR
+        if touches(y, first_class, UNROLL * LANES * VECTOR) | touches(y2, first_class, UNROLL * LANES * VECTOR):
+            dx = _corrected(_corrected(dx, before + c, y2, x_y2), before + c, y, x_y)
+            dd = _corrected(_corrected(dd, before + c, y2, d_y2), before + c, y, d_y)
+        dz = _gradients_of_z(dx, dd, scales_c, temperatures, kept, ADJUSTED)
+        for k in tl.static_range(K):
+            out = gradient + (k * out_expert_stride + row * out_row_stride)
+            out = first_chunk(out, class_offset(before, out_class_stride), VECTOR) + class_offset(c, out_class_stride)
+            tl.store(out, dz[k].to(gradient.dtype.element_ty), mask=((chunk >= 0) & (chunk < count))[:, :, None])
     if VECTOR > 1 and tl.program_id(1) == 0:
         edge = edge_classes(tl.arange(0, 2 * VECTOR), before, count, VECTOR)
         edge_x, edge_d, edge_u, edge_scales, edge_temperatures, edge_kept = values_at(

@@ -22,7 +22,8 @@ from shike_fast.ops._expert_call import (
     row_weights,
 )
 
-_CLASSES_OF_A_LANE = 8
+_AT_ONCE = 8  # classes of a lane
+_OF_A_LANE = 16  # in the backward, which spreads over them what it reads of a row
 
 
 class Form:
@@ -183,13 +184,19 @@ class Form:
             return none_if_unit(self.tensors.teacher.stride(-1))
         return none_if_unit(self.layout.class_stride)
 
-    @property
-    def classes_of_a_lane(self) -> int:
-        """At once; all that is read of a class counts."""
-        return min(_CLASSES_OF_A_LANE, LOGITS_OF_A_LANE // self._streams)
+    def forward_steps(self, tile: Tile) -> tuple[int, int]:
+        """How many tiles a program takes at once, and how often."""
+        return tile.steps(self.layout.classes, min(_AT_ONCE, LOGITS_OF_A_LANE // self._streams))
+
+    def backward_steps(self, tile: Tile) -> tuple[int, int, int]:
+        """How many tiles a program takes at once, how often, and how many programs a row has."""
+        at_once, _ = self.forward_steps(tile)
+        tiles, programs = tile.steps(self.layout.classes, _OF_A_LANE)
+        return at_once, tiles // at_once, programs
 
     @property
     def _streams(self) -> int:
+        """How many logits are read of a class."""
         return self.layout.experts + (self.teachers if self.options.teacher != MEAN else 0)
 
     def tile(self, gradient: Tensor | None = None) -> Tile:

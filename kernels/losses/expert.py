@@ -39,7 +39,7 @@ def expert_forward(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor
     if layout.batch == 0:
         return loss.zero_(), terms.zero_(), outputs, saved
     tile = form.tile()
-    unroll, steps = tile.steps(layout.classes, form.classes_of_a_lane)
+    unroll, steps = form.forward_steps(tile)
     left = layout.new_floats(form.columns, layout.experts, layout.batch)
     end = batch_of(layout.batch, 2, loss.device)
     with torch.cuda.device_of(layout.first):  # Triton launches on the current device
@@ -92,7 +92,7 @@ def expert_backward(grad_output: Tensor, logits: Sequence[Tensor], *args: Any) -
         return gradient
     form = Form(layout, tensors, options)
     tile = form.tile(gradient)
-    unroll, programs = tile.steps(layout.classes, form.classes_of_a_lane)
+    unroll, steps, programs = form.backward_steps(tile)
     by_row = grad_output.dim() == 2
     with torch.cuda.device_of(layout.first):
         _backward_kernel[(layout.batch, programs)](
@@ -108,7 +108,8 @@ def expert_backward(grad_output: Tensor, logits: Sequence[Tensor], *args: Any) -
             VECTOR=tile.vector,
             LANES=tile.lanes,
             UNROLL=unroll,
-            AHEAD=layout.has_room(tile, unroll * programs),
+            STEPS=steps,
+            AHEAD=layout.has_room(tile, unroll * steps * programs),
             num_warps=tile.warps,
         )
     return gradient
