@@ -36,14 +36,16 @@ def _gradients_of_x(x, pivots, slopes, constants):
 def _gradients_of_d(d, u, numbers, constants):
     """With respect to d_k; where d = x with the cross-entropy's slopes in theirs, and its constants."""
     pivots, slopes, shares, bends, weights, teacher_pivots, teacher_slopes = numbers
+    x = ()
     f = ()
     for k in tl.static_range(len(pivots)):
-        f += (exp(d[k] - pivots[k]),)
+        x += (d[k] - pivots[k],)
+        f += (exp(x[k]),)
     t = ()
     for j in tl.static_range(len(u)):
         t += (exp(u[j] - teacher_pivots[j]),)
     if len(bends) > 0:
-        apart = weighted_distances(d, weights)
+        apart = weighted_distances(x, weights)
     if len(shares) > 0:
         common = shares[0] * f[0]
         for k in tl.static_range(1, len(f)):

@@ -4,10 +4,11 @@ The labels are left out of all sums and added at the end of the row. Each lane k
 
     cross-entropy:  M_k = max x_k,  Σ exp(x_k − M_k)
     divergence:     M_k = max d_k,  Σ f_k with f_k = exp(d_k − M_k), and M, Σ f of each teacher alike
-    cross:          Σ f_k D_k, D_k = Σ_i v_i (d_k − d_i), among experts; Σ f_teacher (u − d_k) with teachers
+    cross:          Σ f_k D_k, D_k = Σ_i v_i (x_k − x_i) with x_k = d_k − M_k here, among experts;
+                    Σ f_teacher (x_teacher − x_k) with teachers
 
-The cross sums are of differences between logits, so no pivot is in them, and moving a pivot multiplies all sums by one
-factor. Where d = x the cross-entropy takes the divergence's sums.
+Each expert has its own pivot, and differences are taken relative to them, so that experts with a distance between them
+lose nothing. Where d = x the cross-entropy takes the divergence's sums.
 """
 
 import triton
@@ -83,35 +84,64 @@ def _add_cross_entropy(x, pivots, exps):
 
 
 @triton.jit
-def _add_divergence(d, u, weights, state):
-    pivots, exps, crosses, teacher_pivots, teacher_exps = state
+def _moved(divergence, new_pivots, new_teacher_pivots, weights):
+    """The divergence's sums relative to other pivots: all f get one factor, all differences in a cross one addend."""
+    pivots, exps, crosses, teacher_pivots, teacher_exps = divergence
+    moves = ()
+    for k in tl.static_range(len(pivots)):
+        moves += (pivots[k] - new_pivots[k],)
+    teacher_moves = ()
+    moved_teacher_exps = ()
+    for k in tl.static_range(len(teacher_pivots)):
+        teacher_moves += (teacher_pivots[k] - new_teacher_pivots[k],)
+        moved_teacher_exps += (times(teacher_exps[k], exp(teacher_moves[k])),)
+    moved_exps = ()
+    moved_crosses = ()
+    if len(pivots) > 0 and len(teacher_pivots) == 0:
+        apart = weighted_distances(moves, weights)
+    for k in tl.static_range(len(pivots)):
+        factor = exp(moves[k])
+        moved_exps += (times(exps[k], factor),)
+        if len(teacher_pivots) == 0:
+            moved_crosses += (times(crosses[k] + exps[k] * apart[k], factor),)
+        else:
+            move = teacher_moves[k % len(teacher_pivots)]
+            drift = teacher_exps[k % len(teacher_pivots)] * (move - moves[k])
+            moved_crosses += (times(crosses[k] + drift, exp(move)),)
+    return new_pivots, moved_exps, moved_crosses, new_teacher_pivots, moved_teacher_exps
+
+
+@triton.jit
+def _add_divergence(d, u, weights, divergence):
+    old_pivots, _, _, old_teacher_pivots, _ = divergence
     new_pivots = ()
+    x = ()
+    for k in tl.static_range(len(d)):
+        new_pivots += (tl.maximum(old_pivots[k], _lane_max(d[k])),)
+        x += (d[k] - new_pivots[k][None, :, None],)
+    new_teacher_pivots = ()
+    t = ()
+    for k in tl.static_range(len(u)):
+        new_teacher_pivots += (tl.maximum(old_teacher_pivots[k], _lane_max(u[k])),)
+        t += (u[k] - new_teacher_pivots[k][None, :, None],)
+    pivots, exps, crosses, teacher_pivots, teacher_exps = _moved(divergence, new_pivots, new_teacher_pivots, weights)
     new_exps = ()
     new_crosses = ()
-    new_teacher_pivots = ()
     new_teacher_exps = ()
-    t = ()
-    moves = ()
+    e = ()
     for k in tl.static_range(len(u)):
-        pivot = tl.maximum(teacher_pivots[k], _lane_max(u[k]))
-        t += (exp(u[k] - pivot[None, :, None]),)
-        moves += (exp(teacher_pivots[k] - pivot),)
-        new_teacher_pivots += (pivot,)
-        new_teacher_exps += (teacher_exps[k] * moves[k] + _lane_sum(t[k]),)
+        e += (exp(t[k]),)
+        new_teacher_exps += (teacher_exps[k] + _lane_sum(e[k]),)
     if len(d) > 0 and len(u) == 0:
-        apart = weighted_distances(d, weights)
+        apart = weighted_distances(x, weights)
     for k in tl.static_range(len(d)):
-        pivot = tl.maximum(pivots[k], _lane_max(d[k]))
-        f = exp(d[k] - pivot[None, :, None])
-        move = exp(pivots[k] - pivot)
-        new_pivots += (pivot,)
-        new_exps += (exps[k] * move + _lane_sum(f),)
+        f = exp(x[k])
+        new_exps += (exps[k] + _lane_sum(f),)
         if len(u) == 0:
-            new_crosses += (crosses[k] * move + _lane_sum(f * apart[k]),)
+            new_crosses += (crosses[k] + _lane_sum(f * apart[k]),)
         else:
-            product = t[k % len(u)] * (u[k % len(u)] - d[k])
-            new_crosses += (crosses[k] * moves[k % len(u)] + _lane_sum(product),)
-    return new_pivots, new_exps, new_crosses, new_teacher_pivots, new_teacher_exps
+            new_crosses += (crosses[k] + _lane_sum(e[k % len(u)] * (t[k % len(u)] - x[k])),)
+    return pivots, new_exps, new_crosses, teacher_pivots, new_teacher_exps
 
 
 @triton.jit
@@ -135,46 +165,38 @@ def _add_beaten(x, c, valid, labels, at_label, beaten):
 
 
 @triton.jit
-def _scaled(sums, pivots, maxima):
-    scaled = ()
-    for k in tl.static_range(len(sums)):
-        scaled += (times(sums[k], exp(pivots[k % len(pivots)] - maxima[k % len(maxima)])),)
-    return scaled
-
-
-@triton.jit
-def _joined_lanes(pivots, exps, distances, beaten, divergence):
+def _joined_lanes(pivots, exps, distances, beaten, divergence, weights):
     """The same of the whole row: all maxima in one reduction, sums in one for each of the two losses."""
-    d_pivots, d_exps, crosses, teacher_pivots, teacher_exps = divergence
-    highest = pivots + d_pivots + teacher_pivots + beaten
-    maxima = reduced(highest, True)
+    d_pivots, _, _, teacher_pivots, _ = divergence
+    maxima = reduced(pivots + d_pivots + teacher_pivots + beaten, True)
     row_pivots = maxima[: len(pivots)]
-    after: tl.constexpr = len(pivots) + len(d_pivots)
-    row_d_pivots = maxima[len(pivots) : after]
-    row_teacher_pivots = maxima[after : after + len(teacher_pivots)]
-    row_beaten = maxima[after + len(teacher_pivots) : after + len(teacher_pivots) + len(beaten)]
-    sums = ()
-    if len(exps) + len(distances) > 0:
-        sums = reduced(_scaled(exps, pivots, row_pivots) + distances, False)
+    maxima = maxima[len(pivots) :]
+    row_d_pivots = maxima[: len(d_pivots)]
+    maxima = maxima[len(d_pivots) :]
+    row_teacher_pivots = maxima[: len(teacher_pivots)]
+    row_beaten = maxima[len(teacher_pivots) : len(teacher_pivots) + len(beaten)]  # padding may follow
+    addends = ()
+    for k in tl.static_range(len(exps)):
+        addends += (times(exps[k], exp(pivots[k] - row_pivots[k])),)
+    addends += distances
+    sums = reduced(addends, False) if len(addends) > 0 else ()
     row_exps = sums[: len(exps)]
     row_distances = sums[len(exps) : len(exps) + len(distances)]
-    row_d_exps = d_exps
-    row_crosses = crosses
-    row_teacher_exps = teacher_exps
-    K: tl.constexpr = len(d_exps)
+    row_divergence = divergence
+    K: tl.constexpr = len(d_pivots)
     if K > 0:
-        addends = _scaled(d_exps, d_pivots, row_d_pivots)
-        if len(teacher_pivots) > 0:
-            addends += _scaled(crosses, teacher_pivots, row_teacher_pivots)
-            addends += _scaled(teacher_exps, teacher_pivots, row_teacher_pivots)
-        else:
-            addends += _scaled(crosses, d_pivots, row_d_pivots)
-        added = reduced(addends, False)
-        row_d_exps = added[:K]
-        row_crosses = added[K : 2 * K]
-        row_teacher_exps = added[2 * K : 2 * K + len(teacher_exps)]
-    of_divergence = row_d_pivots, row_d_exps, row_crosses, row_teacher_pivots, row_teacher_exps
-    return row_pivots, row_exps, row_distances, row_beaten, of_divergence
+        _, moved_exps, moved_crosses, _, moved_teacher_exps = _moved(
+            divergence, row_d_pivots, row_teacher_pivots, weights
+        )
+        sums = reduced(moved_exps + moved_crosses + moved_teacher_exps, False)
+        row_divergence = (
+            row_d_pivots,
+            sums[:K],
+            sums[K : 2 * K],
+            row_teacher_pivots,
+            sums[2 * K : 2 * K + len(teacher_pivots)],
+        )
+    return row_pivots, row_exps, row_distances, row_beaten, row_divergence
 
 
 @triton.jit
@@ -380,7 +402,7 @@ def _forward_kernel(
         pivots, exps = _add_cross_entropy(x, pivots, exps)
         divergence = _add_divergence(d, u, weights, divergence)
 
-    pivots, exps, distances, beaten, divergence = _joined_lanes(pivots, exps, distances, beaten, divergence)
+    pivots, exps, distances, beaten, divergence = _joined_lanes(pivots, exps, distances, beaten, divergence, weights)
     d_pivots, d_exps, crosses, teacher_pivots, teacher_exps = divergence
     left += row
     if own > 0:

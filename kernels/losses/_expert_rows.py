@@ -263,10 +263,7 @@ def _end_kernel(
         p_y, q_y, r_y = of_y
         p_y2, q_y2, r_y2 = of_y2
         scale = tl.where(valid, scale, 0.0)
-        # Relative to what is near all of them: of a common offset no difference is taken.
-        near = tl.max(tl.where(valid, top, -float("inf")), 0)[None, :]
-        near = tl.where(row < rows, near, 0.0)
-        log_sums = tl.where(valid, log_sum + (top - near), 0.0)
+        log_sums = tl.where(valid, log_sum + (top - d_pivots), 0.0)
         if TEACHER == "others":
             v = tl.where(valid, 1.0, 0.0)
             if students is not None:
@@ -298,7 +295,7 @@ def _end_kernel(
             u_top, u_log_sum, u_scale, of_y, of_y2 = _probabilities(u_pivots, u_exps, u_y, u_y2, LABELS)
             t_y, n_y, s_y = of_y
             t_y2, n_y2, s_y2 = of_y2
-            off = (u_log_sum - log_sum) + (u_top - top)
+            off = (u_log_sum + (u_top - u_pivots)) - log_sums
             divergences = u_scale * (crosses - u_exps * off)
             d_slopes = w * scale
             others = w * u_scale

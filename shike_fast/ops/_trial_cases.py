@@ -1,7 +1,7 @@
 """The inputs on which a backend is tried, by operator, and those on which it is timed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,9 +105,10 @@ def _expert_loss_cases(device: torch.device) -> Iterator[Case]:
     """Few calls with many options each: Triton compiles for each."""
     low = _dtypes(device)[-2:]
 
-    def case(what: str, dtypes: Sequence[torch.dtype], *shape: int, **options: object) -> Iterator[Case]:
+    def case(what: str, dtypes: Sequence[torch.dtype], *shape: int, **options: Any) -> Iterator[Case]:
         def call(logits: Tensor, backend: str) -> Tensor:
-            return ops.expert_loss(logits, target, **options, backend=backend)  # type: ignore[no-any-return]
+            loss: Tensor = ops.expert_loss(logits, target, **options, backend=backend)
+            return loss
 
         target = _targets(device, shape[1], shape[2])
         for dtype in _dtypes(device) if device.type == "cpu" else dtypes:

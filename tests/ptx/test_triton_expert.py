@@ -195,8 +195,8 @@ SHAPE = (3, 8, 8142)
 BIAS = torch.linspace(-1, 1, 8142)
 COSTS = {  # options, and the most instructions of an element, forward and backward
     "plain": ({}, 12, 13),
-    "others": ({"bias": BIAS, "kl": ExpertKL()}, 21, 23),
-    "view": ({"kl": ExpertKL("view", temperature=2.0)}, 39, 33),
+    "others": ({"bias": BIAS, "kl": ExpertKL()}, 22, 23),
+    "view": ({"kl": ExpertKL("view", temperature=2.0)}, 41, 33),
 }
 
 
