@@ -37,12 +37,14 @@ class PixelBatch:
         pixels: uint8 [B, 3, S, S], channels-last or contiguous, as the augmentation wants it.
         labels: int64 [B].
         indices: int64 [B], whose random words the augmentation takes.
+        repeats: int64 [B], how many times the epoch has shown each of them before; None: never.
         broken: images that another one, or plain grey, stands for.
     """
 
     pixels: Tensor
     labels: Tensor
     indices: NDArray[np.int64]
+    repeats: NDArray[np.int64] | None = None
     broken: tuple[Broken, ...] = ()
 
     def pin_memory(self) -> PixelBatch:
@@ -98,18 +100,22 @@ class ImageDataset(AugmentedDataset):
         """What a message says of an image that cannot be read."""
         return "another image stands in for it" if self.training else "it is tested as plain grey"
 
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        pixels = self.pixels(indices, seed=seed, epoch=epoch)
+    def batch(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        pixels = self.pixels(indices, seed=seed, epoch=epoch, repeats=repeats)
         self._broken.add(pixels.broken)
         return self.normalised(self.augmented(pixels, seed=seed, epoch=epoch)), pixels.labels
 
-    def pixels(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> PixelBatch:
+    def pixels(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> PixelBatch:
         """Decode, crop and resize.
 
         Raises:
             DataError: an image cannot be read and the data set is strict, or so many cannot that none is left.
         """
-        words = self.augment.draw(indices, seed=seed, epoch=epoch)
+        words = self.augment.draw(indices, seed=seed, epoch=epoch, repeats=repeats)
         shape = (len(indices), 3, self.size, self.size)
         layout = torch.channels_last if self._interleaved else torch.contiguous_format
         result = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
@@ -121,7 +127,7 @@ class ImageDataset(AugmentedDataset):
                 result[b] = self.grey
             else:
                 labels[b] = label
-        return PixelBatch(result, torch.from_numpy(labels), indices, tuple(broken))
+        return PixelBatch(result, torch.from_numpy(labels), indices, repeats, tuple(broken))
 
     def decode(self, words: NDArray[np.uint32], result: Tensor, index: int) -> None:
         """Decode, crop and resize one image.
@@ -189,7 +195,7 @@ class ImageDataset(AugmentedDataset):
     def augmented(self, batch: PixelBatch, *, seed: int, epoch: int) -> Tensor:
         """What is left of the augmentation, where the pixels are: uint8 [B, 3, S, S], channels-last."""
         steps = self.augmentation_on(batch.pixels.device)
-        plans = steps.plan(self.augment.draw(batch.indices, seed=seed, epoch=epoch))
+        plans = steps.plan(self.augment.draw(batch.indices, seed=seed, epoch=epoch, repeats=batch.repeats))
         return steps.augment(batch.pixels, to_device(plans, batch.pixels.device))
 
     def normalised(self, pixels: Tensor) -> Tensor:
