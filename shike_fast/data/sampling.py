@@ -77,11 +77,9 @@ class ClassAware(Sampler):
         rounds = -(-self._size // (SAMPLES_A_VISIT * classes))
         keys = long_words(seed, epoch, np.arange(rounds * classes), STREAM_CLASSES).reshape(rounds, classes)
         visited = np.argsort(keys, axis=1, kind="stable")
-        place = np.arange(self._size)
         drawn = np.repeat(visited, SAMPLES_A_VISIT, axis=1).ravel()[: self._size]  # the class at each place
-        before = (
-            place // (SAMPLES_A_VISIT * classes) * SAMPLES_A_VISIT + place % SAMPLES_A_VISIT
-        )  # its draws until then
+        place = np.arange(self._size)
+        before = place // (SAMPLES_A_VISIT * classes) * SAMPLES_A_VISIT + place % SAMPLES_A_VISIT  # draws of it so far
 
         # The lists of each class that the epoch needs, one after the other, class by class.
         lists = -(-np.bincount(drawn, minlength=classes) // self._counts)

@@ -160,9 +160,8 @@ class GpuPhotoLoader(EpochLoader):
         source, request = self.views[number], request.of_view(number, len(self.views))
         words = source.augment.draw(request.indices, **request.draw)
         read = partial(self._read, source)
-        return _View(source, request, words), [
-            pool.submit(read, int(i), w) for i, w in zip(request.indices, words, strict=True)
-        ]
+        futures = [pool.submit(read, int(i), words[b]) for b, i in enumerate(request.indices)]
+        return _View(source, request, words), futures
 
     def _collected(self, begun: list[tuple[_View, list[Future[_Read]]]]) -> list[_View]:
         started = time.perf_counter()
