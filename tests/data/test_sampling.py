@@ -74,7 +74,7 @@ def test_class_aware_draws_the_images_of_a_class_equally_often():
         assert chi_square(shown, np.full(len(shown), 1 / len(shown))) < len(shown) + 4 * (2 * len(shown)) ** 0.5
 
 
-def test_the_first_place_is_every_classs():
+def test_any_class_may_come_first():
     sampler = make_sampler("class-aware", LABELS)
     first = LABELS[[sampler.order(0, epoch)[0] for epoch in range(1400)]]
     assert chi_square(np.bincount(first, minlength=len(COUNTS))[THERE], np.full(7, 1 / 7)) < 22.5  # 6 degrees, 0.001
