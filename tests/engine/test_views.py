@@ -30,7 +30,7 @@ BALANCED = Stage("balanced", epochs="stage2_epochs", lr="stage2_lr", terms=TRAIN
 
 
 class Twins(Method):
-    """Views of an image are to agree with its first one. A linear layer on the pixels comes with the network."""
+    """Views of an image are to agree with its first one."""
 
     name = "twins"
     summary = "views that agree"
@@ -38,7 +38,6 @@ class Twins(Method):
 
     copies: int = option(2, "views of an image", check=at_least(0))
     other: str = option("crop-flip", "augmentation of all views but the first")
-    linear: bool = option(False, "train the linear layer alone")
 
     @classmethod
     def views(cls, settings):
@@ -47,14 +46,6 @@ class Twins(Method):
     @classmethod
     def model_options(cls, settings):
         return {"classifier": "linear", "fusion": False}
-
-    @classmethod
-    def extend_model(cls, model, settings):
-        model.flat = nn.Linear(64, 10)
-
-    def forward(self, model, images, stage):
-        self.images = images
-        return model.flat(images.flatten(1))[None] if self.linear else super().forward(model, images, stage)
 
     def loss(self, logits, target, *, stage=TRAINING, epoch=0, **inputs):
         assert logits.shape[1] == len(target) and len(target) % self.copies == 0
@@ -69,10 +60,30 @@ class Twins(Method):
         return 0
 
 
+class LinearTwins(Twins):
+    """The same for a linear layer on the pixels, which comes with the network and keeps what it was given."""
+
+    name = "linear-twins"
+    stages = (Stage("training", terms=TRAINING.terms, trains=lambda model: model.flat.parameters()),)
+
+    @classmethod
+    def extend_model(cls, model, settings):
+        model.flat = nn.Linear(64, 10)
+
+    def forward(self, model, images, stage):
+        self.images = images
+        return model.flat(images.flatten(1))[None]
+
+
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    registry.register_method(Twins)
+    register()
+
+
+def register():
+    for method in (Twins, LinearTwins):
+        registry.register_method(method)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +123,8 @@ def test_it_trains_and_resumes_bit_for_bit(runs, tmp_path, monkeypatch, copies):
 def make_steps(processes=Processes(), **settings):  # noqa: B008  (immutable)
     torch.manual_seed(0)
     model = models.create_model("resnet8", num_classes=10, in_channels=1, num_experts=1, fusion=False)
-    config = resolve({"method": "twins", "linear": True, "epochs": 2, "batch_size": 12} | settings)
-    Twins.extend_model(model, config)
+    config = resolve({"method": "linear-twins", "epochs": 2, "batch_size": 12} | settings)
+    LinearTwins.extend_model(model, config)
     counts, totals = torch.arange(1, 11), Totals(CPU)
     steps = StageSteps(model.double(), config, 1, class_counts=counts, processes=processes, totals=totals)
     set_lr(steps.optimizer, 0.5)
@@ -164,8 +175,7 @@ def test_the_layout_of_the_images_survives_the_parts():
 
 
 def two_processes_here():
-    if "twins" not in registry._METHODS:
-        registry.register_method(Twins)
+    register()
     processes = Processes(dist.get_rank(), dist.get_world_size())
     images, labels = batch(2)
     share = share_of(np.arange(11), processes.rank, processes.world_size)
