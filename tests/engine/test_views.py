@@ -92,7 +92,7 @@ def digits():
 
 
 def arguments(copies):
-    small = ["--model", "resnet8", "--batch-size", 96, "--epochs", 3, "--stage2-epochs", 1, "--experts", 1]
+    small = ["--model", "resnet8", "--batch-size", 96, "--epochs", 2, "--stage2-epochs", 1, "--experts", 1]
     return ["--method", "twins", "--copies", copies, *small]
 
 
@@ -102,7 +102,7 @@ def test_it_trains_and_resumes_bit_for_bit(runs, tmp_path, monkeypatch, copies):
     rows = runs.metrics(tmp_path / "whole")
     assert rows[0]["train_agreement"] > 0
     plain = trainer_module.Trainer._step
-    for steps in (2, 9):  # within the first epoch, and that of the second stage
+    for steps in (2, 6):  # within the first epoch, and that of the second stage
         left = [steps]
 
         def counted(trainer, images, labels, left=left):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from shike_fast.data.images.broken import BrokenImages
-from shike_fast.data.images.files import ImageDataset, PixelBatch
+from shike_fast.data.images.files import ImageDataset, PixelBatch, pixels_of_views
 from shike_fast.data.loaders.loader import Batch, Loader, Request, joined
 from shike_fast.data.loaders.prefetch import Prefetcher
 from shike_fast.errors import warn
@@ -30,20 +30,21 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _LoadPixels:
-    """Decodes a batch, anew for each view, and, where the images stay on the CPU, also augments it."""
+    """Decodes a batch for all views and, where the images stay on the CPU, also augments it."""
 
     views: tuple[ImageDataset, ...]
     augment: bool
 
     def __call__(self, request: Request) -> _Answer:
         started = time.perf_counter()
-        seen = []
-        for number, view in enumerate(self.views):
-            batch = view.pixels(request.indices, **request.of_view(number, len(self.views)).draw)
-            if self.augment:
-                batch = replace(batch, pixels=view.augmented(batch, seed=request.seed, epoch=request.epoch))
-            seen.append(batch)
-        return _Answer(tuple(seen), time.perf_counter() - started)
+        draws = [request.of_view(number, len(self.views)).draw for number in range(len(self.views))]
+        batches = pixels_of_views(self.views, request.indices, draws)
+        if self.augment:
+            batches = [
+                replace(batch, pixels=view.augmented(batch, seed=request.seed, epoch=request.epoch))
+                for view, batch in zip(self.views, batches, strict=True)
+            ]
+        return _Answer(tuple(batches), time.perf_counter() - started)
 
 
 class PhotoLoader(Loader):

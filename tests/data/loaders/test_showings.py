@@ -194,3 +194,42 @@ def test_broken_files_are_counted_once_for_all_views(image_dir):
             assert len(images) == 2 * len(labels)
         loader.close()
         assert len(told) == len(loader.broken) == 1
+
+
+def test_a_file_is_opened_and_decoded_once_for_all_views(image_dir, monkeypatch):
+    train = load_dataset("imagefolder", data_dir=image_dir, image_size=24, augmentation="rrc").train
+    opened, decoded = [], []
+    plain = train.store.open
+
+    def watch(index):
+        opened.append(index)
+        picture = plain(index)
+        pixels = picture.pixels
+        picture.pixels = lambda reduction: decoded.append(index) or pixels(reduction)
+        return picture
+
+    monkeypatch.setattr(train.store, "open", watch)
+    views = [train, train.augmented_by("rrc-randaugment"), train]
+    list(PhotoLoader(train, batch_size=6, shuffle=True, device="cpu", num_workers=0, views=views).epoch(0))
+    assert sorted(opened) == sorted(decoded) == list(range(12))  # at 24 to 60 pixels none is decoded at a half
+
+
+def twice_on(device):
+    images = np.random.default_rng(0).integers(0, 256, (500, 3, 32, 32), dtype=np.uint8)
+    labels = np.repeat(np.arange(3), (450, 40, 10))
+    dataset = ArrayDataset(images, labels, mean=(0.4,), std=(0.2,), augmentation="crop-flip")
+    options = {"sampler": make_sampler("class-aware", labels), "views": [dataset, dataset.augmented_by("cifar")]}
+    return list(DeviceLoader(dataset, batch_size=128, shuffle=True, device=device, **options).epoch(0))
+
+
+def test_views_are_made_on_the_device():
+    """The device "meta" holds no values: they cannot be read, and its tensors do not mix with those of the CPU."""
+    for images, labels in twice_on("meta"):
+        assert images.is_meta and labels.is_meta and len(images) == 2 * len(labels)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_what_the_cpu_gives():
+    for (images, labels), (expected, same) in zip(twice_on("cuda"), twice_on("cpu"), strict=True):
+        assert images.is_cuda and torch.equal(images.cpu(), expected) and torch.equal(labels.cpu(), same)
