@@ -153,6 +153,7 @@ def check_setting(
             f"--batch-size: counts the images of all processes; {processes.world_size} processes with --accumulate "
             f"{config.accumulate} need at least {2 * passes}, got {config.batch_size}"
         )
+    _views(config, dataset)
     for stage in range(1, len(config.stages) + 1):
         stage_sampler(config, dataset, stage)
     _check_last_batch(config, dataset, processes)

@@ -60,7 +60,14 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
         return self._on_devices[str(device)]
 
     def augmented_by(self, augmentation: str) -> Self:
-        """The same images with another training augmentation, sharing memory and files with these."""
+        """The same images with another training augmentation, sharing memory and files with these.
+
+        Raises:
+            ValueError: it is none of :attr:`augmentations`.
+        """
+        if augmentation not in self.augmentations:
+            known = ", ".join(self.augmentations)
+            raise ValueError(f"augmented_by: unknown augmentation {augmentation!r}; choose one of {known}")
         other = copy.copy(self)
         other.augmentation = augmentation
         other._on_devices = {}
