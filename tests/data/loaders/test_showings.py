@@ -182,9 +182,7 @@ def test_a_set_with_another_augmentation_shares_the_images():
     assert (dataset.augmentation, other.augmentation) == ("none", "crop-flip")
     assert other.images is dataset.images and other.augmentation_on(torch.device("cpu"))._steps
     assert not dataset.augmentation_on(torch.device("cpu"))._steps
-    with pytest.raises(
-        ValueError, match="augmented_by: unknown augmentation 'rrc'; choose one of none, shift"
-    ):
+    with pytest.raises(ValueError, match="augmented_by: unknown augmentation 'rrc'; choose one of none, shift"):
         dataset.augmented_by("rrc")
 
 
