@@ -18,6 +18,10 @@ NETWORKS = {
     "without fusion": lambda: models.MultiExpertResNet(
         models.BasicBlock, (1, 2, 2), large_stem=False, fusion=False, classifier="linear", **SMALL
     ),
+    "two stages each": lambda: models.create_model("resnet8", num_classes=5, expert_stages=2, shortcut="pad"),
+    "whole networks": lambda: models.create_model(
+        "resnet8", num_classes=5, expert_stages="all", fusion=False, num_experts=2
+    ),
 }
 
 
@@ -182,7 +186,9 @@ def test_two_backward_passes_through_one_graph():
     assert_same_bits(*results)
 
 
-@pytest.mark.parametrize(("name", "share"), [("resnet8", 0.6), ("resnet50", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("resnet8", 0.6), ("resnet50", 0.5), ("two stages each", 0.6), ("whole networks", 0.6)]
+)
 def test_less_is_stored(name, share):
     model = network(name)
     before = stored_bytes(model)
@@ -190,11 +196,15 @@ def test_less_is_stored(name, share):
     assert stored_bytes(model) < share * before
 
 
-def test_every_block_and_the_stem_are_computed_again(recomputations):
-    model = network("resnet50")
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("resnet50", 1 + 3 + 4 + 6 + 3 * 3), ("two stages each", 1 + 1 + 3 * 2), ("whole networks", 2 * (1 + 3))],
+)
+def test_every_block_and_the_stem_are_computed_again(recomputations, name, parts):
+    model = network(name)
     model.checkpoint_activations = True
     model(some_images())
-    assert len(recomputations) == 1 + 3 + 4 + 6 + 3 * 3
+    assert len(recomputations) == parts
     # the states of generators take time to keep, and a recorded CUDA graph has none
     assert not any(options["preserve_rng_state"] for options in recomputations)
 
