@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shike_fast.errors import CheckpointError
 from shike_fast.models.registry import create_model, list_models
 from shike_fast.models.resnet import BasicBlock, Bottleneck, MultiExpertResNet
-from shike_fast.models.state_dicts import check_fit, count, saved_tensors, shorten, size, without_prefix
+from shike_fast.models.state_dicts import check_fit, count, saved_tensors, shorten, without_prefix
 
 # Of RIDE's second stage, which decides how many experts see an image, and heads in MDCS's network that nothing uses.
 _LEFT_OUT = re.compile(r"expert_help_pred|linear_head\.|linear_few\.|mlp\.")
@@ -145,24 +145,27 @@ def _read(state_dict: Mapping[str, Any], source: str) -> tuple[dict[str, Tensor]
 
 
 def _form_of(given: Mapping[str, Tensor], source: str) -> _Form:
-    stages = sorted({match[1] for key in given if (match := re.match(r"(layer\ds?)\.", key))})
+    stages = _stages(given)
     own = [stage for stage in stages if stage.endswith("s")]
     if not own or "linears.0.weight" not in given:
         kind = "a network of one expert (it has linear.weight)" if "linear.weight" in given else "another network"
         raise CheckpointError(
             f"{source}: {kind}; only one of several experts, with layer3s or layer4s and linears, can be converted"
         )
+    for name, sizes in (("conv1.weight", 4), ("layer1.0.conv2.weight", 4), ("linears.0.weight", 2)):
+        if name not in given or given[name].dim() != sizes or given[name].numel() == 0:
+            raise CheckpointError(f"{source}: weights of another network, it has no {name} of {sizes} sizes")
+    width, in_channels, stem, _ = given["conv1.weight"].shape
+    inner, group, _, _ = given["layer1.0.conv2.weight"].shape
     is_linear = "linears.0.bias" in given
-    features = size(given, "linears.0.weight", 1 if is_linear else 0)
-    width = size(given, "conv1.weight", 0)
+    num_classes, features = given["linears.0.weight"].shape[:: 1 if is_linear else -1]
     is_bottleneck = "layer1.0.conv3.weight" in given
     last_width = width * 2 ** (len(stages) - 1) * (4 if is_bottleneck else 1)
-    inner, group = (size(given, "layer1.0.conv2.weight", dim) for dim in (0, 1))
     is_projected = any(re.search(r"\.(shortcut|downsample)\.", key) for key in given)
     options = {
-        "num_classes": size(given, "linears.0.weight", 0 if is_linear else 1, least=2),
+        "num_classes": num_classes,
         "num_experts": count(given, rf"{own[-1]}\.(\d+)\."),
-        "in_channels": size(given, "conv1.weight", 1),
+        "in_channels": in_channels,
         "fusion": False,
         "classifier": "linear" if is_linear else "cosine",
         "scale": _SCALE,
@@ -176,11 +179,20 @@ def _form_of(given: Mapping[str, Tensor], source: str) -> _Form:
             count(given, rf"{stage}\.\d+\.(\d+)\." if stage in own else rf"{stage}\.(\d+)\.") for stage in stages
         ),
         width=width,
-        is_large=size(given, "conv1.weight", 2) == 7,
+        is_large=stem == 7,
         is_bottleneck=is_bottleneck,
         groups=inner // group,
         width_per_group=64 * group // width,
     )
+
+
+def _stages(given: Mapping[str, Tensor]) -> list[str]:
+    """The stages one after another: ``layer1`` ... those that experts share, ``layer3s`` ... those that they own."""
+    names = {key.partition(".")[0] for key in given}
+    stages: list[str] = []
+    while found := {f"layer{len(stages) + 1}", f"layer{len(stages) + 1}s"} & names:
+        stages.append(min(found))
+    return stages
 
 
 def _checked(given: Mapping[str, Tensor], form: _Form, source: str) -> MultiExpertResNet:

@@ -71,12 +71,6 @@ def count(given: Mapping[str, Tensor], pattern: str) -> int:
     return max(1, len({match[1] for key in given if (match := re.match(pattern, key))}))
 
 
-def size(given: Mapping[str, Tensor], key: str, dim: int, least: int = 1) -> int:
-    """A size of an entry, if there is one: without it, check_fit names what is missing or wrong."""
-    tensor = given.get(key)
-    return max(least, tensor.shape[dim]) if tensor is not None and tensor.dim() > dim else least
-
-
 def shorten(items: list[str]) -> str:
     """The items in a row, the first of them if they are many."""
     more = len(items) - _LISTED

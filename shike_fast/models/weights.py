@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shike_fast.errors import CheckpointError
 from shike_fast.models.multi_expert import MultiExpertNetwork
 from shike_fast.models.resnet import BasicBlock, MultiExpertResNet
-from shike_fast.models.state_dicts import check_fit, count, plain_tensors, saved_tensors, size
+from shike_fast.models.state_dicts import check_fit, count, plain_tensors, saved_tensors
 
 _CONVERT = "convert_reference_state_dict"
 
@@ -162,10 +162,16 @@ def _published_network(given: Mapping[str, Tensor]) -> MultiExpertResNet:
             [count(given, pattern) for pattern in stages],
             width=16,
             large_stem=False,
-            num_classes=size(given, "classifiers.0.weight", 1, least=2),
+            num_classes=_size(given, "classifiers.0.weight", least=2),
             num_experts=count(given, r"layer3s\.(\d+)\."),
-            in_channels=size(given, "conv1.weight", 1),
+            in_channels=_size(given, "conv1.weight", least=1),
         )
+
+
+def _size(given: Mapping[str, Tensor], key: str, least: int) -> int:
+    """The second size of an entry ([D, C], or [out, in, kh, kw]), if there is one."""
+    tensor = given.get(key)
+    return max(least, tensor.shape[1]) if tensor is not None and tensor.dim() > 1 else least
 
 
 def _is_classifier(key: str) -> bool:

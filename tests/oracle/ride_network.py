@@ -1,4 +1,4 @@
-"""The network that the published code of RIDE, SADE, BalPoE and MDCS shares, from its description: names and arithmetic.
+"""The network that the published code of RIDE, SADE, BalPoE and MDCS shares: its names and its arithmetic.
 
 A state_dict is made entry by entry, and the logits are computed from it with functions of PyTorch alone, so nothing
 here knows of the modules that are tested.
