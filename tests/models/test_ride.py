@@ -28,8 +28,9 @@ FORMS = {
 
 @pytest.fixture(autouse=True)
 def _small_networks(monkeypatch):
-    """The large form with few channels, registered beside the others: 64 would take long."""
-    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
+    """The large form with few channels, registered before the others: 64 would take long."""
+    others = registry._BUILDERS
+    monkeypatch.setattr(registry, "_BUILDERS", {})
 
     @models.register_model
     def narrow(**options):
@@ -41,6 +42,8 @@ def _small_networks(monkeypatch):
             return models.Bottleneck(*args, groups=8, width_per_group=16, **settings)
 
         return models.MultiExpertResNet(block, (3, 4, 6, 3), width=16, large_stem=True, **options)
+
+    registry._BUILDERS.update(others)
 
 
 def imported(state):
