@@ -95,13 +95,11 @@ def test_from_a_file(tmp_path):
 
 
 def test_a_run_is_trained_resumed_evaluated_and_predicted_with(runs, tmp_path, capsys):
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    short = [*runs.small, "--epochs", 2, "--experts", 2]
-    for directory in (whole, run):
-        assert runs.train(*short, *RIDE, "--output-dir", directory) == 0
-    (run / "last.pt").unlink()  # the one before it is there
+    run = tmp_path / "run"
+    assert runs.train(*runs.small, "--epochs", 2, "--experts", 2, *RIDE, "--output-dir", run) == 0
+    (run / "last.pt").rename(tmp_path / "whole.pt")  # the checkpoint before it is there
     assert runs.train("--resume", *RIDE, "--output-dir", run) == 0
-    runs.assert_same_weights(whole / "last.pt", run / "last.pt")
+    runs.assert_same_weights(tmp_path / "whole.pt", run / "last.pt")
     state = runs.checkpoint(run / "last.pt")
     assert {name: state["model_description"][name] for name in NAMES} == RIDE_NETWORK
     assert state["model"]["experts.1.layer3.0.conv1.weight"].shape == (48, 24, 3, 3)
