@@ -365,7 +365,7 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
     for name, value in sorted(given.items(), key=lambda item: item[0] != "method"):
         if name not in options:
             _require_known({name: value}, config.method)
-        if not options[name].changeable and getattr(config, name) != value:
+        if not options[name].changeable and getattr(config, name) != options[name].check(value):
             raise CheckpointError(
                 f"checkpoint {source} belongs to another run: {name} is {getattr(config, name)!r}, the command line "
                 f"says {value!r}; leave the option out to go on with it, or start a new run in another --output-dir"
