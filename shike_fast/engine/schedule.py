@@ -60,8 +60,8 @@ def steps_with_warmup(
         rate(e) = warm(e) * factor ** (number of steps <= e)
 
     With the published CIFAR-100-LT values of RIDE (200 epochs, base 0.1, start 0, five warm-up epochs, steps after 160
-    and 180 epochs, factor 0.01): 0.02, 0.04, 0.06, 0.08, 0.1, then 0.1 up to the 160th epoch, 0.001 up to the 180th, and
-    0.00001. The warm-up is that of RIDE's code; :func:`cosine_with_warmup` reaches ``base_lr`` one epoch later.
+    and 180 epochs, factor 0.01): 0.02, 0.04, 0.06, 0.08, 0.1, then 0.1 up to the 160th epoch, 0.001 up to the 180th,
+    and 0.00001. The warm-up is that of RIDE's code; :func:`cosine_with_warmup` reaches ``base_lr`` one epoch later.
 
     Args:
         epoch: 0-based epoch within the stage.
