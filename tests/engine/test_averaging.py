@@ -1,8 +1,6 @@
 """``--ema``: the average itself, and that it is what is tested, saved, resumed, evaluated and used."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -198,22 +196,6 @@ def test_a_method_s_network_is_made_of_the_average(runs, averaged, tmp_path):
     trained = load_trained(tmp_path / "run" / "last.pt", None, SETTINGS)
     average = runs.checkpoint(averaged / "last.pt")["average"]["model"]
     assert torch.equal(trained.network.model.state_dict()["conv1.weight"], average["conv1.weight"])
-
-
-@pytest.mark.usefixtures("own_methods")
-def test_an_average_of_the_method_s_wins(runs, tmp_path, monkeypatch):
-    """It follows the weights by ``after_step``, and is tested with or without ``--ema``."""
-    shutil.copy(Path(__file__).parents[1] / "methods" / "three_stages.py", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "three_stages", raising=False)
-    arguments = ["--plugin", "three_stages", "--method", "three-stages", "--model", "resnet8", "--epochs", 4]
-    arguments += ["--polish-epochs", 1, "--output-dir"]
-    assert runs.train(*arguments, tmp_path / "plain") == 0
-    assert runs.train(*arguments, tmp_path / "averaged", "--ema", 0.9) == 0
-    assert runs.reproducible_metrics(tmp_path / "plain") == runs.reproducible_metrics(tmp_path / "averaged")
-    first, second = (runs.checkpoint(tmp_path / name / "last.pt") for name in ("plain", "averaged"))
-    for name, value in first["method_state"]["average"].items():
-        assert torch.equal(second["method_state"]["average"][name], value), name
 
 
 def test_each_stage_begins_anew(runs, tmp_path):
