@@ -176,7 +176,7 @@ class StageSteps:
         self.optimizer.zero_grad(set_to_none=True)
         labels_b = labels
         if order is not None and kept is not None:
-            images, labels_b = mix_images(images, order, kept), labels[order]
+            images, labels_b = mix_images(images, order, kept, len(images) // len(labels)), labels[order]
         # the same number in all processes, which exchange statistics in every part: what the smallest share allows
         parts = max(1, min(self.config.accumulate, of_all // self.processes.world_size))
         of_parts = zip(*(whole.tensor_split(parts) for whole in (images, labels, labels_b)), strict=True)
