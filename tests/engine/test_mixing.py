@@ -257,6 +257,28 @@ def test_what_a_method_gets(define, runs, tmp_path):
     assert seen == [(0, ["lam", "target_b"]), (1, ["lam", "target_b"]), (2, [])]
 
 
+def test_the_views_of_a_step(define, batch):
+    """All views of an image are mixed with those of one partner, and the second labels are repeated as the first."""
+    seen = {}
+
+    def forward(self, model, images, stage):
+        seen["images"] = images
+        return model(images, stage=stage.classifiers)
+
+    def loss(self, logits, target, *, stage=None, epoch=0, target_b, lam):
+        seen.update(target=target, target_b=target_b)
+        return lam * ops.expert_cross_entropy(logits, target), {}
+
+    define(loss, forward=forward, views=classmethod(lambda cls, settings: (None, None)))
+    images, labels = batch
+    both = torch.cat([images, images.flip(-1)])
+    make_steps(network(), method="own", num_experts=1, cutmix=1.0)(both, labels, number=1)
+    order, kept = Mixing(mixup=0.0, cutmix=1.0, epochs=3, seed=0).draw(0, 1, 8, 16, 16)
+    for view, mine in zip(both.split(8), seen["images"].split(8), strict=True):
+        assert torch.equal(mine, mix_images(view, order, kept))
+    assert torch.equal(seen["target"], labels.repeat(2)) and torch.equal(seen["target_b"], labels[order].repeat(2))
+
+
 def test_a_mixed_run(runs, tmp_path):
     arguments = [*CE, "--epochs", 2, "--mixup", 0.4, "--cutmix", 1, "--amp", "bf16"]
     assert runs.train(*arguments, "--output-dir", tmp_path / "mixed") == 0
