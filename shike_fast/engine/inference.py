@@ -18,7 +18,7 @@ from shike_fast.engine import checkpoint
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.precision import settle_amp
 from shike_fast.engine.setup import check_device
-from shike_fast.engine.state import check_stage, model_from_checkpoint
+from shike_fast.engine.state import check_stage, model_from_checkpoint, with_average
 from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError
 
@@ -72,6 +72,8 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
     torch.set_num_threads(config.threads)
     use_device(device)
     check_device(config, device)
+    if config.ema:
+        state = with_average(state, source)
     model = model_from_checkpoint(state, source, config).to(device)
     method = config.create_method(state["data"]["class_counts"].to(device))
     number = stage or state["stage"]
