@@ -2,12 +2,14 @@
 
 from shike_fast.ops._dispatch import backend_reasons, backends, needs_verification, verdicts, verify, what_runs
 from shike_fast.ops._dkf_arguments import BatchNormArguments
+from shike_fast.ops._expert_checks import ExpertKL
 from shike_fast.ops.balanced_softmax import balanced_softmax_loss
 from shike_fast.ops.cross_entropy import expert_cross_entropy
 from shike_fast.ops.dkf import dkf_bn_pool, dkf_experts, dkf_pool
 from shike_fast.ops.dkt import dkt_loss
+from shike_fast.ops.expert_kl import expert_kl
 from shike_fast.ops.expert_logits import expert_logits
-from shike_fast.ops.expert_loss import ExpertKL, ExpertRows, expert_kl, expert_loss
+from shike_fast.ops.expert_loss import ExpertRows, expert_loss
 
 __all__ = [
     "BatchNormArguments",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shike_fast.ops import _native_expert
 from shike_fast.ops._checks import accumulation_dtype, as_list
-from shike_fast.ops._dispatch import kernels
+from shike_fast.ops._dispatch import Operator, kernels
 from shike_fast.ops._expert_call import (
     MEAN,
     NO_TEACHER,
@@ -20,9 +21,9 @@ from shike_fast.ops._expert_call import (
     ExpertOptions,
     ExpertTensors,
 )
-from shike_fast.ops._expert_reference import row_logits
+from shike_fast.ops._expert_reference import composite_expert_loss, row_logits
 from shike_fast.ops._guards import is_plain, materialised
-from shike_fast.ops._losses import fused_loss
+from shike_fast.ops._losses import fused_loss, loss_operator
 
 _FUSED = fused_loss(
     "expert_loss_fused",
@@ -144,3 +145,17 @@ def refuses_expert_loss(
     if options.masked and options.label_smoothing != 0.0:
         return "label smoothing with a class mask is a matter of the reference"
     return None
+
+
+_SCHEMA = f"(Tensor logits, Tensor? soft_target, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
+
+
+def expert_operator(name: str) -> Operator:
+    """The record of a public function that takes these arguments."""
+    return loss_operator(
+        name, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss, flat=_flat
+    )
+
+
+def _flat(soft_target: Tensor | None, tensors: ExpertTensors, options: ExpertOptions) -> Sequence[Any]:
+    return (soft_target, *tensors, *options)
