@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +37,41 @@ class Stage:
         start_lr_factor: the warm-up begins at this share of it: a number, or the setting that gives it.
         classifiers: whose logits it trains and tests: 1 for the network's first classifiers, 2 for the second ones.
         trains: the parameters of the network that it trains; all others are frozen.
+        schedule: how its learning rate falls, ``cosine`` or ``step``; None for what ``--schedule`` says.
+        weight_decay: its L2 penalty: a number, or the setting that gives it.
         frozen_features: the features are computed without gradient, in training mode all the same, so that the
             statistics of BatchNorm move on.
         terms: names of the terms that :meth:`Method.loss` returns in this stage.
+        sampler: the name of the one that draws its training images; None: that of ``--sampler``.
     """
 
     name: str
     epochs: str | float | None = None
     lr: str = "lr"
     start_lr_factor: str | float = 0.0
+    schedule: str | None = None
+    weight_decay: str | float = "weight_decay"
     classifiers: int = 1
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = all_but_second_classifiers
     frozen_features: bool = False
     terms: tuple[str, ...] = ()
+    sampler: str | None = None
+
+
+class Constant:
+    """Numbers that a loss needs in every step, computed once in float64.
+
+    Args:
+        value: float64, on the device of the run.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._float32 = value.to(torch.float32)
+
+    def of(self, logits: Tensor) -> Tensor:
+        """The numbers in the dtype in which a loss of these logits is computed."""
+        return self.value if logits.dtype == torch.float64 else self._float32
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(option,))
@@ -72,10 +94,12 @@ class Method(ABC):
         experts: the number of experts that it needs; None for any.
         defaults: its defaults for settings that are not its own, below those of a data set's recipe.
         recipes: its settings for a data set, by the name of that, above those of the data set's recipe.
+        mixes: :meth:`loss` takes a second label, so that ``--mixup`` and ``--cutmix`` may mix the images.
 
     Attributes:
         class_counts: int64 [C], training images of each class.
         num_experts: K.
+        epochs: of the whole run, such as for a loss that changes after four fifths of it.
     """
 
     name: ClassVar[str]
@@ -85,9 +109,11 @@ class Method(ABC):
     experts: ClassVar[int | None] = None
     defaults: ClassVar[Mapping[str, Any]] = {}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    mixes: ClassVar[bool] = False
 
     class_counts: Tensor
     num_experts: int
+    epochs: int = 200
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -108,6 +134,11 @@ class Method(ABC):
 
         They are trained, saved and loaded with it.
         """
+
+    @classmethod
+    def views(cls, settings: Any) -> tuple[str | None, ...]:
+        """How a training batch shows its images: for each view the name of an augmentation of the data set."""
+        return (None,)
 
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
         """What a stage trains: images [B, channels, H, W] -> logits [K, B, C].
@@ -158,6 +189,10 @@ class Method(ABC):
         """The prediction: logits [K, B, C] -> [B, C], whose softmax are the probabilities of the classes."""
         return logits.mean(0)
 
+    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
+        """The class prior that :meth:`scores` are for, which a correction for a known test prior takes out."""
+        return "train"
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the method: tensors and plain values."""
         return {}
@@ -190,11 +225,7 @@ def check_method(method: type[Method]) -> None:
                 f"register_method: {method.name}: terms must have different names, other than loss and top1, "
                 f"got {', '.join(stage.terms)}"
             )
-    options_of(method)
-    bare = [
-        field.name
-        for field in dataclasses.fields(method)
-        if field.name not in options_of(method) and field.name not in ("class_counts", "num_experts") and field.init
-    ]
+    known = {*options_of(method), "class_counts", "num_experts", "epochs"}
+    bare = [field.name for field in dataclasses.fields(method) if field.name not in known and field.init]
     if bare:
         raise TypeError(f"register_method: {method.name}: {', '.join(bare)} must be declared by option()")

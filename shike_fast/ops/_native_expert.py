@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shike_fast.ops._checks import accumulation_dtype, gradient_like
-from shike_fast.ops._expert_call import ExpertOptions, ExpertTensors, split
-from shike_fast.ops._native import native
-from shike_fast.ops._native_loss import DTYPES, shape_of
+from shike_fast.ops._checks import accumulation_dtype
+from shike_fast.ops._expert_call import split
+from shike_fast.ops._native_loss import shape_of
 
 SAVED = 12  # numbers an expert and row: ExpertSaved of csrc/losses/expert_row.h
 
