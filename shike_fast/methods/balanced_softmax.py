@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from shike_fast import ops
-from shike_fast.methods.base import Constant, Method, Stage
-from shike_fast.methods.families import plain_network, second_label
+from shike_fast.methods.base import Method, Stage
+from shike_fast.methods.families import Constant, plain_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import option, positive
-from shike_fast.methods.base import Constant, Method, Stage
-from shike_fast.methods.families import RIDE_CIFAR, check_numbers, ride_network, second_label
+from shike_fast.methods.base import Method, Stage
+from shike_fast.methods.families import RIDE_CIFAR, Constant, check_numbers, ride_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")
@@ -23,10 +23,10 @@ class BalPoe(Method):
 
         L = 1/K sum_k CE(z_k + tau_k log(pi + 1e-9), y),    for mixed images  lam L(y) + (1 - lam) L(y_b)
 
-    The taus are K numbers, or the two ends of K evenly spaced ones. Published: taus 0, 1, 2 for CIFAR, 0, 1.25, 2.5 for ImageNet-LT and -1, 1, 3 for
-    iNaturalist; mixup with alpha 0.4 for CIFAR-100, 0.8 for CIFAR-10, 0.3 and 0.2; seven experts with the ends 0 and 2.
-    The recipes are the standard runs; the long ones take 400 epochs, steps at 320 and 360, ten of warm-up, and
-    AutoAugment or RandAugment. Source: Aimar et al., BalPoE, CVPR 2023.
+    The taus are K numbers, or the two ends of K evenly spaced ones. Published: taus 0, 1, 2 for CIFAR, 0, 1.25, 2.5 for
+    ImageNet-LT and -1, 1, 3 for iNaturalist; mixup with alpha 0.4 for CIFAR-100, 0.8 for CIFAR-10, 0.3 and 0.2; seven
+    experts with the ends 0 and 2. The recipes are the standard runs; the long ones take 400 epochs, steps at 320 and
+    360, ten of warm-up, and AutoAugment or RandAugment. Source: Aimar et al., BalPoE, CVPR 2023.
     """
 
     name = "balpoe"

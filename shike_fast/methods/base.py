@@ -58,22 +58,6 @@ class Stage:
     sampler: str | None = None
 
 
-class Constant:
-    """Numbers that a loss needs in every step, computed once in float64.
-
-    Args:
-        value: float64, on the device of the run.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-        self._float32 = value.to(torch.float32)
-
-    def of(self, logits: Tensor) -> Tensor:
-        """The numbers in the dtype in which a loss of these logits is computed."""
-        return self.value if logits.dtype == torch.float64 else self._float32
-
-
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(option,))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Method(ABC):
@@ -137,7 +121,16 @@ class Method(ABC):
 
     @classmethod
     def views(cls, settings: Any) -> tuple[str | None, ...]:
-        """How a training batch shows its images: for each view the name of an augmentation of the data set."""
+        """How a training batch shows its images: for each view the name of an augmentation of the data set.
+
+        None is that of ``--augmentation``. With V views of b images :meth:`forward` gets V·b images, view 0 of all of
+        them, then view 1, and so on; :meth:`loss` gets logits [K, V·b, C] and the labels, repeated to [V·b]. Views of
+        the same augmentation differ in their random numbers. BatchNorm sees all V·b images. ``--batch-size`` counts
+        images, not views, and so does the training accuracy, which is that of view 0.
+
+        Args:
+            settings: has every setting of the run as an attribute, the method's own among them.
+        """
         return (None,)
 
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
@@ -158,11 +151,13 @@ class Method(ABC):
         """The loss of a batch and what it is made of.
 
         Args:
-            logits: [K, B, C].
+            logits: [K, B, C], where B counts an image once for each of its :meth:`views`.
             target: int64 [B].
             stage: a subclass gives it the first stage as default.
             epoch: of the run, from 0, as :meth:`phase` gives it.
-            inputs: what :meth:`forward` returned besides the logits.
+            inputs: what :meth:`forward` returned besides the logits. In an epoch with mixed images also ``target_b``,
+                int64 [B], their second labels, and ``lam``, float32 [] on the device, the weight of ``target``; that
+                of ``target_b`` is ``1 - lam``.
 
         Returns:
             A scalar, the mean over the batch, and its terms: detached scalars, named as in ``stage.terms``.
@@ -175,6 +170,15 @@ class Method(ABC):
         """
         return epoch
 
+    def lr_factor(self, name: str, stage: Stage) -> float:
+        """What the stage's learning rate is multiplied by for a parameter, at least 0.
+
+        Args:
+            name: of the parameter, as in ``model.named_parameters()``.
+            stage: one that trains it.
+        """
+        return 1.0
+
     def start_epoch(self, epoch: int, model: nn.Module, stage: Stage) -> None:  # noqa: B027  # a hook
         """Called before the 0-based ``epoch``, and again where a stopped run resumes within it: to the same effect."""
 
@@ -182,7 +186,10 @@ class Method(ABC):
         """Called after every step of the optimizer, such as for a moving average of the weights."""
 
     def evaluated(self, model: nn.Module) -> nn.Module:
-        """The network that is tested in place of ``model``, such as a moving average of it; the same at every call."""
+        """The network that is tested in place of ``model``, such as a moving average of it; the same at every call.
+
+        With ``--ema`` ``model`` is the run's moving average, which is tested unless this returns another one.
+        """
         return model
 
     def scores(self, logits: Tensor, *, stage: Stage) -> Tensor:
@@ -190,7 +197,12 @@ class Method(ABC):
         return logits.mean(0)
 
     def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        """The class prior that :meth:`scores` are for, which a correction for a known test prior takes out."""
+        """The class prior that :meth:`scores` are for, which a correction for a known test prior takes out.
+
+        Plain cross-entropy learns p(y|x) under the ``train`` prior, the classes' shares of the training images. A loss
+        or a sampler that balances the classes (balanced softmax, logit adjustment, class-aware sampling) learns it
+        under the ``uniform`` one.
+        """
         return "train"
 
     def state(self) -> dict[str, Any]:

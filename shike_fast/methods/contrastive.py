@@ -71,7 +71,7 @@ def parametric_contrast(
     at_label = u.gather(1, labels.unsqueeze(1)).squeeze(1)
     of_classes = other * u.sum(1) + (1 - smooth - other) * at_label - log_z.squeeze(1)
     of_positives = torch.where(positive, v - log_z, 0).sum(1)
-    row = (beta * of_classes + alpha * of_positives) / (beta + alpha * positive.sum(1))
+    row = (beta * of_classes + alpha * of_positives) / (beta + alpha * positive.sum(1, dtype=v.dtype))
     return -(temperature / (base_temperature or temperature)) * row.mean(), row.detach()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shike_fast import ops
 from shike_fast._util.options import Check, at_least, option
 from shike_fast.errors import ConfigError
-from shike_fast.methods.base import Constant, Method, Stage
+from shike_fast.methods.base import Method, Stage
 from shike_fast.nn import LinearClassifier
 
 # ---- networks
@@ -89,6 +89,22 @@ def check_numbers(method: Method, name: str, numbers: tuple[float, ...], *, coun
 
 
 # ---- losses
+
+
+class Constant:
+    """Numbers that a loss needs in every step, computed once in float64.
+
+    Args:
+        value: float64, on the device of the run.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._float32 = value.to(torch.float32)
+
+    def of(self, logits: Tensor) -> Tensor:
+        """The numbers in the dtype in which a loss of these logits is computed."""
+        return self.value if logits.dtype == torch.float64 else self._float32
 
 
 def second_label(inputs: dict[str, Any]) -> dict[str, Any]:

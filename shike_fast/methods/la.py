@@ -8,8 +8,8 @@ from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import not_negative, option
-from shike_fast.methods.base import Constant, Method, Stage
-from shike_fast.methods.families import plain_network, second_label
+from shike_fast.methods.base import Method, Stage
+from shike_fast.methods.families import Constant, plain_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")

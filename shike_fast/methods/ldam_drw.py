@@ -8,8 +8,8 @@ from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import not_negative, option, positive
-from shike_fast.methods.base import Constant, Stage
-from shike_fast.methods.families import CIFAR, Reweighted, second_label
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import CIFAR, Constant, Reweighted, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")

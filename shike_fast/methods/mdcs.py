@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import at_least, not_negative, option, positive
-from shike_fast.methods.base import Constant, Method, Stage
-from shike_fast.methods.families import RIDE_CIFAR, check_numbers, ride_network
+from shike_fast.methods.base import Method, Stage
+from shike_fast.methods.families import RIDE_CIFAR, Constant, check_numbers, ride_network
 from shike_fast.methods.registry import register_method
 
 TERMS = ("cross_entropy", "consistency")

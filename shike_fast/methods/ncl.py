@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import at_least, not_negative, option
-from shike_fast.methods.base import Constant, Method, Stage
-from shike_fast.methods.families import CIFAR
+from shike_fast.methods.base import Method, Stage
+from shike_fast.methods.families import CIFAR, Constant
 from shike_fast.methods.registry import register_method
 
 TERMS = ("cross_entropy", "mutual", "hard_cross_entropy", "hard_mutual")

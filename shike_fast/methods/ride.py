@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from shike_fast import models, ops
 from shike_fast._util.options import not_negative, option, positive
 from shike_fast.errors import ConfigError
-from shike_fast.methods.base import Constant, Method, Stage
+from shike_fast.methods.base import Method, Stage
 from shike_fast.methods.families import (
     RIDE_CIFAR,
+    Constant,
     beta_option,
     reweight_epoch_option,
     ride_network,
@@ -35,9 +36,10 @@ class Ride(Method):
         L = sum_k [base_loss_factor CE_w(z_k - s m[y] e_y, y) + lambda T~^2 KL(sg softmax(z~ / T) || softmax(z_k / T))]
 
     CE_w is the weighted mean, m are LDAM's margins, lambda is ``additional_diversity_factor``, usually negative, z~ the
-    mean of the experts' logits and T~ that of T. In the first ``reweight_epoch`` epochs w is 1 and T[c] = ``base_diversity_temperature``; after
-    them w is the effective number of images, and T[c] falls with the class count: T[c] ~ C pi[c] rf + 1 - rf, with the
-    maximum ``base_diversity_temperature`` and rf = ``reweight_factor``. With lambda = 0 every CE takes z~.
+    mean of the experts' logits and T~ that of T. In the first ``reweight_epoch`` epochs w is 1 and T is
+    ``base_diversity_temperature``. After them w is the effective number of images, and T falls with the class count:
+    T[c] ~ C pi[c] rf + 1 - rf with the maximum ``base_diversity_temperature``, where rf is ``reweight_factor``. With
+    lambda = 0 every CE takes z~.
 
     With ``teacher`` the loss is K [ride_loss_factor L + additional_distill_loss_factor T_d^2 KL(softmax(teacher / T_d)
     || softmax(z~ / T_d))], as the published code repeats the complete loss for each expert; the teacher gives the
@@ -110,11 +112,11 @@ class Ride(Method):
         return ride_network(settings)
 
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
-        logits = super().forward(model, images, stage)
+        logits: Tensor = model(images, stage=stage.classifiers)
         if self.network is None:
             return logits
         with torch.no_grad():
-            return {"logits": logits, "teacher_logits": self.network(images).mean(0)}  # type: ignore[dict-item]
+            return {"logits": logits, "teacher_logits": self.network(images).mean(0)}
 
     def start_epoch(self, epoch: int, model: nn.Module, stage: Stage) -> None:
         if self.teacher is not None and self.network is None:
@@ -124,26 +126,28 @@ class Ride(Method):
         self, logits: Tensor, target: Tensor, *, stage: Stage = TRAINING, epoch: int = 0, **inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         late = self.begin is not None and epoch >= self.begin
-        collaborative = self.additional_diversity_factor == 0
-        mean = logits.mean(0, keepdim=True) if collaborative or "teacher_logits" in inputs else None
+        seen, kl = logits, self.diversity(logits, late)
+        if self.additional_diversity_factor == 0:
+            seen, kl = logits.mean(0, keepdim=True).expand_as(logits), None
         loss, parts = ops.expert_loss(
-            logits if not collaborative else mean.expand_as(logits),  # type: ignore[union-attr]
+            seen,
             target,
             margin=self.margin.of(logits) if self.uses_class_counts else None,
             class_weight=self.weight.of(logits) if late else None,
             expert_weight=None if self.base_loss_factor == 1 else self.factor.of(logits),
             reduction="weighted_mean",
-            kl=None if collaborative else self.diversity(logits, late),
+            kl=kl,
             return_terms=True,
             **second_label(inputs),
         )
         cross_entropy, diversity = parts.unbind()
-        if "teacher_logits" not in inputs:
+        teacher: Tensor | None = inputs.get("teacher_logits")
+        if teacher is None:
             return loss, dict(zip(TERMS, (cross_entropy, diversity, torch.zeros_like(diversity)), strict=True))
         rest = self.num_experts * self.ride_loss_factor
         distillation = ops.expert_kl(
-            mean,  # type: ignore[arg-type]
-            inputs["teacher_logits"],
+            logits.mean(0, keepdim=True),
+            teacher,
             temperature=self.distill_temperature,
             weight=self.num_experts * self.additional_distill_loss_factor,
         )

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import not_negative, option, positive
-from shike_fast.methods.base import Constant, Method, Stage
-from shike_fast.methods.families import RIDE_CIFAR, ride_network, second_label
+from shike_fast.methods.base import Method, Stage
+from shike_fast.methods.families import RIDE_CIFAR, Constant, ride_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")

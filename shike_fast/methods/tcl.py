@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from shike_fast import ops
 from shike_fast._util.options import Check, not_negative, option, positive
-from shike_fast.methods.base import Constant, Method, Stage
-from shike_fast.methods.families import check_numbers, sum_over_processes
+from shike_fast.methods.base import Method, Stage
+from shike_fast.methods.families import Constant, check_numbers, sum_over_processes
 from shike_fast.methods.registry import register_method
 
 TERMS = ("cross_entropy", "trusted", "consensus")

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from recorded import evaluate
 
-from shike_fast import ops
-
 ARCHIVE = Path(__file__).parents[1] / "golden" / "methods.npz"
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
