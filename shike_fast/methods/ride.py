@@ -126,9 +126,8 @@ class Ride(Method):
         self, logits: Tensor, target: Tensor, *, stage: Stage = TRAINING, epoch: int = 0, **inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         late = self.begin is not None and epoch >= self.begin
-        seen, kl = logits, self.diversity(logits, late)
-        if self.additional_diversity_factor == 0:
-            seen, kl = logits.mean(0, keepdim=True).expand_as(logits), None
+        collaborative = self.additional_diversity_factor == 0
+        seen = logits.mean(0, keepdim=True).expand_as(logits) if collaborative else logits
         loss, parts = ops.expert_loss(
             seen,
             target,
@@ -136,7 +135,7 @@ class Ride(Method):
             class_weight=self.weight.of(logits) if late else None,
             expert_weight=None if self.base_loss_factor == 1 else self.factor.of(logits),
             reduction="weighted_mean",
-            kl=kl,
+            kl=None if collaborative else self.diversity(logits, late),
             return_terms=True,
             **second_label(inputs),
         )
