@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from shike_fast import ops
-from shike_fast.methods.base import Method, Stage
-from shike_fast.methods.families import Constant, plain_network, second_label
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import Adjusted, Constant, plain_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")
 
 
 @register_method
-class BalancedSoftmax(Method):
+class BalancedSoftmax(Adjusted):
     """Balanced softmax, L = CE(z + log n, y): logit adjustment with tau = 1 and no eps.
 
     Published: the loss; no setting of its runs is known well enough for a recipe. Source: Ren et al., "Balanced
@@ -43,6 +43,3 @@ class BalancedSoftmax(Method):
 
     def phase(self, epoch: int) -> int:
         return 0  # the loss is the same in all epochs
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "uniform"

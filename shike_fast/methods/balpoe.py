@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import option, positive
-from shike_fast.methods.base import Method, Stage
-from shike_fast.methods.families import RIDE_CIFAR, Constant, check_numbers, ride_network, second_label
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import RIDE_CIFAR, Adjusted, Constant, check_numbers, ride_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")
@@ -18,7 +18,7 @@ EPS = 1e-9  # within the logarithm of the prior, as published
 
 
 @register_method
-class BalPoe(Method):
+class BalPoe(Adjusted):
     """A balanced product of experts.
 
         L = 1/K sum_k CE(z_k + tau_k log(pi + 1e-9), y),    for mixed images  lam L(y) + (1 - lam) L(y_b)
@@ -81,6 +81,3 @@ class BalPoe(Method):
 
     def phase(self, epoch: int) -> int:
         return 0  # the loss is the same in all epochs
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "uniform"

@@ -103,6 +103,10 @@ class Method(ABC):
         super().__init_subclass__(**options)
         dataclass(kw_only=True, eq=False, repr=False)(cls)
 
+    @classmethod  # noqa: B027  # a hook
+    def check_settings(cls, settings: Any) -> None:
+        """Refuse settings that do not go together with the method, by a ``ConfigError`` that says what fits."""
+
     @classmethod
     def model_options(cls, settings: Any) -> dict[str, Any]:
         """What :func:`~shike_fast.models.create_model` gets besides the number of experts.

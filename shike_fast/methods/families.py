@@ -12,7 +12,7 @@ from shike_fast import ops
 from shike_fast._util.options import Check, at_least, option
 from shike_fast.errors import ConfigError
 from shike_fast.methods.base import Method, Stage
-from shike_fast.nn import LinearClassifier
+from shike_fast.nn import CosineClassifier, LinearClassifier
 
 # ---- networks
 
@@ -48,6 +48,20 @@ def linear_heads(model: Any, method: str) -> LinearClassifier:
     return heads
 
 
+def cosine_heads(model: Any, method: str) -> None:
+    """Check that the first classifiers of a network are cosine classifiers.
+
+    Raises:
+        ConfigError: saying what fits.
+    """
+    heads = getattr(model, "classifiers", None)
+    if not isinstance(heads, CosineClassifier):
+        raise ConfigError(
+            f"--method: '{method}' needs a network with cosine classifiers, got {type(heads).__name__}; use one of "
+            "this package without --classifier linear"
+        )
+
+
 def first_classifiers(model: Any) -> list[nn.Parameter]:
     """The parameters of the first classifiers of a network, for a stage that trains these alone."""
     return list(model.classifiers.parameters())
@@ -71,7 +85,37 @@ CIFAR: dict[str, Any] = {
 RIDE_CIFAR: dict[str, Any] = CIFAR | {"weight_decay": 5e-4, "nesterov": True, "shortcut": "pad"}
 
 
-# ---- the number of experts
+# ---- what fits a method
+
+
+class Adjusted(Method):
+    """Base of methods whose loss takes the classes to be as frequent as in the training set."""
+
+    @classmethod
+    def check_settings(cls, settings: Any) -> None:
+        if settings.sampler != "instance":
+            raise ConfigError(
+                f"--sampler: the loss of method '{cls.name}' corrects for the class counts of the training set, and "
+                f"'{settings.sampler}' draws other shares; use --sampler instance, or a method without correction such "
+                "as ce"
+            )
+
+    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
+        return "uniform"
+
+
+def check_counts(method: Method) -> None:
+    """Check that every class has training images.
+
+    Raises:
+        ConfigError: saying what fits.
+    """
+    if bool((method.class_counts < 1).any()):
+        first = int((method.class_counts < 1).nonzero()[0])
+        raise ConfigError(
+            f"--method: '{method.name}' weighs classes by their training images, class {first} has none; leave it out "
+            "of the data, or use a method without weights such as ce"
+        )
 
 
 def check_numbers(method: Method, name: str, numbers: tuple[float, ...], *, count: int | None = None) -> None:
@@ -148,6 +192,7 @@ class Reweighted(Method):
     reweight_epoch: int | None = reweight_epoch_option()
 
     def __post_init__(self) -> None:
+        check_counts(self)
         late = round(0.8 * self.epochs) if self.reweight_epoch is None else self.reweight_epoch
         self.begin = {"none": None, "reweight": 0, "drw": late}[self.train_rule]  # the first epoch with weights
         self.weight = Constant(ops.class_weight(self.class_counts, self.beta))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import not_negative, option
-from shike_fast.methods.base import Method, Stage
-from shike_fast.methods.families import Constant, plain_network, second_label
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import Adjusted, Constant, plain_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")
 
 
 @register_method
-class LogitAdjustment(Method):
+class LogitAdjustment(Adjusted):
     """Logit adjustment, as a loss or post hoc.
 
         L = CE(z + b, y),    or post hoc  L = CE(z, y) with the scores z - b,    b[c] = log(pi[c]^tau + eps)
@@ -56,6 +56,3 @@ class LogitAdjustment(Method):
     def scores(self, logits: Tensor, *, stage: Stage) -> Tensor:
         mean = logits.mean(0)
         return mean - self.bias.of(logits) if self.post_hoc else mean
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "uniform"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shike_fast import ops
 from shike_fast._util.options import not_negative, option, positive
 from shike_fast.methods.base import Stage
-from shike_fast.methods.families import CIFAR, Constant, Reweighted, second_label
+from shike_fast.methods.families import CIFAR, Constant, Reweighted, cosine_heads, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")
@@ -44,6 +44,10 @@ class LdamDrw(Reweighted):
     @classmethod
     def model_options(cls, settings: Any) -> dict[str, Any]:
         return {"fusion": False, "classifier": "cosine", "scale": 1.0}
+
+    @classmethod
+    def extend_model(cls, model: nn.Module, settings: Any) -> None:
+        cosine_heads(model, cls.name)
 
     def loss(
         self, logits: Tensor, target: Tensor, *, stage: Stage = TRAINING, epoch: int = 0, **inputs: Any

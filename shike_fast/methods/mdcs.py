@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import at_least, not_negative, option, positive
-from shike_fast.methods.base import Method, Stage
-from shike_fast.methods.families import RIDE_CIFAR, Constant, check_numbers, ride_network
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import RIDE_CIFAR, Adjusted, Constant, check_numbers, ride_network
 from shike_fast.methods.registry import register_method
 
 TERMS = ("cross_entropy", "consistency")
@@ -28,7 +28,7 @@ _CIFAR = RIDE_CIFAR | {
 
 
 @register_method
-class Mdcs(Method):
+class Mdcs(Adjusted):
     """More diverse experts with consistency self-distillation.
 
         a_k = z_k + log(n^e_k + 1e-9)
@@ -119,6 +119,3 @@ class Mdcs(Method):
 
     def phase(self, epoch: int) -> int:
         return min(epoch, self.kl_warmup - 1)
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "uniform"

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shike_fast import ops
-from shike_fast._util.options import at_least, not_negative, option
-from shike_fast.methods.base import Method, Stage
-from shike_fast.methods.families import CIFAR, Constant
+from shike_fast._util.options import at_least, not_negative, option, positive
+from shike_fast.errors import ConfigError
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import CIFAR, Adjusted, Constant
 from shike_fast.methods.registry import register_method
 
 TERMS = ("cross_entropy", "mutual", "hard_cross_entropy", "hard_mutual")
@@ -26,7 +27,7 @@ CIFAR_RECIPE = {name: value for name, value in CIFAR.items() if name != "subset"
 }
 
 
-class Nested(Method):
+class Nested(Adjusted):
     """What NCL and NCL++ share: K whole networks and the hardest classes of a row.
 
     a_k = z_k + log n. The hard set M is the label and the hcm_n - 1 other classes with the largest logits z of network
@@ -44,7 +45,9 @@ class Nested(Method):
 
     def __post_init__(self) -> None:
         classes = len(self.class_counts)
-        self.hardest = min(max(1, classes * 3 // 10) if self.hcm_n is None else self.hcm_n, classes)
+        self.hardest = max(1, classes * 3 // 10) if self.hcm_n is None else self.hcm_n
+        if self.hardest > classes:
+            raise ConfigError(f"--hcm-n: must be at most the number of classes, {classes}, got {self.hcm_n}")
         self.bias = Constant(ops.class_bias(self.class_counts, kind="counts"))
         self.ratios = Constant(
             self.bias.value.new_tensor([[self.ce_ratio], [self.hcm_ratio]]).expand(2, self.num_experts)
@@ -56,9 +59,6 @@ class Nested(Method):
 
     def phase(self, epoch: int) -> int:
         return 0  # the loss is the same in all epochs
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "uniform"
 
 
 @register_method
@@ -106,8 +106,8 @@ class Ncl(Nested):
 
     diversity_factor_hcm: float = option(0.6, "weight of the divergences on the hardest classes", check=not_negative)
     con_ratio: float = option(1.0, "weight of the contrast with a queue, where a forward gives one", check=not_negative)
-    contrast_temperature: float = option(0.2, "its temperature", check=not_negative)
-    scale: float = option(30.0, "factor of the cosine classifiers", metavar="S")
+    contrast_temperature: float = option(0.2, "its temperature", check=positive)
+    scale: float = option(30.0, "factor of the cosine classifiers", metavar="S", check=positive)
 
     @classmethod
     def model_options(cls, settings: Any) -> dict[str, Any]:

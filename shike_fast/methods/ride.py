@@ -18,6 +18,7 @@ from shike_fast.methods.families import (
     RIDE_CIFAR,
     Constant,
     beta_option,
+    check_counts,
     reweight_epoch_option,
     ride_network,
     second_label,
@@ -95,11 +96,14 @@ class Ride(Method):
     distill_temperature: float = option(1.5, "temperature of the distillation", check=positive)
 
     def __post_init__(self) -> None:
+        if self.uses_class_counts:
+            check_counts(self)
         late = round(0.8 * self.epochs) if self.reweight_epoch is None else self.reweight_epoch
         self.begin = late if self.uses_class_counts else None  # the first epoch with weights
-        self.margin = Constant(self.scale * ops.class_margin(self.class_counts, self.max_m))
-        self.weight = Constant(ops.class_weight(self.class_counts, self.beta))
-        prior = self.class_counts.double() / self.class_counts.sum()
+        counts = self.class_counts if self.uses_class_counts else torch.ones_like(self.class_counts)
+        self.margin = Constant(self.scale * ops.class_margin(counts, self.max_m))
+        self.weight = Constant(ops.class_weight(counts, self.beta))
+        prior = counts.double() / counts.sum()
         temperature = len(prior) * prior * self.reweight_factor + 1 - self.reweight_factor
         self.temperature = Constant(self.base_diversity_temperature * temperature / temperature.max())
         self.factor = Constant(torch.full_like(prior[:1], self.base_loss_factor).expand(self.num_experts))

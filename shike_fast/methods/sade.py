@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from shike_fast import ops
 from shike_fast._util.options import not_negative, option, positive
-from shike_fast.methods.base import Method, Stage
-from shike_fast.methods.families import RIDE_CIFAR, Constant, ride_network, second_label
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import RIDE_CIFAR, Adjusted, Constant, ride_network, second_label
 from shike_fast.methods.registry import register_method
 
 TRAINING = Stage("training")
@@ -18,7 +18,7 @@ EPS = 1e-9  # within the logarithm of the prior, as published
 
 
 @register_method
-class Sade(Method):
+class Sade(Adjusted):
     """Skill-diverse experts.
 
         L = sum_k CE(z_k + b_k, y),    b_1 = 0,  b_2 = log(pi + 1e-9),  b_3 = log(pi + 1e-9) - tau log(rev + 1e-9)
@@ -91,6 +91,3 @@ class Sade(Method):
 
     def phase(self, epoch: int) -> int:
         return 0  # the loss is the same in all epochs
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "uniform"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shike_fast import ops
 from shike_fast._util.options import Check, not_negative, option, positive
-from shike_fast.methods.base import Method, Stage
-from shike_fast.methods.families import Constant, check_numbers, sum_over_processes
+from shike_fast.methods.base import Stage
+from shike_fast.methods.families import Adjusted, Constant, check_numbers, sum_over_processes
 from shike_fast.methods.registry import register_method
 
 TERMS = ("cross_entropy", "trusted", "consensus")
@@ -18,7 +18,7 @@ TRAINING = Stage("training", terms=TERMS)
 
 
 @register_method
-class Tcl(Method):
+class Tcl(Adjusted):
     """Trust-calibrated collaborative learning, from secondary sources: there is no published code.
 
         L     = sum_k CE(z_k + delta_k log pi, y) + sum_k sum_{j != k} trust_kb KL(p_k || p_j) + consensus_weight L_CEC
@@ -87,9 +87,6 @@ class Tcl(Method):
 
     def phase(self, epoch: int) -> int:
         return 0  # what changes lies in a tensor
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "uniform"
 
     def state(self) -> dict[str, Any]:
         return {"accuracy": self.accuracy}
