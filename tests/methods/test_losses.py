@@ -213,7 +213,7 @@ def test_reslt_branches_see_the_rarest():
 
 
 REFUSED = [
-    ("balpoe", 3, {"taus": (0.0, 1.0, 2.0, 3.0)}, "--taus: method 'balpoe' needs a number for each of its 3 experts, g"),
+    ("balpoe", 3, {"taus": (0.0, 1.0, 2.0, 3.0)}, "--taus: method 'balpoe' needs a number for each of its 3 experts"),
     ("balpoe", 1, {}, "--taus: .* each of its 1 experts, got 2; name 1, or train with --experts 2"),
     ("mdcs", 2, {}, "--exponents: method 'mdcs' needs a number for each of its 2 experts, got 3"),
     ("tcl", 4, {}, "--deltas: method 'tcl' needs a number for each of its 4 experts, got 3"),

@@ -1,5 +1,7 @@
 """``--method NAME`` alone gives the published setting of a data set."""
 
+import re
+
 import pytest
 
 from shike_fast import methods, models
@@ -94,9 +96,7 @@ def test_a_shorter_run_keeps_its_shares():
 
 @pytest.mark.parametrize("name", ["la", "balanced-softmax", "sade", "balpoe", "mdcs", "ncl", "ncl++", "tcl"])
 def test_a_sampler_that_does_not_fit(name):
-    message = (
-        f"--sampler: the loss of method '{name}' corrects for .* 'class-aware' draws other .*; use --sampler instance"
-    )
+    message = rf"--sampler: the loss of method '{re.escape(name)}' corrects for .* 'class-aware' draws other .*; use --sampler instance"
     with pytest.raises(ConfigError, match=message):
         setting(name, "digits-lt", sampler="class-aware")
     assert setting("ce", "digits-lt", sampler="class-aware").sampler == "class-aware"
