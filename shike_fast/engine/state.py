@@ -45,10 +45,9 @@ def load_data(config: TrainConfig) -> data.LongTailData:
 
 def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertNetwork:
     """The network of a run, initialised at random; with ``pretrained`` also from the file ``config.pretrained``."""
+    arguments = config.model_arguments()
     try:
-        model = models.create_model(
-            **config.model_arguments(), num_classes=dataset.num_classes, in_channels=dataset.in_channels
-        )
+        model = models.create_model(**arguments, num_classes=dataset.num_classes, in_channels=dataset.in_channels)
     except ValueError as error:
         raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}: {error}") from error
     lacking = [name for name in TRAINABLE if not hasattr(model, name)]

@@ -187,8 +187,9 @@ def load_teacher(file: str, classes: int | None = None) -> nn.Module:
         network.load_state_dict(state["model"])
         stage = method.stages[state["stage"] - 1].classifiers
     except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"--teacher: {file} is no checkpoint of a trained network, such as last.pt of a run ({error})"
+            f"--teacher: {file} is no checkpoint of a trained network, such as last.pt of a run ({reason})"
         ) from error
     if classes is not None and network.num_classes != classes:
         raise ConfigError(f"--teacher: the network of {file} has {network.num_classes} classes, the data {classes}")
