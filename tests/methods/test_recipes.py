@@ -96,7 +96,10 @@ def test_a_shorter_run_keeps_its_shares():
 
 @pytest.mark.parametrize("name", ["la", "balanced-softmax", "sade", "balpoe", "mdcs", "ncl", "ncl++", "tcl"])
 def test_a_sampler_that_does_not_fit(name):
-    message = rf"--sampler: the loss of method '{re.escape(name)}' corrects for .* 'class-aware' draws other .*; use --sampler instance"
+    method = re.escape(name)
+    message = (
+        f"--sampler: the loss of method '{method}' corrects for .* 'class-aware' draws other .* --sampler instance"
+    )
     with pytest.raises(ConfigError, match=message):
         setting(name, "digits-lt", sampler="class-aware")
     assert setting("ce", "digits-lt", sampler="class-aware").sampler == "class-aware"
