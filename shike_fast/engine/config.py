@@ -22,6 +22,7 @@ from shike_fast.engine.schedule import cosine_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
 from shike_fast.methods import Method
 
+_MODEL_OPTIONS = ("fusion", "classifier", "expert_stages", "expert_width", "shortcut")  # None: the method's own
 NEEDS_PRETRAINED = "needs_pretrained"  # in a recipe: it begins with ImageNet weights
 
 # What a resumed run may change: none of it alters the trajectory that the checkpoint began, beyond the rounding of
@@ -84,10 +85,24 @@ class TrainConfig(Settings):
             epoch -= epochs
         return number, epochs + epoch
 
+    @property
+    def views(self) -> tuple[str | None, ...]:
+        """The augmentation of each view that the method takes of a training image; None: the run's."""
+        return methods.find_method(self.method).views(self)
+
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of ``models.create_model`` that the method implies."""
+        """Arguments of ``models.create_model``: those that the method implies, and what the user named before them."""
+        named = self.named_model_options
+        if named.get("expert_stages", "all") != "all":
+            named["expert_stages"] = int(named["expert_stages"])
         options = methods.find_method(self.method).model_options(self)
-        return {"name": self.model, "num_experts": self.num_experts, **options}
+        return {"name": self.model, "num_experts": self.num_experts, **options, **named}
+
+    @property
+    def named_model_options(self) -> dict[str, Any]:
+        """The settings of the network that the user or a recipe named."""
+        values = {name: getattr(self, name) for name in _MODEL_OPTIONS}
+        return {name: value for name, value in values.items() if value is not None}
 
     def create_method(self, class_counts: Tensor) -> Method:
         """The run's method with its hyper-parameters.

@@ -15,10 +15,12 @@ from shike_fast._util.cli import ArgumentParser
 from shike_fast._util.options import Check, Option, at_least, at_most, not_negative, option, options_of, positive
 from shike_fast._util.plugins import add_plugin_option
 from shike_fast.data.longtail import SUBSETS
+from shike_fast.data.sampling import SAMPLERS
 from shike_fast.data.types import MOST_PIXELS_A_SIDE
 from shike_fast.errors import ConfigError
 
 NO_WEIGHTS = "none"  # --pretrained
+METHODS_OWN = "the method's own"
 _MOST_THREADS = 1024
 
 
@@ -47,6 +49,35 @@ class Settings:
         help=lambda: f"one of {', '.join(models.list_models())}", group="method", choices=models.list_models
     )
     num_experts: int = option(3, "number of experts", group="method", flag="--experts", metavar="K", check=at_least(1))
+    fusion: bool | None = option(
+        None,
+        "each expert weighs its map with a shallow one that all share",
+        group="method",
+        default_text=METHODS_OWN,
+    )
+    classifier: Literal["cosine", "linear"] | None = option(
+        None, "the heads of the experts", group="method", default_text=METHODS_OWN
+    )
+    expert_stages: Literal["1", "2", "all"] | None = option(
+        None,
+        "how many of the last stages each expert has as its own copy; all: whole networks, which need --no-fusion",
+        group="method",
+        default_text=METHODS_OWN,
+    )
+    expert_width: float | None = option(
+        None,
+        "factor of the width of those stages",
+        group="method",
+        metavar="F",
+        default_text=METHODS_OWN,
+        check=positive,
+    )
+    shortcut: Literal["projection", "pad"] | None = option(
+        None,
+        "where a basic block changes the shape: a 1x1 convolution, or zeros as new channels",
+        group="method",
+        default_text=METHODS_OWN,
+    )
     epochs: int = option(help="epochs of all stages together", group="schedule", metavar="N", check=at_least(1))
     stage2_epochs: int = option(
         help="those of them that re-train the classifiers", group="schedule", metavar="N", check=at_least(0)
@@ -179,6 +210,14 @@ class Settings:
         group="data",
         metavar="|".join(SUBSETS),
         choices=lambda: tuple(SUBSETS),
+    )
+    sampler: str = option(
+        "instance",
+        "how training images are drawn: each once an epoch, or classes in equal shares, by the square root of their "
+        "size, or from their size to equal shares in the course of a stage; a stage of a method may say otherwise",
+        group="data",
+        metavar="|".join(SAMPLERS),
+        choices=lambda: tuple(SAMPLERS),
     )
     plugins: tuple[str, ...] = option((), "modules of the user's own that were imported", flag=None, changeable=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shike_fast import data, methods, models
+from shike_fast._util.options import options_of
 from shike_fast._version import __version__
 from shike_fast.engine.config import TrainConfig, how_to_register
 from shike_fast.errors import CheckpointError, ConfigError
@@ -49,7 +50,9 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
     try:
         model = models.create_model(**arguments, num_classes=dataset.num_classes, in_channels=dataset.in_channels)
     except ValueError as error:
-        raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}: {error}") from error
+        flags = [_flag(name, value) for name, value in config.named_model_options.items()]
+        with_flags = f" with {' '.join(flags)}" if flags else ""
+        raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}{with_flags}: {error}") from error
     lacking = [name for name in TRAINABLE if not hasattr(model, name)]
     if lacking:
         raise ConfigError(
@@ -168,6 +171,14 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _flag(name: str, value: Any) -> str:
+    """A setting as the command line has it."""
+    flag = options_of(TrainConfig)[name].label
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag} {value}"
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

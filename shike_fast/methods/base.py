@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shike_fast._util.options import option, options_of
+from shike_fast.data.sampling import check_sampler
 
 
 def all_but_second_classifiers(model: nn.Module) -> Iterable[nn.Parameter]:
@@ -241,6 +242,8 @@ def check_method(method: type[Method]) -> None:
                 f"register_method: {method.name}: terms must have different names, other than loss and top1, "
                 f"got {', '.join(stage.terms)}"
             )
+        if stage.sampler is not None:
+            check_sampler(stage.sampler)
     known = {*options_of(method), "class_counts", "num_experts", "epochs"}
     bare = [field.name for field in dataclasses.fields(method) if field.name not in known and field.init]
     if bare:

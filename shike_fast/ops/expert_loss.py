@@ -386,6 +386,8 @@ def _with_divergence(
         _check_choice(op, "gate", kl.gate, ("teacher_correct",))
         if tensors.target is None:
             raise ValueError(f"{op}: gate 'teacher_correct' needs a target")
+        if kind == OTHERS and kl.weight_of == "student":
+            raise ValueError(f"{op}: gate 'teacher_correct' needs weight_of='teacher' among others")
     gate = None if gated or kl.gate is None else _optional(op, "gate", _as_numbers(kl.gate), first, of_rows)
     detach = kind != OTHERS if kl.detach is None else bool(kl.detach)
     tensors = tensors._replace(teacher=teacher, temperature=of_classes, kl_weight=weight_tensor, gate=gate)
