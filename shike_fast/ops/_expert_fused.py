@@ -50,7 +50,11 @@ def fused_expert_loss(
     for name in (*_NUMBERS, "kl_weight", "gate"):
         value = getattr(tensors, name)
         if value is not None:
-            ready[name] = materialised(value.detach().to(dtype)).contiguous()
+            value = value.detach().to(dtype)
+            if value.dim() == 0:  # one number for all rows, on the device
+                halves = 2 if name == "kl_weight" and options.teacher == VIEW else 1
+                value = value.expand(experts[0].shape[-2] // halves)
+            ready[name] = materialised(value).contiguous()
     if tensors.teacher is not None:
         teacher = tensors.teacher.detach()
         ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher

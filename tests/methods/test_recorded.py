@@ -40,6 +40,18 @@ def check(archive, case, dtype, backend=None):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("case", names())
-def test_recorded(archive, case, dtype):
-    check(archive, case, dtype, "reference")
+def test_recorded(archive, case, backend, dtype):
+    check(archive, case, dtype, backend)
+
+
+@pytest.mark.slow
+def test_recorded_with_triton(interpret):
+    """A backend takes what it can; the rest runs as usual."""
+    interpret(__file__, ["check_triton"])
+
+
+@pytest.mark.parametrize("case", names())
+def check_triton(archive, case):
+    check(archive, case, "float32", "triton")
