@@ -287,6 +287,7 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "--cuda-graph: does not record a step with --checkpoint-activations; leave that out, or use --no-cuda-graph"
         )
+    methods.find_method(config.method).check_settings(config)
 
 
 def _check_schedule(config: TrainConfig) -> None:

@@ -47,10 +47,9 @@ def load_data(config: TrainConfig) -> data.LongTailData:
 
 def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertNetwork:
     """The network of a run, initialised at random; with ``pretrained`` also from the file ``config.pretrained``."""
+    arguments = config.model_arguments()
     try:
-        model = models.create_model(
-            **config.model_arguments(), num_classes=dataset.num_classes, in_channels=dataset.in_channels
-        )
+        model = models.create_model(**arguments, num_classes=dataset.num_classes, in_channels=dataset.in_channels)
     except ValueError as error:
         flags = [_flag(name, value) for name, value in config.named_model_options.items()]
         with_flags = f" with {' '.join(flags)}" if flags else ""

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,10 @@ class Method(ABC):
         super().__init_subclass__(**options)
         dataclass(kw_only=True, eq=False, repr=False)(cls)
 
+    @classmethod  # noqa: B027  # a hook
+    def check_settings(cls, settings: Any) -> None:
+        """Refuse settings that do not go together with the method, by a ``ConfigError`` that says what fits."""
+
     @classmethod
     def model_options(cls, settings: Any) -> dict[str, Any]:
         """What :func:`~shike_fast.models.create_model` gets besides the number of experts.
@@ -196,6 +200,15 @@ class Method(ABC):
     def scores(self, logits: Tensor, *, stage: Stage) -> Tensor:
         """The prediction: logits [K, B, C] -> [B, C], whose softmax are the probabilities of the classes."""
         return logits.mean(0)
+
+    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
+        """The class prior that :meth:`scores` are for, which a correction for a known test prior takes out.
+
+        Plain cross-entropy learns p(y|x) under the ``train`` prior, the classes' shares of the training images. A loss
+        or a sampler that balances the classes (balanced softmax, logit adjustment, class-aware sampling) learns it
+        under the ``uniform`` one.
+        """
+        return "train"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the method: tensors and plain values."""

@@ -51,10 +51,19 @@ def fused_expert_loss(
     dtype = accumulation_dtype(experts[0].dtype)
     ready: dict[str, Tensor] = {}
     for name, value in zip(_NUMBERS, tensors[2:9] + tensors[11:], strict=True):
-        if value is not None and (
-            value.dtype != dtype or value.requires_grad or not value.is_contiguous() or value.is_neg()
+        if value is None or (
+            value.dtype == dtype
+            and not value.requires_grad
+            and value.dim() > 0
+            and value.is_contiguous()
+            and not value.is_neg()
         ):
-            ready[name] = materialised(value.detach().to(dtype)).contiguous()
+            continue
+        value = value.detach().to(dtype)
+        if value.dim() == 0:  # one number for all rows, on the device
+            halves = 2 if name == "kl_weight" and options.teacher == VIEW else 1
+            value = value.expand(experts[0].shape[-2] // halves)
+        ready[name] = materialised(value).contiguous()
     if tensors.teacher is not None:
         teacher = tensors.teacher.detach()
         ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher

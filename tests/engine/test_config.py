@@ -95,7 +95,7 @@ def test_ce_is_one_plain_network_without_a_second_stage():
     ("given", "message"),
     [
         ({"dataset": "mnist"}, "--dataset: unknown data set 'mnist'; choose from .*digits-lt"),
-        ({"method": "sgd"}, "--method: must be one of shike, ce, got 'sgd'"),
+        ({"method": "sgd"}, "--method: must be one of shike, ce, .*, got 'sgd'"),
         ({"model": "vgg"}, "--model: must be one of .*resnet32.*got 'vgg'"),
         ({"amp": "fp8"}, "--amp: must be one of auto, off, bf16, fp16, got 'fp8'"),
         ({"kl_reduction": "sum"}, "--kl-reduction: must be one of mean, batchmean, got 'sum'"),
