@@ -35,6 +35,9 @@ class Trained:
         stage: the stage of the method, counted from 1.
         classifiers: which of the network's it trains.
         scores: logits [K, B, C] -> [B, C], whose softmax are the probabilities.
+        scores_prior: the class prior that they are for, ``train`` or ``uniform``.
+        lr: highest learning rate of the stage.
+        history: metrics of every epoch, where the checkpoint holds them.
         autocast: makes the context around each forward pass.
     """
 
@@ -45,6 +48,9 @@ class Trained:
     stage: int
     classifiers: int
     scores: Callable[[Tensor], Tensor]
+    scores_prior: str
+    lr: float
+    history: list[dict[str, Any]]
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
 
@@ -90,6 +96,9 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
         stage=number,
         classifiers=chosen.classifiers,
         scores=functools.partial(method.scores, stage=chosen),
+        scores_prior=method.prior_of_scores(chosen),
+        lr=getattr(config, chosen.lr),
+        history=state.get("history", []),
         device=device,
         autocast=make_autocast(config.amp, device),
     )

@@ -25,6 +25,7 @@ from shike_fast.engine.distributed import Processes
 from shike_fast.engine.loading import loader_metrics, speed_note
 from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
 from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.priors import usual_priors
 from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
 from shike_fast.engine.setup import check_setting, make_loader, records
@@ -39,6 +40,7 @@ from shike_fast.engine.state import (
     set_rng_state,
 )
 from shike_fast.engine.steps import StageSteps
+from shike_fast.engine.tail import TailEvaluation, evaluate_tails
 from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
 from shike_fast.nn import convert_sync_batchnorm
@@ -129,7 +131,7 @@ class Trainer:
         self.batch: int = state.get("batch", 0)  # batches finished in the present epoch
         self.history: list[dict[str, Any]] = state.get("history", [])
         self.best: dict[str, Any] | None = state.get("best")
-        self.evaluation = Evaluation(**state["evaluation"]) if state.get("evaluation") else None
+        self.evaluation = Evaluation.stored(state["evaluation"]) if state.get("evaluation") else None
         self.images_per_second: float = state.get("images_per_second", 0.0)  # of the present epoch
         self.seconds: float = state.get("seconds", 0.0)  # that went into it before this process
         self._speed_told = False
@@ -185,6 +187,7 @@ class Trainer:
                         self._train_epoch(stop)
                         row = self._evaluate_epoch(stop)
                         self._finish_epoch(row, writer)
+                    tail = self._evaluate_tails(stop)
                 except LoadingStopped:  # no batch came: the state is that of the last step
                     self._stop_if_asked(stop)
                     raise
@@ -203,7 +206,7 @@ class Trainer:
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
         if self.processes.is_main:
-            told = (self.config, self.dataset, self.history, self.best, self.evaluation)
+            told = (self.config, self.dataset, self.history, self.best, self.evaluation, tail)
             write_report(self.output_dir, self.console, *told)
 
     def _adopt_best(self) -> None:
@@ -325,6 +328,26 @@ class Trainer:
             **loader_metrics(self.train_loader, self.test_loader, self.processes, self.device),
             **{f"train_{name}": value for name, value in means.terms.items()},
         }
+
+    def _evaluate_tails(self, stop: GracefulStop) -> TailEvaluation:
+        """Test the last epoch's model image by image, for the report; a resumed run can do it again."""
+        try:
+            return evaluate_tails(
+                self.tested,
+                self.test_loader.epoch(0),
+                stage=self.steps.stage.classifiers,
+                class_counts=self.method.class_counts,
+                device=self.device,
+                autocast=self.steps.autocast,
+                scores=functools.partial(self.method.scores, stage=self.steps.stage),
+                scores_prior=self.method.prior_of_scores(self.steps.stage),
+                priors=usual_priors(self.dataset.class_counts),
+                should_stop=lambda: stop.requested and not self.processes.is_distributed,
+                processes=self.processes,
+            )
+        except EvaluationInterrupted:
+            self._stop_if_asked(stop)
+            raise
 
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,15 @@ class Method(ABC):
     def scores(self, logits: Tensor, *, stage: Stage) -> Tensor:
         """The prediction: logits [K, B, C] -> [B, C], whose softmax are the probabilities of the classes."""
         return logits.mean(0)
+
+    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
+        """The class prior that :meth:`scores` are for, which a correction for a known test prior takes out.
+
+        Plain cross-entropy learns p(y|x) under the ``train`` prior, the classes' shares of the training images. A loss
+        or a sampler that balances the classes (balanced softmax, logit adjustment, class-aware sampling) learns it
+        under the ``uniform`` one.
+        """
+        return "train"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the method: tensors and plain values."""

@@ -1,6 +1,6 @@
 """Data sets that fit in memory, as one uint8 array."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -45,9 +45,13 @@ class ArrayDataset(AugmentedDataset):
         super().__init__(labels, (channels, height, width), augmentation=augmentation, mean=mean, std=std, seed=seed)
         self.images = images
 
+    def selected(self, indices: NDArray[np.int64], augmentation: str) -> Self:
+        chosen = super().selected(indices, augmentation)
+        chosen.images = self.images[indices]
+        return chosen
+
     @property
     def wants_workers(self) -> bool:
-        """Whether worker processes pay off, because the augmentation is slow."""
         return self.augment.slow
 
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:

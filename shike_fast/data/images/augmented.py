@@ -1,8 +1,9 @@
 """What all data sets of images have in common: samples by index, augmented and normalised on any device."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -52,11 +53,24 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
         """What is done to the pixels."""
         return self.augmentations[self.augmentation]
 
+    @property
+    @abstractmethod
+    def wants_workers(self) -> bool:
+        """Whether worker processes pay off, because decoding or the augmentation is slow."""
+
     def augmentation_on(self, device: torch.device) -> BatchedAugmentation:
         """The augmentation and the normalisation on a device."""
         if str(device) not in self._on_devices:
             self._on_devices[str(device)] = BatchedAugmentation(self.augment, self.normalise, self.shape, device)
         return self._on_devices[str(device)]
+
+    def selected(self, indices: NDArray[np.int64], augmentation: str) -> Self:
+        """Some of the samples, in the order of ``indices``, under another augmentation of the same kind."""
+        chosen = copy.copy(self)
+        chosen.labels = self.labels[indices]
+        chosen.augmentation = augmentation
+        chosen._on_devices = {}
+        return chosen
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -92,6 +92,12 @@ class ImageDataset(AugmentedDataset):
         self.margin = margin
         self._mean = mean
         self._broken = BrokenImages(len(labels), self.stand_in, most=len(labels))  # used where there is no loader
+
+    def selected(self, indices: NDArray[np.int64], augmentation: str) -> Self:
+        chosen = super().selected(indices, augmentation)
+        chosen.store = Subset(self.store, indices)
+        chosen._broken = BrokenImages(len(indices), self.stand_in, most=len(indices))
+        return chosen
 
     @property
     def stand_in(self) -> str:
