@@ -192,18 +192,22 @@ def _notes(summary: dict[str, Any]) -> list[str]:
 def _print(summary: dict[str, Any], title: str) -> None:
     console = RunConsole(1, 1)
     measures = {"top1": "top-1", **{shot: shot for shot in SHOTS}}
-    measures |= {"balanced_accuracy": "balanced", "macro_f1": "macro-F1", "worst_tenth": "worst tenth"}
-    rows = [(f"stage {summary['stage']}, epoch {summary['epoch']}", summary)]
+    measures |= {"balanced_accuracy": "balanced", "macro_f1": "macro-F1"}
+    rows = [("network", summary)]
     if len(summary["experts"]) > 1:
-        rows += [(f"expert {k} alone", expert) for k, expert in enumerate(summary["experts"], start=1)]
-    console.table(f"{title}: test accuracy (%)", rows, measures)
+        experts = [(f"expert {k}", expert) for k, expert in enumerate(summary["experts"], start=1)]
+        rows = [("ensemble", summary), *experts]
+    console.table(f"{title}, stage {summary['stage']}, epoch {summary['epoch']}: test accuracy (%)", rows, measures)
     worst = summary["worst_class"]
-    console.note(f"worst class: {worst['name']}, {worst['accuracy']:.2f} % ({worst['train_images']:,} training images)")
+    console.note(
+        f"worst class: {worst['name']}, {worst['accuracy']:.2f} % ({worst['train_images']:,} training images); "
+        f"worst tenth of the classes: {summary['worst_tenth']:.2f} %"
+    )
     console.note(
         f"expected calibration error: {summary['expected_calibration_error']:.4f}, negative log-likelihood: "
         f"{summary['negative_log_likelihood']:.4f} ({summary['test_images']:,} images)"
     )
-    under = {"top1": "as it is", "corrected": "corrected"}
+    under = {"top1": "uncorrected", "corrected": "corrected"}
     console.table("accuracy under test priors (%)", [(row["prior"], row) for row in summary["test_priors"]], under)
     for line in _notes(summary):
         console.note(line)

@@ -69,11 +69,11 @@ def class_chart(tail: TailEvaluation, names: Sequence[str]) -> str:
         elif size == 1:
             chart.dots(known, shot, [_said(tail, names, order[r]) for r in ranks])
         else:
-            chart.dots(list(_means(known, size)), shot)
-    chart.legend("count", "training images")
+            chart.dots(list(_means(known, -(-len(known) // size))), shot)
+    chart.line(enumerate(sizes), "count", right=True)
     if classes > _MOST_BARS:
         every = [(r, a) for r, label in enumerate(order) if (a := accuracies[label]) is not None]
-        chart.line(_means(every, max(1, len(every) // 10)), "mean")
+        chart.line(_means(every, 10), "mean")
         chart.legend("mean", "mean of a tenth")
     return chart.render()
 
@@ -83,10 +83,10 @@ def _said(tail: TailEvaluation, names: Sequence[str], label: int) -> str:
     return f"{shown(names[label])}: {accuracy:.1f} %, {int(tail.evaluation.class_counts[label]):,} training images"
 
 
-def _means(points: Sequence[Point], size: int) -> Iterator[Point]:
-    """Means of so many neighbours."""
-    for begin in range(0, len(points), size):
-        xs, ys = zip(*points[begin : begin + size], strict=True)
+def _means(points: Sequence[Point], groups: int) -> Iterator[Point]:
+    """Means of neighbours, in so many groups of about the same size."""
+    for k in range(groups):
+        xs, ys = zip(*points[k * len(points) // groups : (k + 1) * len(points) // groups], strict=True)
         yield statistics.mean(xs), statistics.mean(ys)
 
 
@@ -96,7 +96,7 @@ def reliability_chart(bins: Sequence[dict[str, Any]]) -> str:
     x = linear(0, 1, "confidence, the highest probability")
     chart = Chart("Accuracy against confidence", x, linear(0, 100, "accuracy (%)"), width=420, height=300)
     histogram = Chart(
-        "Images by confidence", x, linear(0, max(100 * one["images"] / images for one in bins), "images (%)", count=2),
+        "Images by confidence", x, linear(0, max(100 * one["images"] / images for one in bins), "images (%)", count=3),
         width=420, height=170,
     )  # fmt: skip
     for one in bins:
@@ -123,10 +123,10 @@ def confusion_chart(tail: TailEvaluation, names: Sequence[str]) -> str:
     few = size <= _MOST_BARS
     places = [(r + 0.5, short(names[label])) for r, label in enumerate(order)] if few else []
     grouped = f", in {size} groups of neighbours" if size < len(order) else ""
-    label = "" if few else f"many to few training images{grouped}"
-    x = Axis(0, size, places, f"predicted class {label}".strip())
+    sorted_by = "" if few else f", from many to few training images{grouped}"
+    x = Axis(0, size, places, f"predicted class{sorted_by}")
     y = Axis(size, 0, places, "true class")
-    chart = Chart("Confusion of the classes", x, y, width=560, height=560 if few else 540)
+    chart = Chart("Confusion of the classes", x, y, width=560, height=560 if few else 540, grid=False)
     if not few:
         chart.image(_picture(shares))
         for edge in _edges(tail, size):
@@ -140,7 +140,7 @@ def confusion_chart(tail: TailEvaluation, names: Sequence[str]) -> str:
                 continue
             said = f"{shown(names[order[row]])} taken for {shown(names[order[column]])}: {100 * share:.1f} %"
             depth = min(9, int(10 * share**0.5))
-            chart.bar(column, column + 1, row + 1, row, f"depth{depth}", said)
+            chart.bar(column, column + 1, row + 1, row, f"cell depth{depth}", said)
             kind = "light" if depth >= 7 else ""
             chart.text(column + 0.5, row + 0.5, f"{100 * share:.0f}" if share >= 0.005 else "", kind)
     return chart.render()
@@ -183,7 +183,7 @@ def _picture(shares: Tensor) -> str:
 
 
 def prior_chart(rows: Sequence[UnderPrior]) -> str:
-    """Accuracy under the test priors: as the scores are, corrected, and of each expert."""
+    """Accuracy under the test priors: uncorrected, corrected, and of each expert."""
     values = [value for row in rows for value in (row.top1, row.corrected, *row.expert_top1)]
     x = Axis(-0.4, len(rows) - 0.6, [(k, row.prior) for k, row in enumerate(rows)], "test prior")
     low, high = min(values), max(values)
@@ -195,7 +195,7 @@ def prior_chart(rows: Sequence[UnderPrior]) -> str:
         chart.line([(p, row.expert_top1[k]) for p, row in enumerate(rows)], f"expert{k % 4}")
         chart.legend(f"expert{k % 4}", f"expert {k + 1}")
     for kind, text, points in (
-        ("mean", "as it is", [(float(p), row.top1) for p, row in enumerate(rows)]),
+        ("mean", "uncorrected", [(float(p), row.top1) for p, row in enumerate(rows)]),
         ("many", "corrected", [(float(p), row.corrected) for p, row in enumerate(rows)]),
     ):
         chart.line(points, kind)

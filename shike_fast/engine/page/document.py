@@ -13,13 +13,14 @@ from shike_fast.engine.tail import TailEvaluation
 
 _WORST = 10  # classes in their table
 _MARK = "<!-- report of shike_fast -->"
-_DEPTHS = "".join(f".depth{d}{{fill:rgb(31 111 180/{max(4, round(100 * (d / 9) ** 1.2))}%)}}" for d in range(10))
+_DEPTHS = "".join(f".depth{d}{{fill-opacity:{max(4, round(100 * (d / 9) ** 1.2))}%}}" for d in range(10))
 
 STYLE = f"""
 :root{{--ink:#1b1f24;--muted:#606a76;--grid:#dde2e8;--paper:#fff;--box:#f4f6f8;--many:#1f6fb4;--medium:#c77700;
 --few:#c62f2d;--count:#aeb8c2;--e0:#7a4fb5;--e1:#2a8a57;--e2:#a8578a;--e3:#4c7f8f}}
 @media (prefers-color-scheme:dark){{:root{{--ink:#e8eaed;--muted:#a3adb8;--grid:#363d45;--paper:#16191d;--box:#20252b;
---many:#62a8e5;--medium:#efaa4a;--few:#f0736f;--count:#56616c;--e0:#b391e6;--e1:#63c592;--e2:#dd92c1;--e3:#86b9c8}}}}
+--many:#62a8e5;--medium:#efaa4a;--few:#f0736f;--count:#56616c;--e0:#b391e6;--e1:#63c592;--e2:#dd92c1;--e3:#86b9c8}}
+image{{filter:brightness(1.6)}}}}
 body{{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1340px;margin:0 auto;
 padding:24px}}
 h1{{font-size:24px;margin:0}}h2{{font-size:17px;margin:0 0 8px}}p{{margin:4px 0;color:var(--muted)}}
@@ -34,15 +35,17 @@ thead th{{color:var(--muted)}}th:first-child,td:first-child{{text-align:left;ove
 .texts td{{text-align:left;overflow-wrap:anywhere}}
 svg{{display:block;width:100%;height:auto;max-width:760px;margin:0 auto}}
 svg text{{font:12px system-ui,sans-serif;fill:var(--ink)}}.middle{{text-anchor:middle}}.end{{text-anchor:end}}
-image{{image-rendering:pixelated}}svg text.light{{fill:#fff}}svg text.second{{fill:var(--muted)}}
+image{{image-rendering:pixelated}}svg text.light{{fill:var(--paper)}}svg text.second{{fill:var(--muted)}}
 .grid{{stroke:var(--grid)}}.axis{{stroke:var(--muted);fill:none}}
 .line{{fill:none;stroke-width:2;stroke-linejoin:round}}.dot{{fill:none;stroke-width:7;stroke-linecap:round}}
 .key{{stroke-width:5}}.area{{opacity:.35}}
 .many{{stroke:var(--many)}}.medium{{stroke:var(--medium)}}.few{{stroke:var(--few)}}.mean{{stroke:var(--ink)}}
-.count{{stroke:var(--count);fill:var(--count)}}.ideal{{stroke:var(--muted);stroke-dasharray:5 4}}
+.count{{stroke:var(--count)}}.area.count,.bar.count{{fill:var(--count)}}
+.ideal{{stroke:var(--ink);stroke-dasharray:5 4}}
 .edge{{stroke:var(--few);stroke-width:1;stroke-dasharray:4 3}}
 .expert0{{stroke:var(--e0)}}.expert1{{stroke:var(--e1)}}.expert2{{stroke:var(--e2)}}.expert3{{stroke:var(--e3)}}
-.bar.many{{fill:var(--many)}}.bar.medium{{fill:var(--medium)}}.bar.few{{fill:var(--few)}}.bar{{stroke:none}}{_DEPTHS}
+.bar.many{{fill:var(--many)}}.bar.medium{{fill:var(--medium)}}.bar.few{{fill:var(--few)}}.bar{{stroke:none}}
+.bar.cell{{fill:var(--many)}}{_DEPTHS}
 """
 
 
@@ -155,7 +158,7 @@ def _experts(tail: TailEvaluation) -> str:
 
 def _priors(tail: TailEvaluation, under: Sequence[Any], sampled: bool) -> str:
     experts = range(len(under[0].expert_top1)) if len(under[0].expert_top1) > 1 else ()
-    columns = ("test prior", "as it is", "corrected", *(f"expert {k + 1}" for k in experts))
+    columns = ("test prior", "uncorrected", "corrected", *(f"expert {k + 1}" for k in experts))
     rows = [
         [row.prior, *map(_figure, (row.top1, row.corrected, *(row.expert_top1[k] for k in experts)))] for row in under
     ]

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _ABOVE, _BELOW, _LEFT, _RIGHT = 34, 46, 56, 56  # pixels around the plot; above, the legend
-_LETTER = 6.6  # pixels: the mean width of one
+_LINE = 18  # pixels between the lines of the legend
+_LETTER = 6.8  # pixels: the mean width of one
 
 Point = tuple[float, float]
 
@@ -47,9 +48,9 @@ def linear(low: float, high: float, label: str = "", *, count: int = 5) -> Axis:
 
 
 def logarithmic(low: float, high: float, label: str = "") -> Axis:
-    """An axis of positive numbers: over less than two decades 1, 2 and 5 of each are named, else the decades."""
+    """An axis of positive numbers: over less than three decades 1, 2 and 5 of each are named, else the decades."""
     low, high = low / 1.1, high * 1.1
-    subs = (1, 2, 5) if high < 100 * low else (1,)
+    subs = (1, 2, 5) if high < 1000 * low else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [sub * 10.0**decade for decade in decades for sub in subs]
     return Axis(low, high, [(tick, f"{tick:.6g}") for tick in ticks if low <= tick <= high], label, log=True)
@@ -63,10 +64,19 @@ class Chart:
         x, y: the axes.
         right: the second y axis.
         width, height: in pixels.
+        grid: draw a line at each tick of the y axis.
     """
 
     def __init__(
-        self, name: str, x: Axis, y: Axis, *, right: Axis | None = None, width: int = 640, height: int = 340
+        self,
+        name: str,
+        x: Axis,
+        y: Axis,
+        *,
+        right: Axis | None = None,
+        width: int = 640,
+        height: int = 340,
+        grid: bool = True,
     ) -> None:
         self._name, self._x, self._y, self._right = name, x, y, right
         self._width, self._height = width, height
@@ -74,7 +84,7 @@ class Chart:
         self._below = _BELOW + (50 if self._slanted else 0)
         self._parts: list[str] = []
         self._legend: list[tuple[str, str]] = []
-        self._axes()
+        self._axes(grid)
 
     def legend(self, kind: str, text: str) -> None:
         """Name what is drawn in the colours of ``kind``."""
@@ -128,13 +138,18 @@ class Chart:
 
     def render(self) -> str:
         """The ``<svg>`` element."""
-        keys, x = [], float(_LEFT)
+        keys, x, y = [], float(_LEFT), 14
         for kind, text in self._legend:
-            keys.append(f'<path class="line key {kind}" d="M{x:.0f} 14h18"/><text x="{x + 23:.0f}" y="18">')
+            wide = 41 + _LETTER * len(text)
+            if x > _LEFT and x + wide > self._width:
+                x, y = float(_LEFT), y - _LINE
+            keys.append(f'<path class="line key {kind}" d="M{x:.0f} {y}h18"/><text x="{x + 23:.0f}" y="{y + 4}">')
             keys.append(f"{html.escape(text)}</text>")
-            x += 41 + _LETTER * len(text)
+            x += wide
+        above = 14 - y  # of the lines of the legend but the lowest
         return (
-            f'<svg viewBox="0 0 {self._width} {self._height}" role="img" aria-label="{html.escape(self._name)}">'
+            f'<svg viewBox="0 {-above} {self._width} {self._height + above}" role="img" '
+            f'aria-label="{html.escape(self._name)}">'
             f"{''.join(self._parts)}{''.join(keys)}</svg>"
         )
 
@@ -151,12 +166,13 @@ class Chart:
     def _at(self, x: float, y: float, right: bool = False) -> str:
         return f"{self._horizontal(x):.1f} {self._vertical(y, right):.1f}"
 
-    def _axes(self) -> None:
+    def _axes(self, grid: bool) -> None:
         left, end = _LEFT, self._width - _RIGHT
         bottom = self._height - self._below
         for value, text in self._y.ticks:
             y = self._vertical(value)
-            self._parts.append(f'<path class="grid" d="M{left} {y:.1f}H{end}"/>')
+            if grid:
+                self._parts.append(f'<path class="grid" d="M{left} {y:.1f}H{end}"/>')
             self._parts.append(f'<text class="end" x="{left - 7}" y="{y:.1f}" dy=".35em">{html.escape(text)}</text>')
         for value, text in self._right.ticks if self._right is not None else ():
             y = self._vertical(value, right=True)
