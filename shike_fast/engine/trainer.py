@@ -332,7 +332,7 @@ class Trainer:
     def _evaluate_tails(self, stop: GracefulStop) -> TailEvaluation:
         """Test the last epoch's model image by image, for the report; a resumed run can do it again."""
         try:
-            return evaluate_tails(
+            tail = evaluate_tails(
                 self.tested,
                 self.test_loader.epoch(0),
                 stage=self.steps.stage.classifiers,
@@ -348,6 +348,8 @@ class Trainer:
         except EvaluationInterrupted:
             self._stop_if_asked(stop)
             raise
+        self._stop_if_asked(stop)  # in all processes: another run may follow in this one
+        return tail
 
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""

@@ -138,19 +138,23 @@ class Chart:
 
     def render(self) -> str:
         """The ``<svg>`` element."""
-        keys, x, y = [], float(_LEFT), 14
+        keys, x, line = [], float(_LEFT), 0
         for kind, text in self._legend:
             wide = 41 + _LETTER * len(text)
             if x > _LEFT and x + wide > self._width:
-                x, y = float(_LEFT), y - _LINE
-            keys.append(f'<path class="line key {kind}" d="M{x:.0f} {y}h18"/><text x="{x + 23:.0f}" y="{y + 4}">')
-            keys.append(f"{html.escape(text)}</text>")
+                x, line = float(_LEFT), line + 1
+            keys.append((x, line, kind, text))
             x += wide
-        above = 14 - y  # of the lines of the legend but the lowest
+        above = _LINE * line  # what the legend needs beyond its usual line
+        legend = "".join(
+            f'<path class="line key {kind}" d="M{x:.0f} {14 - above + _LINE * line}h18"/>'
+            f'<text x="{x + 23:.0f}" y="{18 - above + _LINE * line}">{html.escape(text)}</text>'
+            for x, line, kind, text in keys
+        )
         return (
             f'<svg viewBox="0 {-above} {self._width} {self._height + above}" role="img" '
             f'aria-label="{html.escape(self._name)}">'
-            f"{''.join(self._parts)}{''.join(keys)}</svg>"
+            f"{''.join(self._parts)}{legend}</svg>"
         )
 
     def _room(self, ticks: int) -> float:
