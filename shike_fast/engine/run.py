@@ -93,8 +93,14 @@ def run(given: dict[str, Any]) -> int:
         return failure.exit_status
 
 
-def train_one(given: dict[str, Any], processes: distributed.Processes) -> int:
+def train_one(given: dict[str, Any], processes: distributed.Processes, *, more: bool = False) -> int:
     """One run of processes that have joined; its arguments and result are those of :func:`run`.
+
+    Args:
+        given: the settings, changed here.
+        processes: who trains along.
+        more: another run is to follow: a signal that came after the last step is the exit status, for it was meant to
+            stop that as well.
 
     Raises:
         PeerFailed: in all processes but the first one, where the run ends early.
@@ -104,7 +110,8 @@ def train_one(given: dict[str, Any], processes: distributed.Processes) -> int:
         plan = processes.broadcast_from_main(lambda: _with_note(make_plan(given, held), given))
         trainer = _prepare(plan, processes, profile)  # whatever is wrong with the input shows before the directory
         processes.broadcast_from_main(lambda: _take_directory(plan, held))
-        return _train(trainer, plan.note)
+        status = _train(trainer, plan.note)
+        return 128 + trainer.late_signal if more and status == 0 and trainer.late_signal else status
 
 
 def make_plan(given: dict[str, Any], held: contextlib.ExitStack) -> Plan:

@@ -57,11 +57,11 @@ def run_seeds(given: dict[str, Any]) -> int:
         with distributed.join(given.get("device")) as processes:
             series = processes.broadcast_from_main(lambda: plan_series(given))
             console = RunConsole(1, 1, quiet=not processes.is_main)
-            for seed in series.seeds:
-                if seed in series.finished:
-                    console.note(f"seed {seed} is finished: {series.place(seed)}")
-                    continue
-                status = train_one(_of_one(given, series, seed), processes)
+            for seed in sorted(series.finished):
+                console.note(f"seed {seed} is finished: {series.place(seed)}")
+            left = [seed for seed in series.seeds if seed not in series.finished]
+            for seed in left:
+                status = train_one(_of_one(given, series, seed), processes, more=seed != left[-1])
                 if status != 0:
                     print("the same command with --resume goes on with the series of seeds", file=sys.stderr)
                     return status

@@ -250,21 +250,20 @@ class TailEvaluation:
 def evaluate_tails(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
+    priors: Mapping[str, Tensor],
+    scores_prior: str,
     *,
     stage: int,
     class_counts: Tensor,
     device: torch.device,
-    priors: Mapping[str, Tensor],
-    scores_prior: str,
     scores: Callable[[Tensor], Tensor] = mean_logits,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    should_stop: Callable[[], bool] = lambda: False,
     processes: Processes = _ALONE,
 ) -> TailEvaluation:
     """Test a network image by image.
 
     Args:
-        network, batches, stage, class_counts, device, scores, autocast, should_stop: as for
+        network, batches, stage, class_counts, device, scores, autocast: as for
             :class:`~shike_fast.engine.metrics.Evaluator`.
         priors: test priors by name, each float64 [C].
         scores_prior: the prior that the scores are for, ``train`` or ``uniform``.
@@ -291,7 +290,6 @@ def evaluate_tails(
         autocast=autocast,
         scores=scores,
         observe=keep,
-        should_stop=should_stop,
         total=processes.total,
     )
     of_all = processes.gather([torch.cat(parts).cpu() for parts in zip(*kept, strict=True)])

@@ -83,6 +83,9 @@ class Trainer:
         profile: write a trace of some steps and print what took the most time.
         source: the file that ``state`` comes from, for errors.
 
+    Attributes:
+        late_signal: number of a signal that came after the last step, so that the run was finished; 0 for none.
+
     Raises:
         ConfigError: if the device or the data set cannot do what the settings ask for.
         CheckpointError: if ``state`` was made with another data set or model, or ``config.pretrained`` does not fit.
@@ -135,6 +138,7 @@ class Trainer:
         self.images_per_second: float = state.get("images_per_second", 0.0)  # of the present epoch
         self.seconds: float = state.get("seconds", 0.0)  # that went into it before this process
         self._speed_told = False
+        self.late_signal = 0
         self.totals = Totals(device)
         self.method = config.create_method(dataset.class_counts.to(device))
         if state:
@@ -187,7 +191,8 @@ class Trainer:
                         self._train_epoch(stop)
                         row = self._evaluate_epoch(stop)
                         self._finish_epoch(row, writer)
-                    tail = self._evaluate_tails(stop)
+                    tail = self._evaluate_tails()
+                    self.late_signal = self.processes.largest(stop.number, self.device)
                 except LoadingStopped:  # no batch came: the state is that of the last step
                     self._stop_if_asked(stop)
                     raise
@@ -329,27 +334,13 @@ class Trainer:
             **{f"train_{name}": value for name, value in means.terms.items()},
         }
 
-    def _evaluate_tails(self, stop: GracefulStop) -> TailEvaluation:
-        """Test the last epoch's model image by image, for the report; a resumed run can do it again."""
-        try:
-            tail = evaluate_tails(
-                self.tested,
-                self.test_loader.epoch(0),
-                stage=self.steps.stage.classifiers,
-                class_counts=self.method.class_counts,
-                device=self.device,
-                autocast=self.steps.autocast,
-                scores=functools.partial(self.method.scores, stage=self.steps.stage),
-                scores_prior=self.method.prior_of_scores(self.steps.stage),
-                priors=usual_priors(self.dataset.class_counts),
-                should_stop=lambda: stop.requested and not self.processes.is_distributed,
-                processes=self.processes,
-            )
-        except EvaluationInterrupted:
-            self._stop_if_asked(stop)
-            raise
-        self._stop_if_asked(stop)  # in all processes: another run may follow in this one
-        return tail
+    def _evaluate_tails(self) -> TailEvaluation:
+        """Test the last epoch's model image by image, for the report; a signal no longer stops the run."""
+        self.test_loader.should_stop = lambda: False
+        priors = usual_priors(self.dataset.class_counts), self.method.prior_of_scores(self.steps.stage)
+        return evaluate_tails(
+            self.tested, self.test_loader.epoch(0), *priors, processes=self.processes, **self.test_setting
+        )
 
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""
@@ -401,15 +392,14 @@ class Trainer:
             method=self.method,
         )
         self.tested = self.method.evaluated(self.model)
-        self.evaluator = Evaluator(
-            self.tested,
-            stage=self.steps.stage.classifiers,
-            class_counts=self.method.class_counts,
-            device=self.device,
-            autocast=self.steps.autocast,
-            record=record,
-            scores=functools.partial(self.method.scores, stage=self.steps.stage),
-        )
+        self.test_setting: dict[str, Any] = {
+            "stage": self.steps.stage.classifiers,
+            "class_counts": self.method.class_counts,
+            "device": self.device,
+            "autocast": self.steps.autocast,
+            "scores": functools.partial(self.method.scores, stage=self.steps.stage),
+        }
+        self.evaluator = Evaluator(self.tested, record=record, **self.test_setting)
 
     def _stop_if_asked(self, stop: GracefulStop) -> None:
         """Save and end the run, in all processes at the same step, after a signal to any of them."""
