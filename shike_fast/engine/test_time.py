@@ -146,7 +146,9 @@ def learn_expert_weights(trained: Trained, dataset: LongTailData, prior: Tensor 
 def _epochs(
     trained: Trained, dataset: LongTailData, test: AugmentedDataset, chosen: np.ndarray
 ) -> Iterator[Iterator[Views]]:
-    views = replace(dataset, test=test.selected(chosen, trained.config.augmentation or dataset.augmentation))
+    views = replace(
+        dataset, test=test.selected(chosen).augmented_by(trained.config.augmentation or dataset.augmentation)
+    )
     batch_size = trained.config.batch_size
     loader = make_loader(trained.config, views, trained.device, train=False, test_batch_size=batch_size)
     trained.network.eval()

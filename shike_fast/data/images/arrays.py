@@ -1,6 +1,6 @@
 """Data sets that fit in memory, as one uint8 array."""
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,14 +45,13 @@ class ArrayDataset(AugmentedDataset):
         super().__init__(labels, (channels, height, width), augmentation=augmentation, mean=mean, std=std, seed=seed)
         self.images = images
 
-    def selected(self, indices: NDArray[np.int64], augmentation: str) -> Self:
-        chosen = super().selected(indices, augmentation)
-        chosen.images = self.images[indices]
-        return chosen
-
     @property
     def wants_workers(self) -> bool:
         return self.augment.slow
+
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        super()._keep(indices)
+        self.images = self.images[indices]
 
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         words = self.augment.draw(indices, seed=seed, epoch=epoch)

@@ -53,24 +53,25 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
         """What is done to the pixels."""
         return self.augmentations[self.augmentation]
 
-    @property
-    @abstractmethod
-    def wants_workers(self) -> bool:
-        """Whether worker processes pay off, because decoding or the augmentation is slow."""
-
     def augmentation_on(self, device: torch.device) -> BatchedAugmentation:
         """The augmentation and the normalisation on a device."""
         if str(device) not in self._on_devices:
             self._on_devices[str(device)] = BatchedAugmentation(self.augment, self.normalise, self.shape, device)
         return self._on_devices[str(device)]
 
-    def selected(self, indices: NDArray[np.int64], augmentation: str) -> Self:
-        """Some of the samples, in the order of ``indices``, under another augmentation of the same kind."""
-        chosen = copy.copy(self)
-        chosen.labels = self.labels[indices]
-        chosen.augmentation = augmentation
-        chosen._on_devices = {}
-        return chosen
+    def augmented_by(self, augmentation: str) -> Self:
+        """The same images with another training augmentation, sharing memory and files with these.
+
+        Raises:
+            ValueError: it is none of :attr:`augmentations`.
+        """
+        if augmentation not in self.augmentations:
+            known = ", ".join(self.augmentations)
+            raise ValueError(f"augmented_by: unknown augmentation {augmentation!r}; choose one of {known}")
+        other = copy.copy(self)
+        other.augmentation = augmentation
+        other._on_devices = {}
+        return other
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,6 +79,20 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         images, labels = self.batch(np.array([range(len(self))[index]]), seed=self.seed, epoch=0)
         return images[0], int(labels[0])
+
+    def selected(self, indices: NDArray[np.int64]) -> Self:
+        """Some of the samples, in the order of ``indices``: a data set as if there were no others."""
+        chosen = copy.copy(self)
+        chosen._keep(indices)
+        return chosen
+
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        self.labels = self.labels[indices]
+
+    @property
+    @abstractmethod
+    def wants_workers(self) -> bool:
+        """Whether worker processes pay off, because decoding or the augmentation is slow."""
 
     @abstractmethod
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:

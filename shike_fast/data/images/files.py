@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -93,11 +93,10 @@ class ImageDataset(AugmentedDataset):
         self._mean = mean
         self._broken = BrokenImages(len(labels), self.stand_in, most=len(labels))  # used where there is no loader
 
-    def selected(self, indices: NDArray[np.int64], augmentation: str) -> Self:
-        chosen = super().selected(indices, augmentation)
-        chosen.store = Subset(self.store, indices)
-        chosen._broken = BrokenImages(len(indices), self.stand_in, most=len(indices))
-        return chosen
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        super()._keep(indices)
+        self.store = Subset(self.store, indices)
+        self._broken = BrokenImages(len(indices), self.stand_in, most=len(indices))
 
     @property
     def stand_in(self) -> str:

@@ -1,4 +1,4 @@
-"""Parts of a data set under another augmentation: what both kinds of images have in common."""
+"""Parts of a data set, and another augmentation of it: what both kinds of images have in common."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def make(request, image_dir):
 
 def test_samples_come_in_the_order_that_is_asked_for(make):
     whole = make[0]("none")
-    chosen = whole.selected(CHOSEN, "none")
+    chosen = whole.selected(CHOSEN)
     assert len(chosen) == 3 and chosen.labels.tolist() == CHOSEN.tolist()
     for place, index in enumerate(CHOSEN):
         assert torch.equal(chosen[place][0], whole[index][0])
@@ -54,7 +54,7 @@ def test_the_augmentation_is_the_one_that_is_named(make):
     dataset, name = make
     everything = np.arange(6, dtype=np.int64)
     whole = dataset("none")
-    chosen, trained = whole.selected(everything, name), dataset(name)
+    chosen, trained = whole.augmented_by(name), dataset(name)
     for epoch in (0, 1):
         images, labels = chosen.batch(everything, seed=3, epoch=epoch)
         expected, _ = trained.batch(everything, seed=3, epoch=epoch)
@@ -64,7 +64,7 @@ def test_the_augmentation_is_the_one_that_is_named(make):
 
 
 def test_it_can_be_loaded(make):
-    chosen = make[0]("none").selected(CHOSEN, make[1])
+    chosen = make[0]("none").selected(CHOSEN).augmented_by(make[1])
     first, second = (list(data.Loader(chosen, batch_size=2, shuffle=False).epoch(epoch)) for epoch in (0, 1))
     assert [len(labels) for _, labels in first] == [2, 1]
     assert not torch.equal(first[0][0], second[0][0])
@@ -73,6 +73,11 @@ def test_it_can_be_loaded(make):
 def test_a_test_image_that_cannot_be_read_is_grey_in_the_part_too(image_dir, capsys):
     dataset = file_set("none", image_dir)
     Path(dataset.store.name(2)).write_bytes(b"no image")
-    images, _ = dataset.selected(CHOSEN, "none").batch(np.arange(3), seed=0, epoch=0)
+    images, _ = dataset.selected(CHOSEN).batch(np.arange(3), seed=0, epoch=0)
     assert images[2].std() == pytest.approx(0, abs=1e-6)
     assert "it is tested as plain grey" in capsys.readouterr().err
+
+
+def test_an_augmentation_that_there_is_not(make):
+    with pytest.raises(ValueError, match="augmented_by: unknown augmentation 'sepia'; choose one of "):
+        make[0]("none").augmented_by("sepia")
