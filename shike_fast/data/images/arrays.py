@@ -49,14 +49,14 @@ class ArrayDataset(AugmentedDataset):
     def wants_workers(self) -> bool:
         return self.augment.slow
 
-    def _keep(self, indices: NDArray[np.int64]) -> None:
-        super()._keep(indices)
-        self.images = self.images[indices]
-
     def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         words = self.augment.draw(indices, seed=seed, epoch=epoch)
         images = self.augmentation_on(_CPU)(torch.from_numpy(self.images[indices]), words)
         return images, torch.from_numpy(self.labels[indices])
+
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        super()._keep(indices)
+        self.images = self.images[indices]
 
 
 def build_arrays(
