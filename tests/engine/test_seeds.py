@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import statistics
-import sys
 
 import pytest
 
@@ -191,20 +190,3 @@ def test_a_run_without_its_report_is_not_finished(series, tmp_path):
     rows = rundir.read_metrics(tmp_path / "runs" / "seed-4")
     rundir.write_metrics(tmp_path / "runs" / "seed-4", rows[:1])
     assert planned(tmp_path / "runs", resume=True, seed=3).finished == frozenset()
-
-
-@pytest.mark.slow
-def test_two_processes_train_a_series(programs, runs, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launcher += ["--local-addr", "localhost"]
-    arguments = [*TINY, "--seeds", "2", "--output-dir", tmp_path / "runs"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = programs.run([*launcher, "-m", "shike_fast.train", *arguments], env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 seeds: test accuracy") == 1
-    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
-    assert summary["last"]["top1"]["values"] == [
-        runs.metrics(tmp_path / "runs" / f"seed-{seed}")[-1]["top1"] for seed in (0, 1)
-    ]
-    last = runs.checkpoint(tmp_path / "runs" / "seed-1" / "last.pt")
-    assert sum(last["evaluation"]["support"]) == 600
