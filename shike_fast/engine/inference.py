@@ -17,6 +17,7 @@ from shike_fast._util.cli import choose_device, use_device
 from shike_fast.engine import checkpoint
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.precision import settle_amp
+from shike_fast.engine.priors import scores_prior
 from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import check_stage, model_from_checkpoint
 from shike_fast.engine.steps import make_autocast
@@ -35,7 +36,7 @@ class Trained:
         stage: the stage of the method, counted from 1.
         classifiers: which of the network's it trains.
         scores: logits [K, B, C] -> [B, C], whose softmax are the probabilities.
-        scores_prior: the class prior that they are for, ``train`` or ``uniform``.
+        scores_prior: the class prior that they are for (:func:`shike_fast.engine.priors.scores_prior`).
         lr: highest learning rate of the stage.
         history: metrics of every epoch, where the checkpoint holds them.
         autocast: makes the context around each forward pass.
@@ -96,7 +97,7 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
         stage=number,
         classifiers=chosen.classifiers,
         scores=functools.partial(method.scores, stage=chosen),
-        scores_prior=method.prior_of_scores(chosen),
+        scores_prior=scores_prior(method, chosen, config.sampler),
         lr=getattr(config, chosen.lr),
         history=state.get("history", []),
         device=device,

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from shike_fast.errors import ConfigError
+from shike_fast.methods import Method, Stage
 
 RATIOS = (50, 25, 10, 5, 2)
-UNIFORM, TRAIN = "uniform", "train"
+UNIFORM, TRAIN, SQUARE_ROOT = "uniform", "train", "square-root"
+_DRAWN_BY = {  # what a sampler makes of the training prior; the progressive one ends with classes in equal shares
+    "instance": TRAIN,
+    "class-aware": UNIFORM,
+    "square-root": SQUARE_ROOT,
+    "progressive": UNIFORM,
+}
 _SIDES = ("forward", "backward")
 WHICH = "uniform, train, forward:RATIO, backward:RATIO or a file with a number for each class"
 
@@ -104,6 +111,23 @@ def _read(path: Path, classes: int) -> Tensor:
     return prior / prior.sum()
 
 
+def scores_prior(method: Method, stage: Stage, sampler: str) -> str:
+    """The prior that the scores of a stage are for: ``train``, ``uniform`` or ``square-root``, p_c ∝ √n_c.
+
+    Args:
+        method: says whether it learns the training prior or balances the classes.
+        stage: one of its stages.
+        sampler: that of the run, where the stage has none.
+
+    Raises:
+        ValueError: if the method says neither.
+    """
+    says = method.prior_of_scores(stage)
+    if says not in (TRAIN, UNIFORM):
+        raise ValueError(f"method '{method.name}': prior_of_scores must return 'train' or 'uniform', got {says!r}")
+    return _DRAWN_BY[stage.sampler or sampler] if says == TRAIN else UNIFORM
+
+
 def correction(prior: Tensor, class_counts: Tensor, scores_prior: str) -> Tensor:
     """What scores get added for a known test prior: ``log p_test − log p_scores``, float64 [C].
 
@@ -112,10 +136,11 @@ def correction(prior: Tensor, class_counts: Tensor, scores_prior: str) -> Tensor
     Args:
         prior: [C], of the test images; −inf results where it is 0, and the class is never predicted.
         class_counts: int64 [C], training images of each class.
-        scores_prior: the prior that the scores are for (:meth:`shike_fast.methods.Method.prior_of_scores`).
+        scores_prior: the prior that the scores are for, as :func:`scores_prior` names it.
     """
-    bias = prior.log()
-    return bias - training_prior(class_counts).log() if scores_prior == TRAIN else bias
+    power = {UNIFORM: 0.0, SQUARE_ROOT: 0.5, TRAIN: 1.0}[scores_prior]
+    learned = training_prior(class_counts) ** power
+    return prior.log() - (learned / learned.sum()).log()
 
 
 def sample(labels: Tensor, prior: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class TailEvaluation:
         log_likelihood: float64 [N], the logarithm of the label's probability.
         priors: test priors by name, each float64 [P].
         corrected: bool [N, P], whether the scores, corrected for a prior, say the label.
-        scores_prior: the prior that the scores are for, ``train`` or ``uniform``.
+        scores_prior: the prior that the scores are for (:func:`shike_fast.engine.priors.scores_prior`).
     """
 
     evaluation: Evaluation
@@ -266,7 +266,7 @@ def evaluate_tails(
         network, batches, stage, class_counts, device, scores, autocast: as for
             :class:`~shike_fast.engine.metrics.Evaluator`.
         priors: test priors by name, each float64 [C].
-        scores_prior: the prior that the scores are for, ``train`` or ``uniform``.
+        scores_prior: the prior that the scores are for (:func:`shike_fast.engine.priors.scores_prior`).
         processes: who tests along, each its shard of every batch; all of them get the whole result. Only of one
             process are the images in the order of the test set.
     """

@@ -25,10 +25,10 @@ from shike_fast.engine.distributed import Processes
 from shike_fast.engine.loading import loader_metrics, speed_note
 from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
 from shike_fast.engine.optimizer import set_lr
-from shike_fast.engine.priors import usual_priors
+from shike_fast.engine.priors import scores_prior, usual_priors
 from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
-from shike_fast.engine.setup import check_setting, make_loader, records
+from shike_fast.engine.setup import check_setting, make_loader, records, stage_sampler
 from shike_fast.engine.signals import GracefulStop
 from shike_fast.engine.state import (
     build_model,
@@ -337,7 +337,8 @@ class Trainer:
     def _evaluate_tails(self) -> TailEvaluation:
         """Test the last epoch's model image by image, for the report; a signal no longer stops the run."""
         self.test_loader.should_stop = lambda: False
-        priors = usual_priors(self.dataset.class_counts), self.method.prior_of_scores(self.steps.stage)
+        learned = scores_prior(self.method, self.steps.stage, self.config.sampler)
+        priors = usual_priors(self.dataset.class_counts), learned
         return evaluate_tails(
             self.tested, self.test_loader.epoch(0), *priors, processes=self.processes, **self.test_setting
         )
@@ -380,6 +381,7 @@ class Trainer:
     def _enter_stage(self, stage: int) -> None:
         """Freeze what ``stage`` does not train and start its optimizer afresh."""
         self.stage = stage
+        self.train_loader.sampler = stage_sampler(self.config, self.dataset, stage)
         record = records(self.config, self.dataset, self.device, self.processes)
         self.steps = StageSteps(
             self.model,

@@ -7,6 +7,7 @@ from shike_fast.ops.cross_entropy import expert_cross_entropy
 from shike_fast.ops.dkf import dkf_bn_pool, dkf_experts, dkf_pool
 from shike_fast.ops.dkt import dkt_loss
 from shike_fast.ops.expert_logits import expert_logits
+from shike_fast.ops.expert_loss import ExpertKL, ExpertRows, expert_kl, expert_loss
 
 __all__ = [
     "BatchNormArguments",

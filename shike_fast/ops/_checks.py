@@ -81,18 +81,18 @@ def _check_sequence(op: str, logits: Sequence[Tensor]) -> tuple[Tensor, tuple[in
     return first, (len(logits), first.shape[0], first.shape[1])
 
 
-def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> None:
+def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, int], name: str = "target") -> None:
     """Check the target; its values too where that needs no wait for a device and no tracer is at work."""
     _, batch, classes = shape
     if not isinstance(target, Tensor):
-        raise TypeError(f"{op}: target must be an int64 tensor [B={batch}], got {type(target).__name__}")
-    check_dense(op, "target", target)
+        raise TypeError(f"{op}: {name} must be an int64 tensor [B={batch}], got {type(target).__name__}")
+    check_dense(op, name, target)
     if target.dtype != torch.int64 or target.dim() != 1 or target.shape[0] != batch:
         error = TypeError if target.dtype != torch.int64 else ValueError
         raise error(
-            f"{op}: target must be int64 [B={batch}], got {describe(target)}{_target_hint(target, first, shape)}"
+            f"{op}: {name} must be int64 [B={batch}], got {describe(target)}{_target_hint(target, first, shape)}"
         )
-    check_device(op, "target", target, first, "logits")
+    check_device(op, name, target, first, "logits")
     if values_are_readable(target) and batch > 0:
         if native_error() is None and holds_its_values(target):
             smallest, largest = native().extremes(values=target, count=batch)
@@ -100,7 +100,7 @@ def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, 
             smallest, largest = (int(value) for value in torch.aminmax(target))
         if smallest < 0 or largest >= classes:
             raise IndexError(
-                f"{op}: target must lie in 0..{classes - 1} (C={classes}), got {smallest if smallest < 0 else largest}"
+                f"{op}: {name} must lie in 0..{classes - 1} (C={classes}), got {smallest if smallest < 0 else largest}"
             )
 
 

@@ -319,7 +319,13 @@ for _constant in (_failed_self_test, _order_when_compiled):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010  # functions have no such attribute to mypy
 
 
-_ROOMS = {"dkt": "losses", "cross_entropy": "losses", "dkf": "fusion", "logits": "classifiers"}  # of shike_fast.kernels
+_ROOMS = {
+    "dkt": "losses",
+    "cross_entropy": "losses",
+    "expert": "losses",
+    "dkf": "fusion",
+    "logits": "classifiers",
+}  # of shike_fast.kernels
 
 
 def kernels(stem: str, backend: str, native_kernels: ModuleType) -> ModuleType:

@@ -23,7 +23,7 @@ def loss_operator(
 ) -> Operator:
     """The record of a loss, whose first argument are the logits: one tensor [K, B, C] or K tensors [B, C].
 
-    ``refuses(*args)`` says what no fused kernel of this loss takes, beside what follows from the logits. A loss that
+    ``refuses(backend, *args)`` says what its fused kernels do not take, beside what follows from the logits. A loss that
     takes ``any_number_of_experts`` gives the kernels eight at a time. Without ``fused`` there is the reference alone.
     """
     operator = Operator(name, schema, composite)
@@ -33,7 +33,7 @@ def loss_operator(
 
     def refuses_arguments(backend: str, logits: Tensor | Sequence[Tensor], *args: Any) -> str | None:
         reason = _refuses_logits(backend, logits, any_number_of_experts)
-        return reason if reason is not None or refuses is None else refuses(logits, *args)
+        return reason if reason is not None or refuses is None else refuses(backend, logits, *args)
 
     operator.add("reference", reference)
     if fused is not None:

@@ -157,7 +157,7 @@ def _fused_loss(experts: list[Tensor], target: Tensor, bias: Tensor | None, opti
 
 
 def _refuses(
-    logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
+    backend: str, logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
 ) -> str | None:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "the bias requires a gradient, which only the reference computes"

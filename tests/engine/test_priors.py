@@ -4,17 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from shike_fast.data.sampling import SAMPLERS
 from shike_fast.engine.priors import (
     RATIOS,
     correction,
     long_tail_prior,
     parse_prior,
     sample,
+    scores_prior,
     training_prior,
     uniform_prior,
     usual_priors,
 )
 from shike_fast.errors import ConfigError
+from shike_fast.methods import Stage, create_method
 
 COUNTS = torch.tensor([20, 300, 7, 20, 90])
 RANKS = np.array([2, 0, 4, 3, 1])  # of equal classes the lower index first
@@ -93,7 +96,8 @@ def test_the_correction_is_bayes_rule():
     likelihood = rng.random((50, 5))  # p(x|y) of 50 x
     train, test = training_prior(COUNTS).numpy(), rng.dirichlet(np.ones(5))
     expected = likelihood * test / (likelihood * test).sum(1, keepdims=True)
-    for name, prior in (("train", train), ("uniform", np.full(5, 0.2))):
+    roots = np.sqrt(COUNTS.numpy())
+    for name, prior in (("train", train), ("uniform", np.full(5, 0.2)), ("square-root", roots / roots.sum())):
         scores = torch.from_numpy(np.log(likelihood * prior / (likelihood * prior).sum(1, keepdims=True)))
         corrected = (scores + correction(torch.from_numpy(test), COUNTS, name)).softmax(1)
         assert corrected.numpy() == pytest.approx(expected, rel=1e-12)
@@ -128,3 +132,22 @@ def test_a_class_with_fewer_images_than_wanted_keeps_all():
         False,
         False,
     ]
+
+
+def test_a_sampler_changes_the_prior_of_plain_scores_alone():
+    plain, shike = (create_method(name, class_counts=COUNTS, num_experts=k) for name, k in (("ce", 1), ("shike", 3)))
+    [training], [experts, classifiers] = plain.stages, shike.stages
+    expected = {"instance": "train", "class-aware": "uniform", "square-root": "square-root", "progressive": "uniform"}
+    assert {name: scores_prior(plain, training, name) for name in SAMPLERS} == expected
+    assert scores_prior(shike, experts, "class-aware") == "uniform"
+    assert {scores_prior(shike, classifiers, name) for name in SAMPLERS} == {"uniform"}
+    assert scores_prior(plain, Stage("classifiers", sampler="class-aware"), "instance") == "uniform"
+
+
+def test_a_method_that_names_no_prior(monkeypatch):
+    plain = create_method("ce", class_counts=COUNTS, num_experts=1)
+    monkeypatch.setattr(type(plain), "prior_of_scores", lambda self, stage: "balanced")
+    with pytest.raises(
+        ValueError, match="method 'ce': prior_of_scores must return 'train' or 'uniform', got 'balanced'"
+    ):
+        scores_prior(plain, plain.stages[0], "instance")

@@ -95,8 +95,10 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
         """Whether worker processes pay off, because decoding or the augmentation is slow."""
 
     @abstractmethod
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalised float32 images [B, C, H, W], channels-last, and int64 labels [B].
 
-        A row depends on (seed, epoch, index) alone.
+        A row depends on (seed, epoch, index, repeat) alone.
         """

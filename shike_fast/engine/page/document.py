@@ -9,6 +9,7 @@ from typing import Any
 from shike_fast._version import __version__
 from shike_fast.data.shots import SHOTS, shot_names
 from shike_fast.engine.page import charts
+from shike_fast.engine.priors import SQUARE_ROOT, TRAIN
 from shike_fast.engine.tail import TailEvaluation
 
 _WORST = 10  # classes in their table
@@ -163,7 +164,8 @@ def _priors(tail: TailEvaluation, under: Sequence[Any], sampled: bool) -> str:
         [row.prior, *map(_figure, (row.top1, row.corrected, *(row.expert_top1[k] for k in experts)))] for row in under
     ]
     how = "accuracy over the images that the protocol keeps" if sampled else "class accuracies weighted by the prior"
-    taken = "less the log training prior, " if tail.scores_prior == "train" else ""
+    learned = {TRAIN: "training prior", SQUARE_ROOT: "square root of the training prior"}.get(tail.scores_prior)
+    taken = "" if learned is None else f"less the log {learned}, "
     note = f"{how}; corrected: scores {taken}plus the log test prior."
     return f"{_table(columns, rows)}<p>{_text(note[0].upper() + note[1:])}</p>"
 

@@ -1,0 +1,139 @@
+"""The fused kernels of the generalised expert loss as an operator, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shike_fast.ops import _native_expert
+from shike_fast.ops._checks import accumulation_dtype, as_list
+from shike_fast.ops._dispatch import kernels
+from shike_fast.ops._expert_call import (
+    MEAN,
+    NO_TEACHER,
+    OPTIONS,
+    OTHERS,
+    TENSORS,
+    VIEW,
+    ExpertOptions,
+    ExpertTensors,
+    split,
+)
+from shike_fast.ops._expert_reference import row_logits
+from shike_fast.ops._guards import is_plain, materialised
+from shike_fast.ops._losses import fused_loss
+
+_FUSED = fused_loss(
+    "expert_loss_fused",
+    TENSORS,
+    OPTIONS,
+    shown=2,
+    forward=lambda *args: kernels("expert", args[-1], _native_expert).expert_forward(*args[:-1]),
+    backward=lambda *args, **kept: kernels("expert", args[-1], _native_expert).expert_backward(*args[:-1], **kept),
+    both=lambda *args: _native_expert.expert_both(*args[:-1]) if args[-1] == "cpu" else None,
+    fake_forward=_native_expert.new_expert_results,
+)
+_NUMBERS = ("lam", "bias", "scale", "margin", "class_weight", "sample_weight", "expert_weight", "temperature")
+
+
+def fused_expert_loss(
+    backend: str, logits: Tensor | Sequence[Tensor], soft_target: None, *args: Any
+) -> Sequence[Tensor]:
+    """The loss, its terms and the rows; all tensors beside the logits count as constants."""
+    tensors, options = split(args)
+    experts = as_list(logits)
+    dtype = accumulation_dtype(experts[0].dtype)
+    ready: dict[str, Tensor | None] = {}
+    for name in (*_NUMBERS, "kl_weight", "gate"):
+        value = getattr(tensors, name)
+        if value is not None:
+            ready[name] = materialised(value.detach().to(dtype)).contiguous()
+    if tensors.teacher is not None:
+        teacher = tensors.teacher.detach()
+        ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher
+    tensors = tensors._replace(**ready)
+    in_pass = options.teacher == OTHERS and options.kl_reduction != "gated_mean" and options.adjusted
+    if options.gated and not in_pass:
+        tensors, options = _with_gate(backend, experts, tensors, options)
+    run = _FUSED.direct if is_plain(*experts, *tensors) else _FUSED.dispatched
+    return run((experts, *tensors), (*options, backend))[:3]
+
+
+def _with_gate(
+    backend: str, experts: list[Tensor], tensors: ExpertTensors, options: ExpertOptions
+) -> tuple[ExpertTensors, ExpertOptions]:
+    """The call with the answers of the teachers, which a pass over these finds, as a gate."""
+    target = tensors.target
+    assert target is not None
+    count, batch = (experts[0].shape[0] if experts[0].dim() == 3 else len(experts)), target.shape[-1]
+    alone = ExpertTensors(target, *[None] * (len(ExpertTensors._fields) - 1))
+    plain = options._replace(
+        cross_entropy=True,
+        lam=1.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        masked="" if options.masked == "partial" else options.masked,
+        teacher=NO_TEACHER,
+        gated=False,
+        rows=True,
+    )
+    if plain.masked:
+        alone = alone._replace(class_mask=tensors.class_mask)
+    if options.adjusted:
+        alone = alone._replace(bias=tensors.bias, scale=tensors.scale)
+    else:
+        plain = plain._replace(scale=1.0)
+    asked: list[Tensor]
+    if options.teacher == MEAN:
+        wide = (experts[0] if experts[0].dim() == 3 else torch.stack(experts)).to(accumulation_dtype(experts[0].dtype))
+        asked = [row_logits(wide, alone, plain).mean(0, keepdim=True)]
+        alone, plain = alone._replace(bias=None, scale=None), plain._replace(scale=1.0)
+    elif options.teacher == VIEW:
+        images = batch // 2
+        asked = [one[..., :images, :] for one in experts]
+        mask = alone.class_mask
+        alone = alone._replace(target=target[:images], class_mask=None if mask is None else mask[:images])
+    elif options.teacher == OTHERS:
+        asked = experts
+    else:
+        assert tensors.teacher is not None
+        asked = [tensors.teacher.expand(count, *tensors.teacher.shape[-2:])]
+    with torch.no_grad():
+        asked = [one.detach() for one in asked]
+        run = _FUSED.direct if is_plain(*asked, *alone) else _FUSED.dispatched
+        correct = run((asked, *alone), (*plain, backend))[2][2]
+    gate = correct.expand(count, -1)
+    if tensors.gate is not None:
+        gate = gate * tensors.gate
+    return tensors._replace(gate=gate.contiguous()), options._replace(gated=False)
+
+
+def refuses_expert_loss(
+    backend: str, logits: Tensor | Sequence[Tensor], soft_target: Tensor | None, *args: Any
+) -> str | None:
+    """Why the fused kernels of a backend do not take a call, or None."""
+    tensors, options = split(args)
+    if soft_target is not None:
+        return "soft targets are a matter of the reference"
+    if torch.is_grad_enabled():
+        for name, value in zip(tensors._fields, tensors, strict=True):
+            if value is not None and value.requires_grad and not (name == "teacher" and options.detach):
+                return f"{name} requires a gradient, which only the reference computes"
+    if options.teacher != NO_TEACHER:
+        if tensors.target is not None and (
+            tensors.target.dim() == 2 or (tensors.target_b is not None and tensors.target_b.dim() == 2)
+        ):
+            return "a divergence with a target an expert is a matter of the reference"
+        if options.teacher != OTHERS and not options.detach:
+            return "a gradient through this teacher is a matter of the reference"
+        if options.eps != 0.0 or options.masked == "partial":
+            if backend != "cpu":
+                return "eps and masked='partial' are matters of the CPU backend and the reference"
+            if options.teacher != OTHERS or options.by_student or options.gated:
+                return "eps and masked='partial' with this teacher are a matter of the reference"
+    if options.masked and options.label_smoothing != 0.0:
+        return "label smoothing with a class mask is a matter of the reference"
+    return None
