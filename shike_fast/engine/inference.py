@@ -19,7 +19,7 @@ from shike_fast.engine.config import TrainConfig, replace_settings, stored_confi
 from shike_fast.engine.precision import settle_amp
 from shike_fast.engine.priors import scores_prior
 from shike_fast.engine.setup import check_device
-from shike_fast.engine.state import check_stage, model_from_checkpoint
+from shike_fast.engine.state import check_stage, model_from_checkpoint, with_average
 from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError
 
@@ -37,7 +37,6 @@ class Trained:
         classifiers: which of the network's it trains.
         scores: logits [K, B, C] -> [B, C], whose softmax are the probabilities.
         scores_prior: the class prior that they are for (:func:`shike_fast.engine.priors.scores_prior`).
-        lr: highest learning rate of the stage.
         history: metrics of every epoch, where the checkpoint holds them.
         autocast: makes the context around each forward pass.
     """
@@ -50,7 +49,6 @@ class Trained:
     classifiers: int
     scores: Callable[[Tensor], Tensor]
     scores_prior: str
-    lr: float
     history: list[dict[str, Any]]
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
@@ -79,6 +77,8 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
     torch.set_num_threads(config.threads)
     use_device(device)
     check_device(config, device)
+    if config.ema:
+        state = with_average(state, source)
     model = model_from_checkpoint(state, source, config).to(device)
     method = config.create_method(state["data"]["class_counts"].to(device))
     number = stage or state["stage"]
@@ -98,7 +98,6 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
         classifiers=chosen.classifiers,
         scores=functools.partial(method.scores, stage=chosen),
         scores_prior=scores_prior(method, chosen, config.sampler),
-        lr=getattr(config, chosen.lr),
         history=state.get("history", []),
         device=device,
         autocast=make_autocast(config.amp, device),

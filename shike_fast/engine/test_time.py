@@ -131,12 +131,13 @@ def learn_expert_weights(trained: Trained, dataset: LongTailData, prior: Tensor 
     if prior is not None:
         kept = sample(torch.from_numpy(test.labels), prior).numpy()
         chosen = chosen[kept[chosen]]
+    stage = config.stages[trained.stage - 1]
     learned = ExpertWeights(
         config.num_experts,
-        lr=trained.lr,
+        lr=getattr(config, stage.lr),
         momentum=config.momentum,
-        nesterov=bool(getattr(config, "nesterov", False)),
-        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay_of(stage),
         device=trained.device,
     )
     learned.learn(_epochs(trained, dataset, test, chosen))

@@ -19,6 +19,7 @@ from shike_fast._util.files import atomic_write, naming
 from shike_fast.data.loaders.loader import EpochLoader, LoadingStopped
 from shike_fast.data.shots import SHOTS
 from shike_fast.engine import checkpoint, rundir
+from shike_fast.engine.averaging import WeightAverage
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.distributed import Processes
@@ -34,6 +35,7 @@ from shike_fast.engine.state import (
     build_model,
     check_stage,
     data_description,
+    restore_average,
     restore_data,
     restore_model,
     rng_state,
@@ -141,8 +143,11 @@ class Trainer:
         self.late_signal = 0
         self.totals = Totals(device)
         self.method = config.create_method(dataset.class_counts.to(device))
+        self.average = WeightAverage(self.model, config.ema) if config.ema else None
         if state:
             check_stage(self.method, state["stage"], source)
+            if self.average is not None:
+                restore_average(state, self.average, source)
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
             try:
@@ -262,7 +267,7 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step with this process's share of a batch."""
-        self.steps(images, labels, self._images_of_step())
+        self.steps(images, labels, self._images_of_step(), self.batch)
 
     def _images_of_step(self) -> int:
         """Images of the next step in all processes together."""
@@ -374,6 +379,8 @@ class Trainer:
         """Free what only the stage before needed, its recordings above all, before the next one takes memory."""
         del self.steps, self.evaluator
         self.model.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.restart()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -392,8 +399,9 @@ class Trainer:
             totals=self.totals,
             record=record,
             method=self.method,
+            average=self.average,
         )
-        self.tested = self.method.evaluated(self.model)
+        self.tested = self.method.evaluated(self.model if self.average is None else self.average.network)
         self.test_setting: dict[str, Any] = {
             "stage": self.steps.stage.classifiers,
             "class_counts": self.method.class_counts,
@@ -429,6 +437,7 @@ class Trainer:
 
     def _model_state(self) -> dict[str, Any]:
         """What it takes to use the model: weights, description, classes, settings."""
+        optional = {"method_state": self.method.state(), "average": self.average.state() if self.average else None}
         return {
             "config": dataclasses.asdict(self.config),
             "data": data_description(self.dataset),
@@ -437,4 +446,4 @@ class Trainer:
             "stage": self.stage,
             "epoch": self.epoch,
             "best": self.best,
-        } | ({"method_state": state} if (state := self.method.state()) else {})
+        } | {name: value for name, value in optional.items() if value}

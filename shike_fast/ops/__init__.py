@@ -11,6 +11,8 @@ from shike_fast.ops.expert_loss import ExpertKL, ExpertRows, expert_kl, expert_l
 
 __all__ = [
     "BatchNormArguments",
+    "ExpertKL",
+    "ExpertRows",
     "backend_reasons",
     "backends",
     "balanced_softmax_loss",
@@ -19,7 +21,9 @@ __all__ = [
     "dkf_pool",
     "dkt_loss",
     "expert_cross_entropy",
+    "expert_kl",
     "expert_logits",
+    "expert_loss",
     "needs_verification",
     "verdicts",
     "verify",

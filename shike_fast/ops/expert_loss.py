@@ -204,55 +204,39 @@ def expert_loss(
     if target_b is not None:
         _check_target(_NAME, "target_b", target_b, first, shape)
         lam_number, lam_tensor = _number_or(_NAME, "lam", lam, first, ((), (shape[1],)), default=1.0)
-    (smoothing, ensemble_weight) = check_finite(_NAME, label_smoothing=label_smoothing, ensemble_weight=ensemble_weight)
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
+    smoothing, scale_number, scale_tensor = 0.0, 1.0, None
     of_classes, of_rows = ((classes,), (experts, classes)), ((shape[1],), (experts, shape[1]))
-    scale_number, scale_tensor = _number_or(_NAME, "scale", scale, first, of_classes, default=1.0)
+    if label_smoothing != 0.0:
+        (smoothing,) = check_finite(_NAME, label_smoothing=label_smoothing)
+        if not 0.0 <= smoothing <= 1.0:
+            raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
+    if not isinstance(scale, float) or scale != 1.0:
+        scale_number, scale_tensor = _number_or(_NAME, "scale", scale, first, of_classes, default=1.0)
+    masked_kind = "" if class_mask is None else masked
     tensors = ExpertTensors(
-        target=target,
-        target_b=target_b,
-        lam=lam_tensor,
-        bias=_optional(_NAME, "bias", bias, first, of_classes),
-        scale=scale_tensor,
-        margin=_optional(_NAME, "margin", margin, first, of_classes),
-        class_weight=_optional(_NAME, "class_weight", class_weight, first, of_classes),
-        sample_weight=_optional(_NAME, "sample_weight", sample_weight, first, of_rows),
-        expert_weight=_optional(_NAME, "expert_weight", expert_weight, first, ((experts,),)),
-        class_mask=None if class_mask is None else _checked_mask(_NAME, class_mask, first, shape),
-        teacher=None,
-        temperature=None,
-        kl_weight=None,
-        gate=None,
+        target,
+        target_b,
+        lam_tensor,
+        _optional(_NAME, "bias", bias, first, of_classes),
+        scale_tensor,
+        _optional(_NAME, "margin", margin, first, of_classes),
+        _optional(_NAME, "class_weight", class_weight, first, of_classes),
+        _optional(_NAME, "sample_weight", sample_weight, first, of_rows),
+        _optional(_NAME, "expert_weight", expert_weight, first, ((experts,),)),
+        None if class_mask is None else _checked_mask(_NAME, class_mask, first, shape),
     )
     if soft_target is not None:
         soft_target = _optional(_NAME, "soft_target", soft_target, first, (shape[1:],))
         if margin is not None or target_b is not None or smoothing != 0.0:
             raise ValueError(f"{_NAME}: soft_target excludes margin, target_b and label_smoothing")
-    options = ExpertOptions(
-        cross_entropy=True,
-        lam=lam_number,
-        scale=scale_number,
-        label_smoothing=smoothing,
-        reduction=reduction,
-        masked="" if class_mask is None else masked,
-        teacher=NO_TEACHER,
-        temperature=1.0,
-        kl_weight=1.0,
-        kl_reduction="batchmean",
-        by_student=False,
-        gated=False,
-        detach=True,
-        adjusted=True,
-        eps=0.0,
-        rows=return_rows,
-    )
+    options = ExpertOptions(True, lam_number, scale_number, smoothing, reduction, masked_kind, rows=return_rows)
     if kl is not None:
         if reduction == "none":
             raise ValueError(f"{_NAME}: kl needs a reduction other than 'none'; expert_kl adds it to rows of your own")
         tensors, options = _with_divergence(_NAME, kl, tensors, options, logits, first, shape)
     if ensemble is not None:
         _check_choice(_NAME, "ensemble", ensemble, ("mean", "sum"))
+        (ensemble_weight,) = check_finite(_NAME, ensemble_weight=ensemble_weight)
         loss, terms, rows = _run(_OPERATOR, backend, logits, soft_target, tensors, options)
         extra = _of_ensemble(ensemble, backend, logits, soft_target, tensors, options)
         loss, terms = (
@@ -261,13 +245,15 @@ def expert_loss(
         )
     else:
         loss, terms, rows = _run(_OPERATOR, backend, logits, soft_target, tensors, options)
+    if not return_terms and not return_rows:
+        return loss
     results: list[Any] = [loss]
     if return_terms:
         results.append(terms)
     if return_rows:
         row_loss, log_sum_exp, correct, p_target = rows.unbind(0)
         results.append(ExpertRows(row_loss, log_sum_exp, correct != 0, p_target))
-    return results[0] if len(results) == 1 else tuple(results)
+    return tuple(results)
 
 
 def expert_kl(
@@ -300,8 +286,8 @@ def expert_kl(
             holds two views of B / 2 images, one after the other, and every expert's first view teaches its second; or
             logits [B, C] or [K, B, C] (or K tensors [B, C]) of another network, an average or a view.
         temperature: T, a positive number, or [C] for one a class.
-        detach: whether the teacher is a constant. Default: only ``"others"`` gets a gradient. Given logits that get one,
-            and a mean that is weighted by expert, are matters of the reference.
+        detach: whether the teacher is a constant. Default: only ``"others"`` gets a gradient. Any other teacher gets one
+            on the reference alone.
         weight: a number of either sign, [], [B] or [K, B]; with two views [B / 2] or [K, B / 2].
         gate: numbers or bool of these shapes, which also count in ``"gated_mean"``; or ``"teacher_correct"``: 1 where
             the largest of the teacher's row logits is at ``target``, else 0.
@@ -318,33 +304,17 @@ def expert_kl(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`expert_loss`.
 
-    Source: Wang et al., RIDE, ICLR 2021 (mean); Li et al., NCL, CVPR 2022 (others); Zhao et al., MDCS, ICCV 2023 (view).
+    Source: Wang et al., RIDE, ICLR 2021 (mean); Li et al., NCL, CVPR 2022 (others); Zhao et al., MDCS, ICCV 2023
+    (view).
     """
     first, shape = check_logits(_KL_NAME, logits)
     _check_choice(_KL_NAME, "masked", masked, MASKS)
     if target is not None:
         _check_target(_KL_NAME, "target", target, first, shape)
-    empty = dict.fromkeys(ExpertTensors._fields)
-    mask = None if class_mask is None else _checked_mask(_KL_NAME, class_mask, first, shape)
-    tensors = ExpertTensors(**empty | {"target": target, "class_mask": mask})  # type: ignore[arg-type]
-    options = ExpertOptions(
-        cross_entropy=False,
-        lam=1.0,
-        scale=1.0,
-        label_smoothing=0.0,
-        reduction="mean",
-        masked="" if class_mask is None else masked,
-        teacher=NO_TEACHER,
-        temperature=1.0,
-        kl_weight=1.0,
-        kl_reduction="batchmean",
-        by_student=False,
-        gated=False,
-        detach=True,
-        adjusted=True,
-        eps=0.0,
-        rows=False,
+    tensors = ExpertTensors(
+        target, class_mask=None if class_mask is None else _checked_mask(_KL_NAME, class_mask, first, shape)
     )
+    options = ExpertOptions(False, masked="" if class_mask is None else masked)
     kl = ExpertKL(teacher, temperature, detach, weight, gate, reduction, weight_of, eps)  # type: ignore[arg-type]
     tensors, options = _with_divergence(_KL_NAME, kl, tensors, options, logits, first, shape)
     loss, _, _ = _run(_KL_OPERATOR, backend, logits, None, tensors, options)
@@ -554,11 +524,19 @@ def _run(
     tensors: ExpertTensors,
     options: ExpertOptions,
 ) -> Any:
-    return operator.run(backend, logits, soft_target, *tensors, *options)
+    return operator.run(backend, logits, soft_target, tensors, options)
 
 
 _SCHEMA = f"(Tensor logits, Tensor? soft_target, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
-_OPERATOR = loss_operator(_NAME, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss)
-_KL_OPERATOR = loss_operator(
-    _KL_NAME, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss
+
+
+def _flat(soft_target: Tensor | None, tensors: ExpertTensors, options: ExpertOptions) -> Sequence[Any]:
+    return (soft_target, *tensors, *options)
+
+
+_OPERATOR, _KL_OPERATOR = (
+    loss_operator(
+        name, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss, flat=_flat
+    )
+    for name in (_NAME, _KL_NAME)
 )

@@ -135,6 +135,14 @@ def test_resume_takes_the_checkpoint_and_what_may_change():
     assert (config.epochs, config.seed, config.workers, config.data_dir) == (9, 4, 3, "/elsewhere")
 
 
+def test_resume_takes_a_list_that_repeats_the_checkpoint_s():
+    stored = dataclasses.asdict(resolve({"schedule": "step", "epochs": 9, "step_epochs": [3, 6]}))
+    given = {"step_epochs": [3, 6]}  # as the command line has it
+    assert resume_config(stored, given, "last.pt").step_epochs == (3, 6)
+    with pytest.raises(CheckpointError, match=r"step_epochs is \(3, 6\), the command line says \[3, 5\]"):
+        resume_config(stored, {"step_epochs": [3, 5]}, "last.pt")
+
+
 def test_resume_refuses_another_run():
     stored = dataclasses.asdict(resolve({"model": "resnet8"}))
     with pytest.raises(CheckpointError, match=r"last.pt belongs to another run: model is 'resnet8', .* 'resnet32'"):

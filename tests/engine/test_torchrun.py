@@ -114,6 +114,27 @@ def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(torchrun, runs, tmp_p
     assert state["epoch"] == 12 and [row["epoch"] for row in state["history"]] == list(range(1, 13))
 
 
+MIXED = ["--method", "ce", "--model", "resnet8", "--batch-size", "64", "--epochs", "20", "--threads", "1"]
+MIXED += ["--mixup", "0.4", "--cutmix", "1", "--ema", "0.9", "--nesterov", "--schedule", "step", "--trunk-lr", "0.02"]
+
+
+@pytest.mark.slow
+def test_a_mixed_and_averaged_run_in_two_processes_is_resumed(torchrun, runs, tmp_path):
+    """Everything that is drawn is a function of the step, so a stopped run ends as one that was not."""
+    status, _, errors = torchrun(*MIXED, "--output-dir", tmp_path / "whole").finish()
+    assert status == 0, errors[-3000:]
+    launched = torchrun(*MIXED, "--output-dir", tmp_path / "stopped")
+    launched.wait_for(lambda: runs.epochs(tmp_path / "stopped") >= 2)
+    os.kill(launched.workers()[0], signal.SIGTERM)
+    assert launched.finish()[0] != 0
+    assert 2 <= runs.checkpoint(tmp_path / "stopped" / "last.pt")["epoch"] < 20
+    status, _, errors = torchrun("--output-dir", tmp_path / "stopped", "--resume").finish()
+    assert status == 0, errors[-3000:]
+    for name in ("last.pt", "best.pt"):
+        runs.assert_same_weights(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+    assert runs.reproducible_metrics(tmp_path / "whole") == runs.reproducible_metrics(tmp_path / "stopped")
+
+
 @pytest.mark.slow
 def test_a_series_of_seeds_whose_worker_is_killed_is_restarted_and_ends_whole(torchrun, runs, tmp_path):
     """In its second run: the first one is not trained again."""
