@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from shike_fast import data, methods, models
-from shike_fast._util.cli import ArgumentParser
+from shike_fast._util.cli import ArgumentParser, whole_number
 from shike_fast._util.options import Check, Option, at_least, at_most, not_negative, option, options_of, positive
 from shike_fast._util.plugins import add_plugin_option
 from shike_fast.data.longtail import SUBSETS
@@ -296,6 +296,14 @@ class RunOptions:
         group="run",
         metavar="FILE",
         parser={"type": _path},
+    )
+    seeds: int | None = option(
+        None,
+        "train so many seeds, from --seed on, one after the other, and write mean and standard deviation",
+        group="run",
+        metavar="N",
+        default_text="one",
+        parser={"type": whole_number(1)},
     )
     profile: bool = option(False, "write a trace of ten steps and print what took the most time", group="speed")
 

@@ -204,9 +204,9 @@ class Method(ABC):
     def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
         """The class prior that :meth:`scores` are for, which a correction for a known test prior takes out.
 
-        Plain cross-entropy learns p(y|x) under the ``train`` prior, the classes' shares of the training images. A loss
-        or a sampler that balances the classes (balanced softmax, logit adjustment, class-aware sampling) learns it
-        under the ``uniform`` one.
+        Plain cross-entropy learns p(y|x) under the ``train`` prior, the classes' shares of the images that are drawn: a
+        sampler that changes these is accounted for. A loss that balances the classes (balanced softmax, logit
+        adjustment) learns it under the ``uniform`` one.
         """
         return "train"
 

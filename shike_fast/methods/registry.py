@@ -51,6 +51,9 @@ def register_method(method: _Class) -> _Class:
             def phase(self, epoch):
                 return 0  # the loss is the same in all epochs
 
+            def prior_of_scores(self, stage):
+                return "uniform"  # the loss balances the classes
+
     Raises:
         TypeError: it is no such class, or lacks something.
         ValueError: the name is taken, or stages or terms contradict each other.

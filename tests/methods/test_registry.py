@@ -48,6 +48,14 @@ def test_the_prediction_is_that_of_the_mean_logits(batch):
     assert torch.equal(method.scores(batch[0], stage=method.stages[0]), batch[0].mean(0))
 
 
+def test_what_prior_the_scores_are_for():
+    counts = torch.tensor([5, 2])
+    shike = methods.create_method("shike", class_counts=counts)
+    assert [shike.prior_of_scores(stage) for stage in shike.stages] == ["train", "uniform"]
+    plain = methods.create_method("ce", class_counts=counts, num_experts=1)
+    assert [plain.prior_of_scores(stage) for stage in plain.stages] == ["train"]
+
+
 def test_names_and_settings_that_are_not_there():
     assert methods.list_methods()[:2] == ["shike", "ce"]
     with pytest.raises(
