@@ -3,6 +3,7 @@
 
 #include "common/arguments.h"
 #include "losses/call.h"
+#include "losses/launch.h"
 
 namespace shike {
 
@@ -80,6 +81,76 @@ inline CrossEntropyCall cross_entropy_call(Arguments& in, bool saves) {
     }
     call.label_smoothing = in["label_smoothing"].number();
     return call;
+}
+
+// ---- the generalised expert loss
+
+inline LabelsOfExperts labels_of(const Value& values) {
+    if (values.is_none()) return {};
+    const Array labels = values.array();
+    if (labels.dims != 1 && labels.dims != 2) values.refuse("expected 1 or 2 dimensions");
+    const bool each = labels.dims == 2;
+    return {static_cast<const std::int64_t*>(labels.data), each ? labels.stride[0] : 0, labels.stride[each ? 1 : 0]};
+}
+
+// Contiguous numbers [N] or [K, N].
+inline OfExperts of_experts(const Value& values) {
+    if (values.is_none()) return {};
+    const Array given = values.array();
+    if (given.dims > 2) values.refuse("expected at most 2 dimensions, got " + std::to_string(given.dims));
+    return {given.data, given.dims == 2 ? given.stride[0] : 0};
+}
+
+// Without the weights of rows. `saves`: as above.
+inline ExpertCall expert_call(Arguments& in, bool saves) {
+    ExpertCall call{};
+    call.logits = logits_of(in);
+    call.target = labels_of(in["target"]);
+    call.target_b = labels_of(in["target_b"]);
+    call.lam = of_experts(in["lam"]);
+    call.bias = of_experts(in["bias"]);
+    call.scale = of_experts(in["scale"]);
+    call.margin = of_experts(in["margin"]);
+    const Value mask = in["class_mask"];
+    call.mask = static_cast<const std::uint8_t*>(mask.memory_or_null(2));
+    call.temperature = of_experts(in["temperature"]);
+    const Value teacher = in["teacher"];
+    call.cross_entropy = in["cross_entropy"].flag();
+    call.lam_number = in["lam_number"].number();
+    call.scale_number = in["scale_number"].number();
+    call.label_smoothing = in["label_smoothing"].number();
+    call.of_rows = in["of_rows"].flag();
+    call.masked = Masked(in["masked"].integer());
+    call.teacher = Teacher(in["teacher_kind"].integer());
+    if (!teacher.is_none()) {
+        Experts shape = call.logits;
+        shape.dtype = in["teacher_dtype"].dtype();
+        call.teacher_logits = experts_of(teacher, shape);
+    }
+    call.temperature_number = in["temperature_number"].number();
+    call.by_student = in["by_student"].flag();
+    call.gated = in["gated"].flag();
+    call.detach = in["detach"].flag();
+    call.adjusted = in["adjusted"].flag();
+    call.eps = in["eps"].number();
+    if (saves) call.saved = in["saved"].memory(3);
+    call.weight_number = call.kl_number = 1;
+    return call;
+}
+
+inline ExpertWeights expert_weights(Arguments& in, const ExpertCall& call) {
+    ExpertWeights weights{};
+    weights.lam = call.lam;
+    weights.lam_number = call.lam_number;
+    weights.class_weight = of_experts(in["class_weight"]);
+    weights.sample_weight = of_experts(in["sample_weight"]);
+    weights.expert_weight = of_experts(in["expert_weight"]);
+    weights.reduction = int(in["reduction"].integer());
+    weights.kl_weight = of_experts(in["kl_weight"]);
+    weights.gate = of_experts(in["gate"]);
+    weights.kl_weight_number = in["kl_factor"].number();
+    weights.kl_reduction = int(in["kl_reduction"].integer());
+    return weights;
 }
 
 }  // namespace shike

@@ -75,6 +75,37 @@ void define_for_the_cpu(pybind11::module_& module) {
     });
 }
 
+void* rows_of(Arguments& in) { return in["rows"].memory_or_null(3); }
+
+void define_experts_for_the_cpu(pybind11::module_& module) {
+    define(module, "cpu_expert_forward", "Fills loss, terms, rows and saved.", [](Arguments& in) {
+        const ExpertCall call = expert_call(in, true);
+        const ExpertWeights weights = expert_weights(in, call);
+        void* loss = in["loss"].memory(call.of_rows ? 2 : 0);
+        float* terms = floats(in["terms"], 1);
+        void* rows = rows_of(in);
+        const int threads = threads_of(in);
+        return [=] { cpu_expert_forward(call, weights, loss, terms, rows, threads); };
+    });
+    define(module, "cpu_expert_backward", "Fills gradient.", [](Arguments& in) {
+        const ExpertCall call = expert_call(in, true);
+        const Experts gradient = gradient_of(in, call.logits);
+        const void* grad_output = in["grad_output"].memory(call.of_rows ? 2 : 0);
+        const int threads = threads_of(in);
+        return [=] { cpu_expert_backward(call, gradient, grad_output, threads); };
+    });
+    define(module, "cpu_expert_both", "Fills loss, terms, rows and, for a grad_output of 1, gradient.", [](Arguments& in) {
+        const ExpertCall call = expert_call(in, false);
+        const ExpertWeights weights = expert_weights(in, call);
+        void* loss = in["loss"].memory(0);
+        float* terms = floats(in["terms"], 1);
+        void* rows = rows_of(in);
+        const Experts gradient = gradient_of(in, call.logits);
+        const int threads = threads_of(in);
+        return [=] { cpu_expert_both(call, weights, loss, terms, rows, gradient, threads); };
+    });
+}
+
 #if SHIKE_WITH_CUDA
 
 Experts logits_like(int dtype, int experts, std::int64_t batch, std::int64_t classes) {
@@ -151,5 +182,6 @@ void define_for_cuda(pybind11::module_&) {}
 
 SHIKE_BINDINGS(module) {
     shike::define_for_the_cpu(module);
+    shike::define_experts_for_the_cpu(module);
     shike::define_for_cuda(module);
 }

@@ -51,4 +51,50 @@ struct CrossEntropyCall {
     void* saved;  // [B, 2 K]: the K maxima, then the K inverse sums of exponentials
 };
 
+// ---- the generalised expert loss
+
+enum class Teacher : int { kNone, kOthers, kMean, kGiven, kView };
+enum class Masked : int { kNot, kZero, kExclude, kPartial };
+
+struct LabelsOfExperts {  // int64 [B] (expert_stride 0) or [K, B]; data is null where there are none
+    const std::int64_t* data;
+    std::int64_t expert_stride;
+    std::int64_t stride;
+};
+
+struct OfExperts {  // [N] (expert_stride 0) or [K, N], contiguous, in the accumulation dtype; data is null where there is none
+    const void* data;
+    std::int64_t expert_stride;
+};
+
+struct ExpertCall {
+    Experts logits;
+    LabelsOfExperts target, target_b;
+    OfExperts bias, scale, margin;  // of classes
+    double scale_number;            // where there is no scale
+    const std::uint8_t* mask;       // [B, C] of 0 and 1, contiguous, or null
+    Masked masked;
+    Teacher teacher;
+    Experts teacher_logits;   // kGiven: K matrices, which may be the same; kView: those of the logits
+    OfExperts temperature;    // [C]
+    double temperature_number;  // where there is none
+    double label_smoothing;
+    // What multiplies the rows, reductions included; [K, B], of images for kView. Without an array the number does.
+    OfExperts weight_a, weight_b, kl_weight;
+    double weight_number, kl_number;
+    OfExperts lam;  // [B], the first label's share in the rows' results
+    double lam_number;
+    bool cross_entropy;  // false: the divergence alone
+    bool by_student;     // kl_weight belongs to students
+    bool gated;          // kOthers: a teacher counts where its answer is right
+    bool detach;
+    bool adjusted;
+    bool rows;      // their results are wanted
+    bool of_rows;   // the loss is [K, B]: not reduced
+    double eps;
+    void* saved;  // [B, K, kExpertSaved]
+};
+
+constexpr int kExpertSaved = 12;
+
 }  // namespace shike

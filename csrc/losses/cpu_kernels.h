@@ -5,6 +5,13 @@
 
 namespace shike {
 
+// Where a forward of the generalised loss leaves its results.
+struct ExpertOutputs {
+    double* terms;  // [B, 2]: cross-entropy and divergence, weighted
+    void* loss;     // [K, B] in the accumulation dtype, or null
+    void* rows;     // [4, K, B], or null
+};
+
 // Row ranges of a call: threads take one each. `terms` is [B, 3] for dkt (cross-entropy, hardest, mutual, without
 // weights) and [B] for cross-entropy, in double. `grad_output` is the gradient of the loss; `both` takes it to be 1 and
 // saves nothing.
@@ -18,6 +25,11 @@ struct LossKernels {
                                    std::int64_t first, std::int64_t last);
     void (*cross_entropy_both)(const CrossEntropyCall&, const Experts& gradient, double* terms, std::int64_t first,
                                std::int64_t last);
+    void (*expert_forward)(const ExpertCall&, const ExpertOutputs&, std::int64_t first, std::int64_t last);
+    void (*expert_backward)(const ExpertCall&, const Experts& gradient, const void* grad_output, std::int64_t first,
+                            std::int64_t last);
+    void (*expert_both)(const ExpertCall&, const Experts& gradient, const ExpertOutputs&, std::int64_t first,
+                        std::int64_t last);
 };
 
 }  // namespace shike

@@ -4,6 +4,7 @@
 
 #include "common/cpu_level.h"
 #include "common/threads.h"
+#include "losses/cpu_expert_weights.h"
 #include "losses/cpu_kernels.h"
 #include "losses/launch.h"
 
@@ -55,6 +56,27 @@ void store_cross_entropy(const CrossEntropyCall& call, const std::vector<double>
     store(call.logits.dtype, loss, sum / double(std::max<std::int64_t>(call.logits.batch, 1)));
 }
 
+// Calls run(outputs) for a call that has its weights, and adds the terms of its rows up, in their order.
+template <class Run>
+void with_weights(ExpertCall call, const ExpertWeights& weights, void* loss, float* terms, void* rows, const Run& run) {
+    std::vector<double> row_terms(std::size_t(2 * call.logits.batch));
+    std::vector<float> narrow;
+    std::vector<double> wide;
+    if (call.logits.dtype == DType::kFloat64) {
+        weigh_rows<double>(call, weights, wide);
+    } else {
+        weigh_rows<float>(call, weights, narrow);
+    }
+    call.rows = rows != nullptr;
+    run(call, ExpertOutputs{row_terms.data(), call.of_rows ? loss : nullptr, rows});
+    double sums[2] = {};
+    for (std::int64_t b = 0; b < call.logits.batch; ++b) {
+        for (int i = 0; i < 2; ++i) sums[i] += row_terms[std::size_t(2 * b + i)];
+    }
+    for (int i = 0; i < 2; ++i) terms[i] = float(sums[i]);
+    if (!call.of_rows) store(call.logits.dtype, loss, sums[0] + sums[1]);
+}
+
 }  // namespace
 
 void cpu_dkt_forward(const DktCall& call, void* loss, float* terms, int threads) {
@@ -102,6 +124,29 @@ void cpu_cross_entropy_both(const CrossEntropyCall& call, void* loss, const Expe
         kernels_of(call.logits).cross_entropy_both(call, gradient, row_terms.data(), first, last);
     });
     store_cross_entropy(call, row_terms, loss);
+}
+
+void cpu_expert_forward(ExpertCall call, const ExpertWeights& weights, void* loss, float* terms, void* rows, int threads) {
+    with_weights(call, weights, loss, terms, rows, [&](const ExpertCall& weighed, const ExpertOutputs& outputs) {
+        over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
+            kernels_of(call.logits).expert_forward(weighed, outputs, first, last);
+        });
+    });
+}
+
+void cpu_expert_backward(const ExpertCall& call, const Experts& gradient, const void* grad_output, int threads) {
+    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
+        kernels_of(call.logits).expert_backward(call, gradient, grad_output, first, last);
+    });
+}
+
+void cpu_expert_both(ExpertCall call, const ExpertWeights& weights, void* loss, float* terms, void* rows,
+                     const Experts& gradient, int threads) {
+    with_weights(call, weights, loss, terms, rows, [&](const ExpertCall& weighed, const ExpertOutputs& outputs) {
+        over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
+            kernels_of(call.logits).expert_both(weighed, gradient, outputs, first, last);
+        });
+    });
 }
 
 }  // namespace shike

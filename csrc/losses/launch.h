@@ -20,6 +20,27 @@ void cpu_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gra
                                 int threads);
 void cpu_cross_entropy_both(const CrossEntropyCall& call, void* loss, const Experts& gradient, int threads);
 
+
+// What the weights of the rows of a generalised loss are made of, on the CPU; see shike_fast/ops/_expert_call.py.
+struct ExpertWeights {
+    OfExperts lam;  // [] (its number) or [B]
+    double lam_number;
+    OfExperts class_weight, sample_weight, expert_weight;
+    int reduction;  // of Reduction
+    OfExperts kl_weight, gate;
+    double kl_weight_number;
+    int kl_reduction;  // of KlReduction
+};
+enum class Reduction : int { kMean, kMeanOverExperts, kWeightedMean, kGlobalWeightedMean, kNone };
+enum class KlReduction : int { kBatchMean, kMean, kGatedMean };
+
+// The call comes without its weights. loss: [] or [K, B]; terms: float [2] (cross-entropy, divergence); rows: [4, K, B]
+// or null. `grad_output` has the shape of the loss.
+void cpu_expert_forward(ExpertCall call, const ExpertWeights& weights, void* loss, float* terms, void* rows, int threads);
+void cpu_expert_backward(const ExpertCall& call, const Experts& gradient, const void* grad_output, int threads);
+void cpu_expert_both(ExpertCall call, const ExpertWeights& weights, void* loss, float* terms, void* rows,
+                     const Experts& gradient, int threads);
+
 // CUDA: float32, bfloat16 and float16 logits, float32 arithmetic. All memory belongs to the caller. Nothing waits for
 // the device, so the calls can be captured in a CUDA graph. Every function throws std::runtime_error if CUDA reports an
 // error.

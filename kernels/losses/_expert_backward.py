@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from shike_fast.kernels.losses._dkt_block import total_of
 from shike_fast.kernels.losses._expert_logits import (
     chunks_of,
     labels_at,
@@ -46,10 +47,11 @@ def _gradients_of_d(d, u, numbers, constants):
         t += (exp(u[j] - teacher_pivots[j]),)
     if len(bends) > 0:
         apart = weighted_distances(x, weights)
+    products = ()
+    for k in tl.static_range(len(shares)):
+        products += (shares[k] * f[k],)
     if len(shares) > 0:
-        common = shares[0] * f[0]
-        for k in tl.static_range(1, len(f)):
-            common += shares[k] * f[k]
+        common = total_of(products)  # what all experts' gradients have in common
     gradients = ()
     for k in tl.static_range(len(pivots)):
         gradient = f[k] * (slopes[k] + bends[k] * apart[k] if len(bends) > 0 else slopes[k])
@@ -78,19 +80,17 @@ def _gradients_of_z(of_x, of_d, scales, temperatures, kept, ADJUSTED: tl.constex
     """The chain rule; numbers that all classes share are in the gradients already."""
     gradients = ()
     for k in tl.static_range(len(of_x) if len(of_x) > 0 else len(of_d)):
-        if len(of_d) > 0:
+        if len(of_d) == 0:
+            gradient = of_x[k] * scales[k % len(scales)] if len(scales) > 0 else of_x[k]
+        else:
             gradient = of_d[k] * temperatures[0] if len(temperatures) > 0 else of_d[k]
             if ADJUSTED and len(of_x) > 0:
                 gradient += of_x[k]
-        else:
-            gradient = of_x[k]
-        if ADJUSTED or len(of_d) == 0:
-            gradient = gradient * scales[k % len(scales)] if len(scales) > 0 else gradient
-            gradient = tl.where(kept[0], gradient, 0.0) if len(kept) > 0 else gradient
-        elif len(of_x) > 0:
-            part = of_x[k] * scales[k % len(scales)] if len(scales) > 0 else of_x[k]
-            gradient += tl.where(kept[0], part, 0.0) if len(kept) > 0 else part
-        gradients += (gradient,)
+            if ADJUSTED and len(scales) > 0:
+                gradient *= scales[k % len(scales)]
+            if not ADJUSTED and len(of_x) > 0:
+                gradient += of_x[k] * scales[k % len(scales)] if len(scales) > 0 else of_x[k]
+        gradients += (tl.where(kept[0], gradient, 0.0) if len(kept) > 0 else gradient,)
     return gradients
 
 

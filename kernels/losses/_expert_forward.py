@@ -105,9 +105,8 @@ def _moved(divergence, new_pivots, new_teacher_pivots, weights):
         if len(teacher_pivots) == 0:
             moved_crosses += (times(crosses[k] + exps[k] * apart[k], factor),)
         else:
-            move = teacher_moves[k % len(teacher_pivots)]
-            drift = teacher_exps[k % len(teacher_pivots)] * (move - moves[k])
-            moved_crosses += (times(crosses[k] + drift, exp(move)),)
+            drift = teacher_exps[k % len(teacher_pivots)] * (teacher_moves[k % len(teacher_pivots)] - moves[k])
+            moved_crosses += (times(crosses[k] + drift, exp(teacher_moves[k % len(teacher_pivots)])),)
     return new_pivots, moved_exps, moved_crosses, new_teacher_pivots, moved_teacher_exps
 
 

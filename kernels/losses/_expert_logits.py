@@ -7,7 +7,7 @@ logits u of the teachers: one of all experts, one each, or none where the expert
 import triton
 import triton.language as tl
 
-from shike_fast.kernels.losses._dkt_block import MASKED, distances_of
+from shike_fast.kernels.losses._dkt_block import MASKED, distances_of, total_of
 from shike_fast.kernels.losses._rows import class_offset, expert_rows, first_chunk, loaded
 
 # ---- where the numbers of a row are
@@ -160,19 +160,17 @@ def values_at(
     d = ()
     u = ()
     if TEACHER != "":
-        if ADJUSTED:
-            d = _divergence_logits(x, inverse_temperature, temperatures)
-        else:
-            d = _divergence_logits(z, inverse_temperature, temperatures)
+        d = x if ADJUSTED else _row_logits(z, None, (), (), kept[:1], EXCLUDE)
+        d = _divergence_logits(d, inverse_temperature, temperatures)
     if TEACHER == "mean":
-        total = d[0]
-        for k in tl.static_range(1, len(d)):
-            total += d[k]
-        u = (total / len(d),)
+        u = (total_of(d) / len(d),)
     elif len(teachers) > 0:
         t = loaded(teachers, c, valid, teacher_class_stride)
+        of_teacher = kept[1:] if len(kept) > 1 else kept
         if ADJUSTED:
-            t = _row_logits(t, scale, scales, biases, kept[len(kept) - 1 :], EXCLUDE)
+            t = _row_logits(t, scale, scales, biases, of_teacher, EXCLUDE)
+        else:
+            t = _row_logits(t, None, (), (), of_teacher, EXCLUDE)
         u = _divergence_logits(t, inverse_temperature, temperatures)
     return x, d, u, scales, temperatures, kept
 

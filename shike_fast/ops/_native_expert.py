@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,29 @@ import torch
 from torch import Tensor
 
 from shike_fast.ops._checks import accumulation_dtype, gradient_like
-from shike_fast.ops._expert_call import ExpertOptions, ExpertTensors, split
+from shike_fast.ops._expert_call import (
+    GIVEN,
+    KL_REDUCTIONS,
+    MASKS,
+    MEAN,
+    NO_TEACHER,
+    OTHERS,
+    REDUCTIONS,
+    VIEW,
+    ExpertOptions,
+    ExpertTensors,
+    split,
+)
 from shike_fast.ops._native import native
 from shike_fast.ops._native_loss import DTYPES, shape_of
 
 SAVED = 12  # numbers an expert and row: ExpertSaved of csrc/losses/expert_row.h
+
+# The enumerations of csrc/losses.
+_REDUCTIONS = {name: i for i, name in enumerate(REDUCTIONS)}
+_KL_REDUCTIONS = {name: i for i, name in enumerate(KL_REDUCTIONS)}
+_MASKED = {name: i for i, name in enumerate(("", *MASKS))}
+_TEACHERS = {name: i for i, name in enumerate((NO_TEACHER, OTHERS, MEAN, GIVEN, VIEW))}
 
 
 def new_expert_results(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -28,12 +47,112 @@ def new_expert_results(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Te
 
 
 def expert_forward(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    """Loss, terms [2], rows [4, K, B] and what is saved for the backward."""
+    loss, terms, rows, saved = new_expert_results(logits, *args)
+    tensors, options = split(args)
+    call = _call(logits, tensors, options)
+    native().cpu_expert_forward(
+        **call,
+        saved=saved,
+        **_weights(tensors, options),
+        loss=loss,
+        terms=terms,
+        rows=rows if options.rows else None,
+        threads=torch.get_num_threads(),
+    )
+    return loss, terms, rows, saved
 
 
 def expert_backward(grad_output: Tensor, logits: Sequence[Tensor], *args: Any) -> Tensor:
-    raise NotImplementedError
+    """Gradient [K, B, C] of the logits, times ``grad_output``, which has the shape of the loss."""
+    count = len(ExpertTensors._fields)
+    saved = args[count]
+    tensors, options = split((*args[:count], *args[count + 1 :]))
+    gradient = gradient_like(logits)
+    native().cpu_expert_backward(
+        **_call(logits, tensors, options),
+        saved=saved,
+        gradient=[gradient],
+        grad_output=grad_output.contiguous(),
+        threads=torch.get_num_threads(),
+    )
+    return gradient
 
 
-def expert_both(logits: Sequence[Tensor], *args: Any) -> None:
-    return None
+def expert_both(logits: Sequence[Tensor], *args: Any) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    """Results of the forward but the last, and the gradient for a ``grad_output`` of 1; None as of ``dkt_both``."""
+    first = logits[0]
+    tensors, options = split(args)
+    if not first.is_cpu or first.dtype not in (torch.float32, torch.float64) or options.reduction == "none":
+        return None
+    loss, terms, gradient = first.new_empty(()), first.new_empty(2, dtype=torch.float32), gradient_like(logits)
+    shape = shape_of(logits)
+    rows = first.new_empty((4, *shape[:2])) if options.rows else None
+    native().cpu_expert_both(
+        **_call(logits, tensors, options),
+        **_weights(tensors, options),
+        loss=loss,
+        terms=terms,
+        rows=rows,
+        gradient=[gradient],
+        threads=torch.get_num_threads(),
+    )
+    return (loss, terms, terms if rows is None else rows), gradient
+
+
+def _call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
+    """ExpertCall of csrc/losses/call.h without the weights of rows."""
+    shape = shape_of(logits)
+    call = {
+        "dtype": DTYPES[logits[0].dtype],
+        "shape": shape,
+        "logits": logits,
+        "target": tensors.target,
+        "target_b": tensors.target_b,
+        "lam": tensors.lam,
+        "bias": tensors.bias,
+        "scale": tensors.scale,
+        "margin": tensors.margin,
+        "class_mask": tensors.class_mask,
+        "temperature": tensors.temperature,
+        "teacher": None,
+        **_options_of_call(options),
+    }
+    teacher = tensors.teacher
+    if teacher is not None:
+        call["teacher"] = [teacher.expand(shape[0], *teacher.shape[-2:])]
+        call["teacher_dtype"] = DTYPES[teacher.dtype]
+    return call
+
+
+@functools.lru_cache(maxsize=256)
+def _options_of_call(options: ExpertOptions) -> dict[str, Any]:
+    return {
+        "cross_entropy": options.cross_entropy,
+        "lam_number": options.lam,
+        "scale_number": options.scale,
+        "label_smoothing": options.label_smoothing,
+        "of_rows": options.reduction == "none",
+        "masked": _MASKED[options.masked],
+        "teacher_kind": _TEACHERS[options.teacher],
+        "temperature_number": options.temperature,
+        "by_student": options.by_student,
+        "gated": options.gated,
+        "detach": options.detach,
+        "adjusted": options.adjusted,
+        "eps": options.eps,
+    }
+
+
+def _weights(tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
+    """ExpertWeights of csrc/losses/launch.h."""
+    return {
+        "class_weight": tensors.class_weight,
+        "sample_weight": tensors.sample_weight,
+        "expert_weight": tensors.expert_weight,
+        "reduction": _REDUCTIONS[options.reduction],
+        "kl_weight": tensors.kl_weight,
+        "gate": tensors.gate,
+        "kl_factor": options.kl_weight,
+        "kl_reduction": _KL_REDUCTIONS[options.kl_reduction],
+    }

@@ -1,8 +1,9 @@
 """What all data sets of images have in common: samples by index, augmented and normalised on any device."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -58,6 +59,20 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
             self._on_devices[str(device)] = BatchedAugmentation(self.augment, self.normalise, self.shape, device)
         return self._on_devices[str(device)]
 
+    def augmented_by(self, augmentation: str) -> Self:
+        """The same images with another training augmentation, sharing memory and files with these.
+
+        Raises:
+            ValueError: it is none of :attr:`augmentations`.
+        """
+        if augmentation not in self.augmentations:
+            known = ", ".join(self.augmentations)
+            raise ValueError(f"augmented_by: unknown augmentation {augmentation!r}; choose one of {known}")
+        other = copy.copy(self)
+        other.augmentation = augmentation
+        other._on_devices = {}
+        return other
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -65,9 +80,25 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
         images, labels = self.batch(np.array([range(len(self))[index]]), seed=self.seed, epoch=0)
         return images[0], int(labels[0])
 
+    def selected(self, indices: NDArray[np.int64]) -> Self:
+        """Some of the samples, in the order of ``indices``: a data set as if there were no others."""
+        chosen = copy.copy(self)
+        chosen._keep(indices)
+        return chosen
+
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        self.labels = self.labels[indices]
+
+    @property
     @abstractmethod
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def wants_workers(self) -> bool:
+        """Whether worker processes pay off, because decoding or the augmentation is slow."""
+
+    @abstractmethod
+    def batch(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalised float32 images [B, C, H, W], channels-last, and int64 labels [B].
 
-        A row depends on (seed, epoch, index) alone.
+        A row depends on (seed, epoch, index, repeat) alone.
         """
