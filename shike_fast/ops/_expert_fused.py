@@ -70,8 +70,7 @@ def fused_expert_loss(
     if ready:
         tensors = tensors._replace(**ready)
     in_pass = options.teacher == OTHERS and options.kl_reduction != "gated_mean" and options.adjusted
-    # Students' weights are part of the sums of classes on a GPU: the answers have to be known before.
-    if options.gated and not (in_pass and (backend == "cpu" or not options.by_student)):
+    if options.gated and not in_pass:
         tensors, options = _with_gate(backend, experts, tensors, options)
     run = _FUSED.direct if is_plain(*experts, *tensors) else _FUSED.dispatched
     return run((experts, *tensors), (*options, backend))[:3]

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs Triton, which is not installed")
 from triton_losses import LAYOUTS, blocks_of, lay_out  # noqa: E402
 
 from shike_fast.kernels.losses import _rows  # noqa: E402
-from shike_fast.ops.expert_loss import ExpertKL, expert_kl, expert_loss  # noqa: E402
+from shike_fast.ops import ExpertKL, expert_kl, expert_loss  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Everything is computed in float32; a low-precision gradient is rounded once. (The interpreter truncates to bfloat16,
@@ -149,6 +149,8 @@ def divergence(draw, experts, batch, classes):
     elif teacher == "given by expert":
         options["teacher"] = (2 * torch.randn(experts, batch, classes + 1))[:, :, 1:]
     options["weight"] = 0.7 if options["weight"] is None else options["weight"]
+    if isinstance(options["gate"], str) and teacher == "others":
+        options["weight_of"] = "teacher"
     return ExpertKL(**options), 1.0 + 6 * experts
 
 

@@ -11,8 +11,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
 
 from shike_fast.kernels.losses.expert import _backward_kernel, _end_kernel, _forward_kernel
-from shike_fast.ops import _dispatch
-from shike_fast.ops.expert_loss import ExpertKL, expert_kl, expert_loss
+from shike_fast.ops import ExpertKL, _dispatch, expert_kl, expert_loss
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets its kernels in this process"

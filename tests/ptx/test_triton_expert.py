@@ -14,7 +14,7 @@ import figures
 from machine import Order
 from triton_host import ARCHITECTURES, IN_STEP, ORDERS, driver_of, on_the_interpreter
 
-from shike_fast.ops.expert_loss import ExpertKL, expert_loss
+from shike_fast.ops import ExpertKL, expert_loss
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets its kernels in this process"
