@@ -40,9 +40,11 @@ class Form:
         self.target = tensors.target if labelled else None
         self.second = tensors.target_b if labelled else None
         self.mask = None if tensors.class_mask is None else tensors.class_mask.contiguous().view(torch.uint8)
+        self.inverse_temperatures = None if tensors.temperature is None else tensors.temperature.reciprocal()
         self.images = layout.batch // 2 if options.teacher == VIEW else 0
-        weighted = not (tensors.kl_weight is tensors.gate is tensors.temperature is None)
-        self.by_student = options.teacher == OTHERS and options.by_student and weighted
+        # Whether the divergence's rows are weighted by tensors, and whether these belong to students among experts.
+        self.weighted = not (tensors.kl_weight is tensors.gate is tensors.temperature is None)
+        self.by_student = options.teacher == OTHERS and options.by_student and self.weighted
 
     @cached_property
     def teachers(self) -> int:
@@ -102,10 +104,7 @@ class Form:
         """The first parameters of both kernels."""
         layout, tensors, options = self.layout, self.tensors, self.options
         teacher = tensors.teacher
-        scale, inverse_temperature, inverse_temperatures = options.scale, 1.0, None
-        if self.diverges:
-            inverse_temperature = 1.0 / options.temperature
-            inverse_temperatures = None if tensors.temperature is None else tensors.temperature.reciprocal()
+        scale, inverse_temperature = options.scale, 1.0 / options.temperature
         return {
             "logits": layout.first,
             "offsets": layout.far_offsets,
@@ -120,7 +119,7 @@ class Form:
             "bias_expert_stride": _expert_stride(tensors.bias),
             "mask": self.mask,
             "inverse_temperature": None if inverse_temperature == 1.0 else inverse_temperature,
-            "inverse_temperatures": inverse_temperatures,
+            "inverse_temperatures": self.inverse_temperatures,
             "teacher": teacher,
             "teacher_expert_stride": teacher.stride(0) if teacher is not None and teacher.dim() == 3 else 0,
             "teacher_row_stride": 0 if teacher is None else teacher.stride(-2),
@@ -131,7 +130,7 @@ class Form:
     @property
     def end_arguments(self) -> dict[str, Any]:
         """Parameters of the kernel between them, beside tensors of results and the weights."""
-        margin, lam = self.tensors.margin, self.tensors.lam
+        margin = self.tensors.margin
         labels = _labels(self.target, self.second)
         for name in ("target_expert_stride", "second_expert_stride"):
             labels[name] = labels[name] or 0
@@ -140,8 +139,7 @@ class Form:
             "margin": margin,
             "margin_expert_stride": _expert_stride(margin) or 0,
             "lam": self.options.lam,
-            "lams": lam,
-            "lam_stride": lam.stride(0) if lam is not None and lam.dim() == 1 else 0,
+            "lams": self.tensors.lam,
             "label_smoothing": self.options.label_smoothing,
             "images": self.images,
         }
@@ -158,7 +156,7 @@ class Form:
             firsts, seconds = firsts.contiguous(), None if seconds is None else seconds.contiguous()
         rows = self.layout.batch - self.images
         divisor = max(rows, 1) * (shape[2] if options.kl_reduction == "mean" else 1)
-        if self.diverges and not (tensors.kl_weight is tensors.gate is tensors.temperature is None):
+        if self.diverges and self.weighted:
             divergences = kl_row_weights(tensors, options, like.flatten()[:1].expand(shape), None).contiguous()
         return {
             "first_weight": first,
@@ -202,7 +200,7 @@ class Form:
     def tile(self, gradient: Tensor | None = None) -> Tile:
         """The tile of a program; chunks start at multiples of their size in all that it reads."""
         layout, tensors = self.layout, self.tensors
-        of_classes = [t for t in (tensors.scale, tensors.bias, tensors.temperature) if t is not None]
+        of_classes = [t for t in (tensors.scale, tensors.bias, self.inverse_temperatures) if t is not None]
         of_rows = [t for t in (self.mask, tensors.teacher) if t is not None]
         agree = _agreement(layout, of_classes, of_rows)
         if self.images:

@@ -97,8 +97,7 @@ def _end_kernel(
     margin,  # float32 [C] or [K, C], or None
     margin_expert_stride: tl.int64,
     lam,  # the first label's share in a row's loss, a number
-    lams,  # or float32 [] or [B]
-    lam_stride: tl.int64,
+    lams,  # or float32 [B]
     label_smoothing,
     images: tl.int32,  # of a view: how many rows teach; else 0
     first_weight,  # of the rows' cross-entropy, a number
@@ -227,7 +226,7 @@ def _end_kernel(
             at_y2 = w2 * at_own2 + w * (p_other - smoothed)
             constants = w2 * smoothed
             if OUTPUTS:
-                share = lam if lams is None else tl.load(lams + row * lam_stride, row < rows, 0.0)
+                share = lam if lams is None else tl.load(lams + row, row < rows, 0.0)
                 unweighted = share * row_losses + (1.0 - share) * row_losses2
         losses += w * row_losses
         slopes += w * slope

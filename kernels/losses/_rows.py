@@ -32,7 +32,6 @@ UNSPECIALIZED = [
     *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows", "experts", "images"),
     *("target_expert_stride", "second_expert_stride", "second_stride", "scale_expert_stride", "margin_expert_stride"),
     *("teacher_expert_stride", "teacher_row_stride", "teacher_class_stride", "grad_expert_stride", "grad_row_stride"),
-    "lam_stride",
 ]
 POINTERS = [
     *("logits", "target", "bias", "saved", "labels", "ticket", "partials", "factors", "loss", "terms"),

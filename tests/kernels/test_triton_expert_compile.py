@@ -76,12 +76,16 @@ def _given(z, experts, batch, classes):
 
 
 CALLS = {f.__name__.strip("_"): f for f in (_plain, _full, _masked, _others, _mean, _view, _given)}
-SHAPES = [(3, 8142), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, 8142), (4, 8142), (3, 100)))]
+SHAPES = [
+    (3, 8142, torch.bfloat16),
+    pytest.param(3, 8142, torch.float32, marks=pytest.mark.slow),
+    pytest.param(4, 8142, torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param(1, 100, torch.float32, marks=pytest.mark.slow),
+]
 QUICK = ("masked", "view")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("experts", "classes"), SHAPES)
+@pytest.mark.parametrize(("experts", "classes", "dtype"), SHAPES, ids=str)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CALLS])
 def test_compiles_without_spilling(name, experts, classes, dtype, target, record, compiled, registers):
     for kernel, args, kwargs in record(torch.zeros(experts, 8, classes, dtype=dtype), name):
