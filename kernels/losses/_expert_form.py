@@ -9,31 +9,22 @@ import torch
 from torch import Tensor
 
 from shike_fast.kernels.losses._rows import LOGITS_OF_A_LANE, Layout, Tile, none_if_unit
-from shike_fast.ops._expert_call import (
-    GIVEN,
-    MEAN,
-    NO_TEACHER,
-    OTHERS,
-    VIEW,
-    ExpertOptions,
-    ExpertTensors,
-    is_plain_divergence,
-    kl_row_weights,
-    row_weights,
-)
 
 _AT_ONCE = 8  # classes of a lane
 _OF_A_LANE = 16  # in the backward, which spreads over them what it reads of a row
 
 
 class Form:
-    """A call, and what follows from it for both kernels and for the one between them."""
+    """A call, and what follows from it for both kernels and for the one between them.
 
-    def __init__(self, layout: Layout, tensors: ExpertTensors, options: ExpertOptions) -> None:
-        self.layout, self.tensors, self.options = layout, tensors, options
-        self.diverges = options.teacher != NO_TEACHER
-        self.shared = options.cross_entropy and self.diverges and is_plain_divergence(tensors, options)
-        self.adjusted = options.adjusted or self.shared
+    ``tensors`` and ``options`` are the records of ``shike_fast.ops._expert_call``. ``shared``: one exponential of a
+    logit serves the cross-entropy and the divergence.
+    """
+
+    def __init__(self, layout: Layout, tensors: Any, options: Any, shared: bool) -> None:
+        self.layout, self.tensors, self.options, self.shared = layout, tensors, options, shared
+        self.diverges = options.teacher != ""
+        self.adjusted = options.adjusted or shared
         self.ranked = options.gated or (options.rows and options.cross_entropy)
         # The divergence alone leaves a target out of its sums only to find out whether an answer is right.
         labelled = options.cross_entropy or options.gated
@@ -41,19 +32,19 @@ class Form:
         self.second = tensors.target_b if labelled else None
         self.mask = None if tensors.class_mask is None else tensors.class_mask.contiguous().view(torch.uint8)
         self.inverse_temperatures = None if tensors.temperature is None else tensors.temperature.reciprocal()
-        self.images = layout.batch // 2 if options.teacher == VIEW else 0
-        # Whether the divergence's rows are weighted by tensors, and whether these belong to students among experts.
-        self.weighted = not (tensors.kl_weight is tensors.gate is tensors.temperature is None)
-        self.by_student = options.teacher == OTHERS and options.by_student and self.weighted
+        self.images = layout.batch // 2 if options.teacher == "view" else 0
+        # Whether tensors weigh the divergence's rows, and these are the rows of students among experts.
+        weighted = any(t is not None for t in (tensors.kl_weight, tensors.gate, tensors.temperature))
+        self.by_student = options.teacher == "others" and options.by_student and weighted
 
     @cached_property
     def teachers(self) -> int:
         """How many teachers' logits a class has: one for all experts, or one each."""
-        if self.options.teacher in (NO_TEACHER, OTHERS):
+        if self.options.teacher in ("", "others"):
             return 0
-        if self.options.teacher == MEAN:
+        if self.options.teacher == "mean":
             return 1
-        if self.options.teacher == VIEW:
+        if self.options.teacher == "view":
             return self.layout.experts
         assert self.tensors.teacher is not None
         of_experts = [self.tensors.bias, self.tensors.scale] if self.adjusted else []
@@ -144,40 +135,9 @@ class Form:
             "images": self.images,
         }
 
-    def weights(self, like: Tensor) -> dict[str, Any]:
-        """The weights of the rows, as tensors where the call has weights; ``like`` has their dtype and device."""
-        tensors, options = self.tensors, self.options
-        shape = self.layout.experts, self.layout.batch, self.layout.classes
-        first, second = self._shares()
-        firsts = seconds = divergences = None
-        of_rows = tensors.class_weight, tensors.sample_weight, tensors.expert_weight, tensors.lam
-        if options.cross_entropy and any(weight is not None for weight in of_rows):
-            firsts, seconds = row_weights(tensors, options, shape, like.dtype)
-            firsts, seconds = firsts.contiguous(), None if seconds is None else seconds.contiguous()
-        rows = self.layout.batch - self.images
-        divisor = max(rows, 1) * (shape[2] if options.kl_reduction == "mean" else 1)
-        if self.diverges and self.weighted:
-            divergences = kl_row_weights(tensors, options, like.flatten()[:1].expand(shape), None).contiguous()
-        return {
-            "first_weight": first,
-            "first_weights": firsts,
-            "second_weight": second,
-            "second_weights": seconds,
-            "divergence_weight": options.kl_weight * options.temperature**2 / divisor,
-            "divergence_weights": divergences,
-            "students": divergences if self.by_student else None,
-        }
-
-    def _shares(self) -> tuple[float, float]:
-        """The weights of both labels where nothing but the reduction and a number weighs."""
-        experts = self.layout.experts if self.options.reduction in ("mean/K", "global_weighted_mean") else 1
-        whole = 1.0 if self.options.reduction == "none" else 1.0 / (self.layout.batch * experts)
-        lam = self.options.lam if self.second is not None else 1.0
-        return whole * lam, whole * (1.0 - lam)
-
     @property
     def _teacher_class_stride(self) -> int | None:
-        if self.options.teacher == GIVEN:
+        if self.options.teacher == "given":
             assert self.tensors.teacher is not None
             return none_if_unit(self.tensors.teacher.stride(-1))
         return none_if_unit(self.layout.class_stride)
@@ -195,7 +155,7 @@ class Form:
     @property
     def _streams(self) -> int:
         """How many logits are read of a class."""
-        return self.layout.experts + (self.teachers if self.options.teacher != MEAN else 0)
+        return self.layout.experts + (self.teachers if self.options.teacher != "mean" else 0)
 
     def tile(self, gradient: Tensor | None = None) -> Tile:
         """The tile of a program; chunks start at multiples of their size in all that it reads."""

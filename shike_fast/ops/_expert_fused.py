@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from shike_fast.ops import _native_expert
+from shike_fast.ops import _native_expert, _triton_expert
 from shike_fast.ops._checks import accumulation_dtype, as_list
-from shike_fast.ops._dispatch import Operator, kernels
+from shike_fast.ops._dispatch import Operator
 from shike_fast.ops._expert_call import (
     MEAN,
     NO_TEACHER,
@@ -26,13 +27,18 @@ from shike_fast.ops._expert_reference import composite_expert_loss, row_logits
 from shike_fast.ops._guards import is_plain, materialised
 from shike_fast.ops._losses import fused_loss, loss_operator
 
+
+def _kernels(backend: str) -> ModuleType:
+    return _triton_expert if backend == "triton" else _native_expert
+
+
 _FUSED = fused_loss(
     "expert_loss_fused",
     TENSORS,
     OPTIONS,
     shown=2,
-    forward=lambda *args: kernels("expert", args[-1], _native_expert).expert_forward(*args[:-1]),
-    backward=lambda *args, **kept: kernels("expert", args[-1], _native_expert).expert_backward(*args[:-1], **kept),
+    forward=lambda *args: _kernels(args[-1]).expert_forward(*args[:-1]),
+    backward=lambda *args, **kept: _kernels(args[-1]).expert_backward(*args[:-1], **kept),
     both=lambda *args: _native_expert.expert_both(*args[:-1]) if args[-1] == "cpu" else None,
     fake_forward=_native_expert.new_expert_results,
 )
