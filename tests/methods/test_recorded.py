@@ -23,8 +23,8 @@ def check(golden, case, dtype, backend=None):
     hyper = json.loads(str(fields.pop("json")))
     results = evaluate(case.partition("/")[0], fields, hyper, backend=backend, dtype=dtype)
     assert results
-    missing = [name for name in fields if name in ("loss", "weights") or name.startswith("grad")]
-    assert set(missing) <= set(results)
+    wanted = [name for name in fields if name in ("loss", "weights") or name.startswith("grad")]
+    assert set(wanted) <= set(results)
     for name, value in results.items():
         expected = fields[name]
         assert value.shape == expected.shape, name
