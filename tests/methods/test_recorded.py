@@ -16,19 +16,15 @@ def names():
         return sorted({key.rpartition("/")[0] for key in archive.files})
 
 
-@pytest.fixture(scope="module")
-def archive():
-    with np.load(ARCHIVE, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
-
-
-def check(archive, case, dtype, backend=None):
-    fields = {key.rpartition("/")[2]: value for key, value in archive.items() if key.rpartition("/")[0] == case}
+def check(golden, case, dtype, backend=None):
+    fields = {
+        key.rpartition("/")[2]: value for key, value in golden("methods").items() if key.rpartition("/")[0] == case
+    }
     hyper = json.loads(str(fields.pop("json")))
     results = evaluate(case.partition("/")[0], fields, hyper, backend=backend, dtype=dtype)
     assert results
-    missing = [name for name in fields if name in ("loss", "weights") or name.startswith("grad")]
-    assert set(missing) <= set(results)
+    wanted = [name for name in fields if name in ("loss", "weights") or name.startswith("grad")]
+    assert set(wanted) <= set(results)
     for name, value in results.items():
         expected = fields[name]
         assert value.shape == expected.shape, name
@@ -42,8 +38,8 @@ def check(archive, case, dtype, backend=None):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("case", names())
-def test_recorded(archive, case, backend, dtype):
-    check(archive, case, dtype, backend)
+def test_recorded(golden, case, backend, dtype):
+    check(golden, case, dtype, backend)
 
 
 @pytest.mark.slow
@@ -53,5 +49,5 @@ def test_recorded_with_triton(interpret):
 
 
 @pytest.mark.parametrize("case", names())
-def check_triton(archive, case):
-    check(archive, case, "float32", "triton")
+def check_triton(golden, case):
+    check(golden, case, "float32", "triton")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shike_fast import methods, nn, ops
+from shike_fast.engine.test_time import ExpertWeights
 from shike_fast.methods.contrastive import balanced_contrast, parametric_contrast
 from shike_fast.methods.ncl import queue_contrast
 from shike_fast.methods.reslt import reslt_loss
@@ -232,8 +233,6 @@ def _sade(given: Fields, hyper: Hyper) -> Fields:
 
 
 def _sade_tta(given: Fields, hyper: Hyper) -> Fields:
-    from shike_fast.engine.test_time import ExpertWeights
-
     views = list(zip(given["logits_view0"], given["logits_view1"], strict=True))
     learned = ExpertWeights(
         views[0][0].shape[0],
