@@ -18,6 +18,7 @@ from recorded_common import (
 from torch import Tensor
 
 from shike_fast import methods, ops
+from shike_fast.engine.test_time import ExpertWeights
 from shike_fast.methods.ncl import queue_contrast
 from shike_fast.methods.reslt import reslt_loss
 from shike_fast.methods.ride import router_loss, router_targets
