@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import recorded_experts
-import recorded_features
 import torch
-from recorded_common import (
-    Case,
-    Fields,
-    Hyper,
-    create,
-    hyper_of,
-    leaf,
-    one_expert,
-)
 
 from shike_fast import ops
+
+sys.path.append(str(Path(__file__).parent))  # of the files beside this one, where it is loaded by its path
+
+import recorded_experts  # noqa: E402
+import recorded_features  # noqa: E402
+from recorded_common import Case, Fields, Hyper, create, hyper_of, leaf, one_expert  # noqa: E402
 
 INPUTS = ("logits", "target", "class_counts")
 _RULES = {"None": "none", "Reweight": "reweight", "DRW": "drw"}
