@@ -13,9 +13,9 @@ from shike_fast import ops
 
 sys.path.append(str(Path(__file__).parent))  # of the files beside this one, where it is loaded by its path
 
-import recorded_experts  # noqa: E402
-import recorded_features  # noqa: E402
-from recorded_common import Case, Fields, Hyper, create, hyper_of, leaf, one_expert  # noqa: E402
+import recorded_experts
+import recorded_features
+from recorded_common import Case, Fields, Hyper, create, hyper_of, leaf, one_expert
 
 INPUTS = ("logits", "target", "class_counts")
 _RULES = {"None": "none", "Reweight": "reweight", "DRW": "drw"}
