@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from shike_fast.ops import _native_expert
 from shike_fast.ops._checks import accumulation_dtype, as_list
@@ -56,7 +57,7 @@ def fused_expert_loss(
             and not value.requires_grad
             and value.dim() > 0
             and value.is_contiguous()
-            and not value.is_neg()
+            and (is_compiling() or not value.is_neg())
         ):
             continue
         value = value.detach().to(dtype)
