@@ -46,11 +46,16 @@ def fused_expert_loss(
     tensors, options = split(args)
     experts = as_list(logits)
     dtype = accumulation_dtype(experts[0].dtype)
+    batch = experts[0].shape[-2]
+    rows = {"lam": batch, "kl_weight": batch // 2 if options.teacher == VIEW else batch}
     ready: dict[str, Tensor | None] = {}
     for name in (*_NUMBERS, "kl_weight", "gate"):
         value = getattr(tensors, name)
         if value is not None:
-            ready[name] = materialised(value.detach().to(dtype)).contiguous()
+            value = materialised(value.detach().to(dtype))
+            ready[name] = (value.expand(rows[name]) if value.dim() == 0 else value).contiguous()
+    if tensors.class_mask is not None:
+        ready["class_mask"] = materialised(tensors.class_mask).contiguous()
     if tensors.teacher is not None:
         teacher = tensors.teacher.detach()
         ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher
