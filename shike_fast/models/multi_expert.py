@@ -248,6 +248,10 @@ class MultiExpertNetwork(nn.Module, ABC):
         """The parameters of ``rt_classifiers``: stage 2 trains them and freezes all others, BatchNorm in train mode."""
         return list(self.rt_classifiers.parameters())
 
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """The parameters of both sets of classifiers; all others are the trunk's (``--trunk-lr``)."""
+        return [*self.classifiers.parameters(), *self.rt_classifiers.parameters()]
+
     def run(self, function: Callable[[Tensor], Result], x: Tensor, *modules: nn.Module) -> Result:
         """``function(x)``, which calls these modules; with ``checkpoint_activations`` only ``x`` is stored of it."""
         if not (self.checkpoint_activations and self.training):
