@@ -142,7 +142,7 @@ def test_weights_of_0(tensors, backend):
         loss, gradient = value_and_gradient(
             lambda z: expert_loss(
                 z, target, target_b=second, lam=0.4, sample_weight=nothing, reduction=reduction, backend=backend
-            ),  # noqa: B023
+            ),
             logits,
         )
         assert (loss == 0).all() and (gradient == 0).all()
@@ -357,7 +357,9 @@ MASK[[0, 2], [2, 3]] = False
 
 
 def leaf(*shape, least=None):
-    values = torch.randn(shape, dtype=torch.float64) if least is None else least + torch.rand(shape, dtype=torch.float64)
+    values = (
+        torch.randn(shape, dtype=torch.float64) if least is None else least + torch.rand(shape, dtype=torch.float64)
+    )
     return values.requires_grad_()
 
 

@@ -4,7 +4,7 @@ import functools
 from typing import NamedTuple
 
 import torch
-from expert_logits import LAYOUTS, TOLERANCE, lay_out, logits_and_target, sweep
+from expert_logits import LAYOUTS, TOLERANCE, lay_out, logits_and_target, moved, sweep
 from hypothesis import strategies as st
 
 from shike_fast.ops import ExpertKL, expert_kl, expert_loss
@@ -151,15 +151,6 @@ def divergence_arguments(drawn, logits, seed, cpu):
     return keywords | {"reduction": drawn.reduction, "eps": floored}
 
 
-def moved(value, device, dtype):
-    """To the device; numbers in the dtype in which the kernels count."""
-    if isinstance(value, ExpertKL):
-        return ExpertKL(**{name: moved(part, device, dtype) for name, part in vars(value).items()})
-    if not torch.is_tensor(value):
-        return value
-    return value.to(device, dtype) if value.dtype == torch.float64 else value.to(device)
-
-
 def evaluate(function, backend, device, logits, target, keywords, layout):
     """Everything that a call returns, flat, and the gradient for a ``grad_output`` that differs from 1."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -187,7 +178,7 @@ def compare(function, kernels, logits, target, keywords, layout, weight):
     assert mine[0].dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     assert mine[3].dtype == logits.dtype and mine[3].shape == logits.shape
     assert torch.isfinite(wide[0]).all()
-    if target is not None and target.shape[-1] == 0 or logits.shape[1] == 0:
+    if (target is not None and target.shape[-1] == 0) or logits.shape[1] == 0:
         assert (mine[0] == 0).all()
         return
     largest = 2 * logits.double().abs().max().item() + 30  # scales reach 1.5, biases and margins 6
@@ -214,12 +205,16 @@ def compare_cross_entropy(kernels, case, layout, options):
     logits, target = case
     target, keywords = arguments(options, logits, target)
     function = functools.partial(expert_loss, return_terms=True, return_rows=True)
-    weight = 4.0 if options.reduction in ("none", "weighted_mean", "global_weighted_mean") else 8.0 / max(logits.shape[1], 1)
+    weight = (
+        4.0 if options.reduction in ("none", "weighted_mean", "global_weighted_mean") else 8.0 / max(logits.shape[1], 1)
+    )
     compare(function, kernels, logits, target, keywords, layout, weight)
 
 
 def test_cross_entropy(kernels):
-    sweep(compare_cross_entropy, kernels, count=50, case=logits_and_target(most=20_000), layout=LAYOUTS, options=OPTIONS)
+    sweep(
+        compare_cross_entropy, kernels, count=50, case=logits_and_target(most=20_000), layout=LAYOUTS, options=OPTIONS
+    )
 
 
 def even(drawn, logits, target):
@@ -273,4 +268,12 @@ def compare_both(kernels, case, layout, options, drawn):
 
 
 def test_both_in_one_pass(kernels):
-    sweep(compare_both, kernels, count=50, case=logits_and_target(most=20_000), layout=LAYOUTS, options=OPTIONS, drawn=DIVERGENCES)
+    sweep(
+        compare_both,
+        kernels,
+        count=50,
+        case=logits_and_target(most=20_000),
+        layout=LAYOUTS,
+        options=OPTIONS,
+        drawn=DIVERGENCES,
+    )

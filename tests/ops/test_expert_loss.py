@@ -180,7 +180,9 @@ def test_soft_targets():
     agree(loss_of(z, TARGET, soft_target=F.one_hot(TARGET, C)), loss_of(z, TARGET))
     weight, bias = uniform(C), normal(K, C)
     mine = loss_of(z, TARGET, soft_target=soft, class_weight=weight, bias=bias, reduction="none")
-    agree(mine, torch.stack([weight[TARGET] * F.cross_entropy(z[k] + bias[k], soft, reduction="none") for k in range(K)]))
+    agree(
+        mine, torch.stack([weight[TARGET] * F.cross_entropy(z[k] + bias[k], soft, reduction="none") for k in range(K)])
+    )
 
 
 @pytest.mark.parametrize("kind", ["mean", "sum"])
@@ -296,7 +298,13 @@ def kl_by_rows(
     return result
 
 
-TEACHERS = {"others": "others", "mean": "mean", "view": "view", "given": normal(B, C), "given by expert": normal(K, B, C)}
+TEACHERS = {
+    "others": "others",
+    "mean": "mean",
+    "view": "view",
+    "given": normal(B, C),
+    "given by expert": normal(K, B, C),
+}
 KL_OPTIONS = {
     "plain": lambda rows: {},
     "mean": lambda rows: {"reduction": "mean", "temperature": 2.0},

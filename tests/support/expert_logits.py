@@ -4,6 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shike_fast.ops import ExpertKL
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the largest entry of the gradient. Both sides see the same logits; a low-precision gradient is rounded once.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -61,3 +63,12 @@ def sweep(function, kernels, count, **strategies):
     """Try ``count`` examples; fewer with Triton, which compiles for every new number of experts, dtype and switch."""
     count = count // 8 if kernels[0] == "triton" else count
     settings(max_examples=count)(given(**strategies)(function))(kernels)
+
+
+def moved(value, device, dtype):
+    """An argument of expert_loss on the device; numbers in the dtype in which its kernels count."""
+    if isinstance(value, ExpertKL):
+        return ExpertKL(**{name: moved(part, device, dtype) for name, part in vars(value).items()})
+    if not torch.is_tensor(value):
+        return value
+    return value.to(device, dtype) if value.dtype == torch.float64 else value.to(device)
