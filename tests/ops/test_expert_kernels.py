@@ -138,15 +138,16 @@ def divergence_arguments(drawn, logits, seed, cpu):
     floored = drawn.eps if cpu and others and drawn.gate != "right" else 0.0
     by_student = others and drawn.weight_of == "student" and drawn.gate != "right" and floored == 0.0
     gate = values.uniform(drawn.gate, experts, rows, 0.0, 1.0) if drawn.gate not in ("none", "right") else None
+    temperature = values.uniform(drawn.temperature, 1, classes, 0.5, 1.5)
     weight = -0.5 if drawn.weight == "number" else values.uniform(drawn.weight, experts, rows, -1.0, 1.0)
     keywords = {
         "teacher": teacher,
-        "temperature": 1.5 if drawn.temperature == "number" else values.uniform(drawn.temperature, 1, classes, 0.5, 1.5),
+        "temperature": 1.5 if drawn.temperature == "number" else temperature,
         "weight": weight,
         "gate": "teacher_correct" if drawn.gate == "right" else gate,
         "weight_of": "student" if by_student else "teacher",
         "detach": drawn.detach if others else None,
-    }  # fmt: skip
+    }
     keywords = {name: value for name, value in keywords.items() if value is not None}
     return keywords | {"reduction": drawn.reduction, "eps": floored}
 
