@@ -56,6 +56,7 @@ struct ExpertPlan {
     }
 
     int experts() const { return call.logits.count; }
+    // -1 without one, and out of range, where nothing may be read: a compiled graph does not check its values.
     std::int64_t target(int k, std::int64_t b) const { return label(call.target, k, b); }
     // The second label, -1 where it is the first.
     std::int64_t second(int k, std::int64_t b) const {
@@ -82,8 +83,9 @@ private:
         const bool adjusts = call.adjusted && (call.bias.expert_stride != 0 || call.scale.expert_stride != 0);
         return adjusts || given.expert[0].data != given.expert[given.count - 1].data;
     }
-    static std::int64_t label(const LabelsOfExperts& labels, int k, std::int64_t b) {
-        return labels.data == nullptr ? -1 : labels.data[k * labels.expert_stride + b * labels.stride];
+    std::int64_t label(const LabelsOfExperts& labels, int k, std::int64_t b) const {
+        const std::int64_t y = labels.data == nullptr ? -1 : labels.data[k * labels.expert_stride + b * labels.stride];
+        return y < classes ? std::max<std::int64_t>(y, -1) : -1;
     }
 };
 

@@ -164,7 +164,7 @@ void end_block(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, int first
                 row.weight_a[lane] = number_of<T>(call.weight_a, k, b, T(call.weight_number));
                 const T second = present[1] ? number_of<T>(call.weight_b, k, b, T(0)) : T(0);
                 (label[1] < 0 ? row.weight_a : row.weight_b)[lane] += second;
-                row.margin_a[lane] = number_of<T>(call.margin, k, label[0], T(0));
+                if (label[0] >= 0) row.margin_a[lane] = number_of<T>(call.margin, k, label[0], T(0));
                 if (label[1] >= 0) row.margin_b[lane] = number_of<T>(call.margin, k, label[1], T(0));
             }
             for (int s = 0; s < 2; ++s) {

@@ -52,8 +52,8 @@ SHIKE_HD LabelEnd<V> end_label(const ExpertSums<V>& sums, V own, V other) {
     const V total = others + e, inverse = 1 / total;
     const auto leads = own >= top;
     LabelEnd<V> end;
-    // Where the label leads, e is 1: the logarithm takes what is beside it.
-    const V log_rest = logarithm_1p(leads ? others : total - 1);
+    // Where the label leads, e is 1, or NaN where the label's logit is infinite: the logarithm takes what is beside it.
+    const V log_rest = logarithm_1p(leads ? others + (e - 1) : total - 1);
     const V log_small = logarithm(total);  // a margin may leave all of it far below 1
     const V log_total = total > 0.5f ? log_rest : log_small;
     end.loss = leads ? log_rest : log_total + (top - own);
@@ -74,11 +74,12 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
     const V shared = V{} + smoothing / classes;
     CrossEntropyEnd<V> end;
     const auto second = row.x_b > all<V>(kAbsent);
-    const V beside_b = second ? row.x_b - sums.pivot : V{};
+    const V base = sums.sum > V{} ? sums.pivot : a.top;  // the pivot is far away where there is no other class
+    const V beside_b = second ? row.x_b - base : V{};
     end.loss_a = a.loss;
     if (smoothing != 0) {
-        const V mean = (sums.linear + (own_a - sums.pivot) + beside_b) / classes;
-        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_total + (a.top - sums.pivot) - mean);
+        const V mean = (sums.linear + (own_a - base) + beside_b) / classes;
+        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_total + (a.top - base) - mean);
     }
     end.p_scale = row.weight_a * a.of_rest;
     end.everywhere = row.weight_a * shared;
@@ -90,8 +91,8 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
         const LabelEnd<V> b = end_label(sums, own_b, row.x_a);
         V loss_b = b.loss;
         if (smoothing != 0) {
-            const V mean = (sums.linear + (row.x_a - sums.pivot) + (own_b - sums.pivot)) / classes;
-            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_total + (b.top - sums.pivot) - mean);
+            const V mean = (sums.linear + (row.x_a - base) + (own_b - base)) / classes;
+            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_total + (b.top - base) - mean);
         }
         end.loss_b = second ? loss_b : end.loss_a;
         end.p_scale += row.weight_b * b.of_rest;
