@@ -5,19 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from shike_fast import ops
+from shike_fast import nn, ops
+from shike_fast.methods.contrastive import balanced_contrast, parametric_contrast
 
-sys.path.append(str(Path(__file__).parent))  # of the files beside this one, where it is loaded by its path
+sys.path.append(str(Path(__file__).parent))  # however this file is loaded
+from recorded_experts import SEVERAL_EXPERTS, Fields, Hyper, chosen, create, leaf, of_one
 
-import recorded_experts
-import recorded_features
-from recorded_common import Case, Fields, Hyper, create, hyper_of, leaf, one_expert
-
-INPUTS = ("logits", "target", "class_counts")
 _RULES = {"None": "none", "Reweight": "reweight", "DRW": "drw"}
 
 
@@ -53,15 +51,15 @@ def evaluate(
 
 def _balanced_softmax(given: Fields, hyper: Hyper) -> Fields:
     method = create("balanced-softmax", given, 1)
-    z, results = one_expert(given, method)
+    z, results = of_one(given, method)
     rows = ops.expert_loss(z.unsqueeze(0), given["target"], bias=method.bias.of(z), reduction="none")
     return results | {"row_loss": rows[0]}
 
 
 def _logit_adjustment(given: Fields, hyper: Hyper) -> Fields:
-    method = create("la", given, 1, **hyper_of(hyper, "tau", "eps"))
-    z, results = one_expert(given, method)
-    after = create("la", given, 1, post_hoc=True, **hyper_of(hyper, "tau", "eps"))
+    method = create("la", given, 1, **chosen(hyper, "tau", "eps"))
+    z, results = of_one(given, method)
+    after = create("la", given, 1, post_hoc=True, **chosen(hyper, "tau", "eps"))
     scores = after.scores(z.unsqueeze(0), stage=after.stages[0])
     return results | {"bias": method.bias.value, "posthoc_logits": scores}
 
@@ -77,15 +75,15 @@ def _logit_adjustment_no_eps(given: Fields, hyper: Hyper) -> Fields:
 
 
 def _los(given: Fields, hyper: Hyper) -> Fields:
-    return one_expert(given, create("los", given, 1, **hyper_of(hyper, "label_smoothing")))[1]
+    return of_one(given, create("los", given, 1, **chosen(hyper, "label_smoothing")))[1]
 
 
 def _reweighted(name: str) -> Callable[[Fields, Hyper], Fields]:
     def case(given: Fields, hyper: Hyper) -> Fields:
-        own = hyper_of(hyper, "beta", "gamma", "max_m", drw_epoch="reweight_epoch", s="scale")
+        own = chosen(hyper, "beta", "gamma", "max_m", drw_epoch="reweight_epoch", s="scale")
         method = create(name, given, 1, train_rule=_RULES[hyper["train_rule"]], **own)
         epoch = hyper.get("epoch", 0)
-        z, results = one_expert(given, method, method.phase(epoch))
+        z, results = of_one(given, method, method.phase(epoch))
         if hyper["train_rule"] != "None":
             weight = method.class_weight(z, method.phase(epoch))
             results["class_weight"] = torch.ones_like(given["class_counts"]) if weight is None else weight
@@ -96,7 +94,85 @@ def _reweighted(name: str) -> Callable[[Fields, Hyper], Fields]:
     return case
 
 
-_CASES: dict[str, Case] = {
+# ---- features and classifiers
+
+
+def _paco(both_views: bool) -> Callable[[Fields, Hyper], Fields]:
+    def case(given: Fields, hyper: Hyper) -> Fields:
+        z, query, key = (leaf(given[name]) for name in ("logits", "query", "key"))
+        bias = None
+        if hyper["uses_class_counts"]:
+            bias = ops.class_bias(given["class_counts"], eps=hyper["eps_prior"]).to(z)
+        own = chosen(hyper, "alpha", "beta", "gamma", "supt", "temperature", "base_temperature", "smooth")
+        loss, rows = parametric_contrast(
+            z, given["target"], query, key, given["queue"], given["queue_target"], bias=bias,
+            both_views=both_views, **own,
+        )  # fmt: skip
+        loss.backward()
+        results = {"loss": loss, "grad": z.grad, "grad_query": query.grad, "row_mean_log_prob": rows}
+        return results | ({"grad_key": key.grad} if both_views else {})
+
+    return case
+
+
+def _bcl(given: Fields, hyper: Hyper) -> Fields:
+    z, features, centers = (leaf(given[name]) for name in ("logits", "features", "centers"))
+    bias = ops.class_bias(given["class_counts"], hyper["tau"])
+    ce = ops.expert_loss(z.unsqueeze(0), given["target"], bias=bias)
+    contrast, rows = balanced_contrast(features, given["target"], centers, hyper["temperature"])
+    loss = hyper["ce_weight"] * ce + hyper["contrast_weight"] * contrast
+    loss.backward()
+    return {
+        "loss": loss,
+        "ce": ce,
+        "contrast": contrast,
+        "row_mean_log_prob": rows,
+        "grad": z.grad,
+        "grad_features": features.grad,
+        "grad_centers": centers.grad,
+    }
+
+
+def _linear(given: Fields, kind: type[nn.LinearClassifier] = nn.LinearClassifier, **options: Any) -> Any:
+    """The classifier of weight [C, D] and, if the case has one, bias [C]."""
+    classes, dim = given["weight"].shape
+    classifier = kind(1, dim, classes, **options).to(given["weight"].dtype)
+    with torch.no_grad():
+        classifier.weight.copy_(given["weight"].T)
+        if "bias" in given:
+            classifier.bias.copy_(given["bias"])
+    return classifier
+
+
+def _lws(given: Fields, hyper: Hyper) -> Fields:
+    scaled = nn.ScaledClassifier(_linear(given))
+    with torch.no_grad():
+        scaled.scales.copy_(given["scales"])
+    features = leaf(given["features"])
+    logits = scaled(features.unsqueeze(0))
+    counts = {"logits": logits, "class_counts": torch.ones(logits.shape[-1], dtype=torch.int64)}
+    method = create("lws", counts, 1)
+    loss, _ = method.loss(logits, given["target"], stage=method.stages[1])
+    loss.backward()
+    return {
+        "loss": loss,
+        "logits": logits[0],
+        "grad_scales": scaled.scales.grad[0],
+        "grad_features": features.grad,
+    }
+
+
+def _tau_norm(given: Fields, hyper: Hyper) -> Fields:
+    classifiers = [_linear(given, nn.NormalizedClassifier, tau=tau).eval() for tau in hyper["tau"]]
+    features = given["features"].unsqueeze(0)
+    return {
+        "weights": torch.stack([one.normalized_weight()[0].T for one in classifiers]),
+        "logits": torch.stack([one(features)[0] for one in classifiers]),
+    }
+
+
+_CASES: dict[str, Callable[[Fields, Hyper], Fields]] = {
+    **SEVERAL_EXPERTS,
     "balanced_softmax": _balanced_softmax,
     "logit_adjustment": _logit_adjustment,
     "logit_adjustment_no_eps": _logit_adjustment_no_eps,
@@ -104,6 +180,9 @@ _CASES: dict[str, Case] = {
     "class_balanced": _reweighted("cb"),
     "ldam": _reweighted("ldam-drw"),
     "focal": _reweighted("focal"),
-    **recorded_experts.CASES,
-    **recorded_features.CASES,
+    "paco": _paco(both_views=False),
+    "gpaco": _paco(both_views=True),
+    "bcl": _bcl,
+    "lws": _lws,
+    "tau_norm": _tau_norm,
 }

@@ -1,20 +1,11 @@
-"""Recorded cases of losses of several experts."""
+"""The recorded cases of several experts, and what all cases need of their fields and hyper-parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from recorded_common import (
-    Case,
-    Fields,
-    Hyper,
-    create,
-    hyper_of,
-    leaf,
-    of_experts,
-    several_experts,
-)
 from torch import Tensor
 
 from shike_fast import methods, ops
@@ -23,11 +14,52 @@ from shike_fast.methods.ncl import queue_contrast
 from shike_fast.methods.reslt import reslt_loss
 from shike_fast.methods.ride import router_loss, router_targets
 
+Fields = dict[str, Tensor]
+Hyper = dict[str, Any]
+
+
+def leaf(value: Tensor) -> Tensor:
+    return value.clone().requires_grad_()
+
+
+def create(name: str, given: Fields, experts: int, **hyper: Any) -> methods.Method:
+    """A method; for a loss without class counts any will do."""
+    classes = given["logits"].shape[-1]
+    counts = given.get("class_counts", torch.ones(classes, dtype=torch.int64))
+    return methods.create_method(name, class_counts=counts, num_experts=experts, **hyper)
+
+
+def chosen(hyper: Hyper, *names: str, **renamed: str) -> Hyper:
+    """The hyper-parameters of these names that the case has; ``theirs=ours`` renames."""
+    return {ours: hyper[theirs] for theirs, ours in ({n: n for n in names} | renamed).items() if theirs in hyper}
+
+
+def of_one(given: Fields, method: methods.Method, epoch: int = 0, **inputs: Any) -> tuple[Tensor, Fields]:
+    """Loss and gradient of a method with one expert, for logits [B, C]."""
+    z = leaf(given["logits"])
+    loss, _ = method.loss(z.unsqueeze(0), given["target"], epoch=epoch, **inputs)
+    loss.backward()
+    return z, {"loss": loss, "grad": z.grad}
+
+
+def several(given: Fields, method: methods.Method, epoch: int = 0, **inputs: Any) -> tuple[Tensor, Fields]:
+    """Likewise of several experts, for logits [K, B, C]."""
+    z = leaf(given["logits"])
+    loss, _ = method.loss(z, given["target"], epoch=epoch, **inputs)
+    loss.backward()
+    return z.detach(), {"loss": loss, "grad": z.grad}
+
+
+def of_experts(experts: int, loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """What each expert adds to a loss that takes a weight for each, [K]."""
+    return torch.stack([loss(like.new_zeros(experts).index_fill_(0, torch.tensor(k), 1)) for k in range(experts)])
+
+
 # ---- several experts
 
 
 def _ride_method(given: Fields, hyper: Hyper) -> tuple[methods.Method, int]:
-    own = hyper_of(
+    own = chosen(
         hyper,
         "max_m",
         "reweight_epoch",
@@ -56,7 +88,7 @@ def _ride_constants(method: methods.Method, epoch: int) -> Fields:
 
 def _ride(given: Fields, hyper: Hyper) -> Fields:
     method, epoch = _ride_method(given, hyper)
-    z, results = several_experts(given, method, epoch)
+    z, results = several(given, method, epoch)
     late = "class_weight" in (constants := _ride_constants(method, epoch))
     experts, batch, _ = z.shape
     collaborative = hyper["additional_diversity_factor"] == 0
@@ -88,7 +120,7 @@ def _ride(given: Fields, hyper: Hyper) -> Fields:
 
 def _ride_distill(given: Fields, hyper: Hyper) -> Fields:
     method, epoch = _ride_method(given, hyper)
-    _, results = several_experts(given, method, epoch, teacher_logits=given["teacher_logits"])
+    _, results = several(given, method, epoch, teacher_logits=given["teacher_logits"])
     alone, _ = method.loss(given["logits"], given["target"], epoch=epoch)
     mean = given["logits"].mean(0, keepdim=True)
     distill = ops.expert_kl(mean, given["teacher_logits"], temperature=hyper["distill_temperature"])
@@ -108,8 +140,8 @@ def _ride_router(given: Fields, hyper: Hyper) -> Fields:
 
 
 def _sade(given: Fields, hyper: Hyper) -> Fields:
-    method = create("sade", given, 3, **hyper_of(hyper, "tau"))
-    z, results = several_experts(given, method)
+    method = create("sade", given, 3, **chosen(hyper, "tau"))
+    z, results = several(given, method)
     bias = method.bias.of(z)
     rows = ops.expert_loss(z, given["target"], bias=bias, reduction="none")
     reverse = ops.class_bias(given["class_counts"], kind="reverse").exp()
@@ -120,7 +152,7 @@ def _sade_tta(given: Fields, hyper: Hyper) -> Fields:
     views = list(zip(given["logits_view0"], given["logits_view1"], strict=True))
     learned = ExpertWeights(
         views[0][0].shape[0],
-        **hyper_of(hyper, "lr", "momentum", "nesterov", "weight_decay"),
+        **chosen(hyper, "lr", "momentum", "nesterov", "weight_decay"),
         dtype=views[0][0].dtype,
     )
     grads, weights = [], []
@@ -139,7 +171,7 @@ def _sade_tta(given: Fields, hyper: Hyper) -> Fields:
 def _balpoe(given: Fields, hyper: Hyper) -> Fields:
     method = create("balpoe", given, given["logits"].shape[0], taus=[float(tau) for tau in hyper["tau"]])
     mixed = {name: given[name] for name in ("target_b", "lam") if name in given}
-    z, results = several_experts(given, method, **mixed)
+    z, results = several(given, method, **mixed)
     bias = method.bias.of(z)
     results |= {
         "bias": method.bias.value,
@@ -152,10 +184,10 @@ def _balpoe(given: Fields, hyper: Hyper) -> Fields:
 
 
 def _mdcs(given: Fields, hyper: Hyper) -> Fields:
-    own = hyper_of(hyper, "kl_factor", warmup="kl_warmup") | {"exponents": [float(e) for e in hyper["exponents"]]}
+    own = chosen(hyper, "kl_factor", warmup="kl_warmup") | {"exponents": [float(e) for e in hyper["exponents"]]}
     method = create("mdcs", given, given["logits"].shape[0], **own)
     epoch = method.phase(hyper["epoch"] - 1)
-    z, results = several_experts(given, method, epoch)
+    z, results = several(given, method, epoch)
     experts, images = z.shape[0], z.shape[1] // 2
     bias, target = method.bias.of(z), given["target"]
     loss, rows = ops.expert_loss(z, target, bias=bias, reduction="none", return_rows=True)
@@ -183,7 +215,7 @@ def _mdcs(given: Fields, hyper: Hyper) -> Fields:
 
 
 def _ncl_method(given: Fields, hyper: Hyper) -> methods.Method:
-    own = hyper_of(
+    own = chosen(
         hyper, "ce_ratio", "hcm_ratio", "diversity_factor", "diversity_factor_hcm", "hcm_n", "con_ratio",
         temperature="contrast_temperature",
     )  # fmt: skip
@@ -211,7 +243,7 @@ def _pairs(x: Tensor, eps: float, **masks: Any) -> Tensor:
 
 def _ncl(given: Fields, hyper: Hyper) -> Fields:
     method = _ncl_method(given, hyper)
-    z, results = several_experts(given, method)
+    z, results = several(given, method)
     mask, numbers = _hard(given, hyper)
     target, bias = given["target"], method.bias.of(z)
     masked = {"class_mask": mask, "masked": "zero"}
@@ -228,7 +260,7 @@ def _ncl(given: Fields, hyper: Hyper) -> Fields:
 def _ncl_moco(given: Fields, hyper: Hyper) -> Fields:
     method = _ncl_method(given, hyper)
     query = leaf(given["query"])
-    z, results = several_experts(given, method, query=query, key=given["key"], queue=given["queue"])
+    z, results = several(given, method, query=query, key=given["key"], queue=given["queue"])
     alone, _ = method.loss(z, given["target"])
     contrast = queue_contrast(query, given["key"], given["queue"], hyper["temperature"])
     return results | {"grad_query": query.grad, "ncl_loss": alone, "contrast_ce": contrast}
@@ -236,9 +268,9 @@ def _ncl_moco(given: Fields, hyper: Hyper) -> Fields:
 
 def _ncl_plus(given: Fields, hyper: Hyper) -> Fields:
     experts, rows, classes = given["logits"].shape
-    own = hyper_of(hyper, "ce_ratio", "hcm_ratio", "diversity_factor", "hcm_n", "intra_n")
+    own = chosen(hyper, "ce_ratio", "hcm_ratio", "diversity_factor", "hcm_n", "intra_n")
     method = create("ncl++", given, experts, **own)
-    z, results = several_experts(given, method)
+    z, results = several(given, method)
     mask, numbers = _hard(given, hyper)
     target, bias = given["target"], method.bias.of(z)
     adjusted, copies = z + bias, hyper["intra_n"]
@@ -289,7 +321,7 @@ def _reslt(given: Fields, hyper: Hyper) -> Fields:
     }
 
 
-CASES: dict[str, Case] = {
+SEVERAL_EXPERTS: dict[str, Callable[[Fields, Hyper], Fields]] = {
     "ride": _ride,
     "ride_distill": _ride_distill,
     "ride_router": _ride_router,
