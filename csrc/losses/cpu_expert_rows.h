@@ -328,10 +328,7 @@ void gradient_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, i
                 for (int i = 0; i < n; ++i) result[i] += of_divergence[i];
             }
             if (call.mask != nullptr && call.masked != Masked::kPartial) {
-                const std::uint8_t* mask = call.mask + b * plan.classes + c;
-                for (int i = 0; i < count; ++i) {
-                    if (mask[i] == 0) result[i / kLanes<T>][i % kLanes<T>] = 0;
-                }
+                mask_tile<T>(call.mask + b * plan.classes + c, count, result, T(0));
             }
             const std::int64_t label[2] = {plan.target(k, b), plan.second(k, b)};
             for (int s = 0; s < 2; ++s) {
