@@ -113,7 +113,13 @@ def check_choice(op: str, name: str, value: object, known: Sequence[str]) -> Non
 
 
 def check_labels(op: str, name: str, target: object, first: Tensor, shape: tuple[int, int, int]) -> None:
-    if isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == shape[:2]:
+    if (
+        isinstance(target, Tensor)
+        and target.layout is torch.strided
+        and not target.is_nested
+        and target.dtype == torch.int64
+        and target.shape == shape[:2]
+    ):
         check_target(
             op,
             target.flatten() if target.is_contiguous() else target.reshape(-1),
