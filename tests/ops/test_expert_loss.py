@@ -298,12 +298,14 @@ def kl_by_rows(
     return result
 
 
+# Every other row is right, by far.
+GIVEN = normal(B, C) + 9 * (torch.arange(B) % 2)[:, None] * F.one_hot(TARGET, C)
 TEACHERS = {
     "others": "others",
     "mean": "mean",
     "view": "view",
-    "given": normal(B, C),
-    "given by expert": normal(K, B, C),
+    "given": GIVEN,
+    "given by expert": GIVEN + normal(K, B, C),
 }
 KL_OPTIONS = {
     "plain": lambda rows: {},
