@@ -161,6 +161,7 @@ inline ExpertCall weighted_expert_call(Arguments& in) {
     call.weight_b = of_experts(in["weight_b"]);
     call.kl_weight = of_experts(in["kl_weight"]);
     call.weight_number = in["weight_number"].number();
+    call.weight_b_number = in["weight_b_number"].number();
     call.kl_number = in["kl_number"].number();
     return call;
 }

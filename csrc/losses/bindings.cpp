@@ -140,7 +140,7 @@ void define_for_cuda(pybind11::module_& module) {
         return [=] { cuda_expert_forward(call, workspace, loss, terms, rows, queue); };
     });
     define(module, "cuda_expert_backward", "Fills gradient.", [](Arguments& in) {
-        const ExpertCall call = weighted_expert_call(in);
+        const ExpertCall call = expert_call(in, true);
         const Experts gradient = gradient_of(in, call.logits);
         const float* grad_output = floats(in["grad_output"], call.of_rows ? 2 : 0);
         const CudaQueue queue = queue_of(in);

@@ -159,7 +159,7 @@ __device__ __forceinline__ float end_row(const ExpertArguments& call, const Expe
     const bool second = call.target_b.data != nullptr, two = label[1] >= 0 && label[1] != label[0];
     Labels<float> row{totals.at[0], totals.at[1], 0, 0, 0, 0};
     row.weight_a = call.number_of(call.weight_a, k, b, float(call.weight_number));
-    const float weight_b = second ? call.number_of(call.weight_b, k, b, 0) : 0;
+    const float weight_b = second ? call.number_of(call.weight_b, k, b, float(call.weight_b_number)) : 0;
     (two ? row.weight_b : row.weight_a) += weight_b;
     row.margin_a = call.number_of(call.margin, k, label[0], 0);
     if (two) row.margin_b = call.number_of(call.margin, k, label[1], 0);
