@@ -18,7 +18,7 @@ FLOORS = (
     ("errors", "_version"),
     ("_util",),
     ("ops", "data.types", "data.shots", "data.longtail", "data.random", "data.recipes"),
-    ("nn", "data.augment"),
+    ("nn", "data.augment", "data.sampling"),
     ("models", "data.images"),
     ("methods", "data.pack"),
     ("data.registry",),

@@ -37,6 +37,7 @@ struct ExpertPlan {
     bool apart;       // its logits are not those of the cross-entropy
     bool teacher;     // there is one beside the experts
     bool teacher_of_each;
+    bool floored;         // a divergence of cpu_expert_floored.h
     bool wants_correct;
     T inverse_temperature, temperature_scale;
 
@@ -48,8 +49,8 @@ struct ExpertPlan {
                                call.temperature_number != 1);
         teacher = divergence && call.teacher != Teacher::kOthers;
         teacher_of_each = call.teacher == Teacher::kView ||
-                          (call.teacher == Teacher::kGiven &&
-                           call.teacher_logits.expert[0].data != call.teacher_logits.expert[call.logits.count - 1].data);
+                          (call.teacher == Teacher::kGiven && differs_by_expert(call));
+        floored = divergence && (call.eps > 0 || call.masked == Masked::kPartial);
         wants_correct = (call.rows || call.gated) && call.target.data != nullptr;
         inverse_temperature = T(1 / call.temperature_number);
     }
@@ -76,6 +77,11 @@ struct ExpertPlan {
     }
 
 private:
+    static bool differs_by_expert(const ExpertCall& call) {
+        const Experts& given = call.teacher_logits;
+        const bool adjusts = call.adjusted && (call.bias.expert_stride != 0 || call.scale.expert_stride != 0);
+        return adjusts || given.expert[0].data != given.expert[given.count - 1].data;
+    }
     static std::int64_t label(const LabelsOfExperts& labels, int k, std::int64_t b) {
         return labels.data == nullptr ? -1 : labels.data[k * labels.expert_stride + b * labels.stride];
     }
@@ -143,15 +149,14 @@ void load_row_logits(const ExpertPlan<T>& plan, const Experts& from, int k, std:
     const ExpertCall& call = plan.call;
     const int vectors = (count + kLanes<T> - 1) / kLanes<T>;
     load_tile<T>(from.dtype, from.expert[k], b, c, count, tile, 1, T(kAbsent));
-    if (!adjusted) return;
     Vector<T> other[kTile];
-    if (call.scale.data != nullptr) {
+    if (adjusted && call.scale.data != nullptr) {
         load_of_classes<T>(call.scale, k, c, count, other, T(1));
         for (int i = 0; i < vectors; ++i) tile[i] *= other[i];
-    } else if (call.scale_number != 1) {
+    } else if (adjusted && call.scale_number != 1) {
         for (int i = 0; i < vectors; ++i) tile[i] *= T(call.scale_number);
     }
-    if (call.bias.data != nullptr) {
+    if (adjusted && call.bias.data != nullptr) {
         load_of_classes<T>(call.bias, k, c, count, other, T(0));
         for (int i = 0; i < vectors; ++i) tile[i] += other[i];
     }
@@ -337,7 +342,8 @@ void make_teachers(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, std
                 const Experts& from = call.teacher == Teacher::kView ? call.logits : call.teacher_logits;
                 make_logits<T>(plan, arrays.u(t), plan.target(t, b), plan.second(t, b), softmax,
                                [&](std::int64_t c, int count, V* tile) {
-                                   load_row_logits<T>(plan, from, t, row, b, c, count, call.adjusted, tile);
+                                   const std::int64_t sample = call.teacher == Teacher::kView ? row : b;
+                                   load_row_logits<T>(plan, from, t, row, sample, c, count, call.adjusted, tile);
                                    cool<T>(plan, c, count, tile);
                                });
             }
@@ -363,57 +369,6 @@ void make_teachers(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, std
             sum += part;
         }
         block.cross[k][lane] = lane_sum<T>(sum);
-    }
-}
-
-// Fills the arrays of the experts [first_expert, first_expert + experts) of one sample, and its lane of the block.
-template <class T>
-void make_arrays(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, int first_expert, int experts,
-                 std::int64_t b, int lane, ExpertBlock<T>& block) {
-    using V = Vector<T>;
-    const ExpertCall& call = plan.call;
-    T pivot_of[kMaxExperts];
-    for (int i = 0; i < experts; ++i) {
-        const int k = first_expert + i;
-        const std::int64_t y = plan.target(k, b), y_b = plan.second(k, b);
-        Softmax<T> softmax;
-        T linear = 0;
-        V* x = arrays.x(i);
-        if (call.cross_entropy || !plan.apart) {
-            const bool adjusted = call.cross_entropy || call.adjusted;
-            make_logits<T>(plan, x, y, y_b, softmax, [&](std::int64_t c, int count, V* tile) {
-                load_row_logits<T>(plan, call.logits, k, b, b, c, count, adjusted, tile);
-            });
-            if (plan.wants_correct) {
-                block.correct[i][lane] =
-                    is_answer<T>(x, plan.classes, y, softmax.at[0], y_b, softmax.at[1]) ? T(1) : T(0);
-            }
-            if (call.label_smoothing != 0) linear = linear_sum<T>(plan, x, softmax.pivot);
-            make_exponentials<T>(plan, x, arrays.e(i), softmax);
-        }
-        block.sums[i].pivot[lane] = softmax.pivot;
-        block.sums[i].sum[lane] = softmax.sum;
-        block.sums[i].linear[lane] = linear;
-        for (int s = 0; s < 2; ++s) block.x_at[i][s][lane] = softmax.at[s];
-        if (!plan.divergence) continue;
-        if (plan.apart) {
-            softmax = Softmax<T>{};
-            make_logits<T>(plan, arrays.d(i), y, y_b, softmax, [&](std::int64_t c, int count, V* tile) {
-                load_row_logits<T>(plan, call.logits, k, b, b, c, count, call.adjusted, tile);
-                cool<T>(plan, c, count, tile);
-            });
-            make_exponentials<T>(plan, arrays.d(i), arrays.f(i), softmax);
-        }
-        pivot_of[i] = softmax.pivot;
-        block.d_pivot[i][lane] = softmax.pivot;
-        block.d_sum[i][lane] = softmax.sum;
-        for (int s = 0; s < 2; ++s) block.d_at[i][s][lane] = capped(softmax.at[s]);
-    }
-    if (!plan.divergence) return;
-    if (call.teacher == Teacher::kOthers) {
-        cross_of_others<T>(plan, arrays, b, lane, pivot_of, block);
-    } else {
-        make_teachers<T>(plan, arrays, b, lane, pivot_of, block);
     }
 }
 

@@ -3,9 +3,63 @@
 #pragma once
 
 #include "losses/cpu_expert.h"
+#include "losses/cpu_expert_floored.h"
 
 namespace shike {
 namespace {
+
+// Fills the arrays of the experts [first_expert, first_expert + experts) of one sample, and its lane of the block.
+template <class T>
+void make_arrays(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, int first_expert, int experts,
+                 std::int64_t b, int lane, ExpertBlock<T>& block, FlooredRow<T>* floored) {
+    using V = Vector<T>;
+    const ExpertCall& call = plan.call;
+    T pivot_of[kMaxExperts];
+    for (int i = 0; i < experts; ++i) {
+        const int k = first_expert + i;
+        const std::int64_t y = plan.target(k, b), y_b = plan.second(k, b);
+        Softmax<T> softmax;
+        T linear = 0;
+        V* x = arrays.x(i);
+        if (call.cross_entropy || !plan.apart || plan.wants_correct) {
+            const bool adjusted = call.cross_entropy || call.adjusted;
+            make_logits<T>(plan, x, y, y_b, softmax, [&](std::int64_t c, int count, V* tile) {
+                load_row_logits<T>(plan, call.logits, k, b, b, c, count, adjusted, tile);
+            });
+            if (plan.wants_correct) {
+                block.correct[i][lane] =
+                    is_answer<T>(x, plan.classes, y, softmax.at[0], y_b, softmax.at[1]) ? T(1) : T(0);
+            }
+            if (call.label_smoothing != 0) linear = linear_sum<T>(plan, x, softmax.pivot);
+            make_exponentials<T>(plan, x, arrays.e(i), softmax);
+        }
+        block.sums[i].pivot[lane] = softmax.pivot;
+        block.sums[i].sum[lane] = softmax.sum;
+        block.sums[i].linear[lane] = linear;
+        for (int s = 0; s < 2; ++s) block.x_at[i][s][lane] = softmax.at[s];
+        if (!plan.divergence) continue;
+        if (plan.apart) {
+            softmax = Softmax<T>{};
+            make_logits<T>(plan, arrays.d(i), y, y_b, softmax, [&](std::int64_t c, int count, V* tile) {
+                load_row_logits<T>(plan, call.logits, k, b, b, c, count, call.adjusted, tile);
+                cool<T>(plan, c, count, tile);
+            });
+            make_exponentials<T>(plan, arrays.d(i), arrays.f(i), softmax);
+        }
+        pivot_of[i] = softmax.pivot;
+        block.d_pivot[i][lane] = softmax.pivot;
+        block.d_sum[i][lane] = softmax.sum;
+        for (int s = 0; s < 2; ++s) block.d_at[i][s][lane] = capped(softmax.at[s]);
+    }
+    if (!plan.divergence) return;
+    if (plan.floored) {
+        floored_sums<T>(plan, arrays, b, lane, block, floored);
+    } else if (call.teacher == Teacher::kOthers) {
+        cross_of_others<T>(plan, arrays, b, lane, pivot_of, block);
+    } else {
+        make_teachers<T>(plan, arrays, b, lane, pivot_of, block);
+    }
+}
 
 // Where the results of rows go.
 template <class T>
@@ -57,10 +111,52 @@ void end_divergence(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, std:
     }
 }
 
+// What the gradient needs of a floored row, in the places of what it does not.
+template <class T>
+ExpertSaved<T> with_floored(ExpertSaved<T> saved, const FlooredRow<T>& row) {
+    saved.kl_pivot = row.pivot;
+    saved.slope = row.scale;
+    saved.bend = row.log_sum;
+    saved.share = row.mean;
+    saved.out = row.pull;
+    saved.teacher_pivot = row.mass;
+    saved.spare = row.weight;
+    return saved;
+}
+template <class T>
+FlooredRow<T> floored_of(const ExpertSaved<T>& saved) {
+    return {saved.kl_pivot, saved.slope, saved.bend, {0, 0}, {0, 0}, saved.share, saved.teacher_pivot, saved.out, saved.spare};
+}
+
+// `floored`: [lane][kMaxExperts]
+template <class T>
+void end_floored(const ExpertPlan<T>& plan, std::int64_t first_row, int rows, const FlooredRow<T>* floored,
+                 DivergenceEnd<Vector<T>>* ends) {
+    const int experts = plan.experts();
+    for (int lane = 0; lane < rows; ++lane) {
+        const FlooredRow<T>* of_row = floored + lane * kMaxExperts;
+        const std::int64_t b = first_row + lane, labels[2] = {plan.target(0, b), plan.second(0, b)};
+        T weight[kMaxExperts];
+        for (int k = 0; k < experts; ++k) {
+            weight[k] = of_row[k].weight;
+            ends[k].of_row[lane] = of_row[k].weight * of_row[k].mean;
+        }
+        for (int s = 0; s < 2; ++s) {
+            if (labels[s] < 0) continue;
+            const FlooredClass<T> label = floored_label<T>(plan, of_row, s, weight);
+            for (int k = 0; k < experts; ++k) {
+                ends[k].at[s][lane] =
+                    floored_gradient<T, T>(plan, of_row[k], label, k, counts<T>(plan, b, labels[s]), weight);
+            }
+        }
+    }
+}
+
 // Ends the rows of a block, a lane each, of the experts [first_expert, first_expert + experts); saved: [lane][expert].
 template <class T>
 void end_block(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, int first_expert, int experts,
-               std::int64_t first_row, int rows, const ExpertResults<T>& results, ExpertSaved<T>* saved) {
+               std::int64_t first_row, int rows, const FlooredRow<T>* floored, const ExpertResults<T>& results,
+               ExpertSaved<T>* saved) {
     using V = Vector<T>;
     const ExpertCall& call = plan.call;
     const std::int64_t batch = call.logits.batch;
@@ -106,7 +202,12 @@ void end_block(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, int first
         end.at[1] = cross_entropy[i].at_b * of_scale[i][1];
     }
     DivergenceEnd<V> divergence[kMaxExperts] = {};
-    if (plan.divergence) {
+    if (plan.floored) {
+        end_floored<T>(plan, first_row, rows, floored, divergence);
+        for (int k = 0; k < experts; ++k) {
+            for (int s = 0; s < 2; ++s) ends[k].at[s] += divergence[k].at[s] * of_divergence[k][s];
+        }
+    } else if (plan.divergence) {
         end_divergence<T>(plan, block, first_row, rows, present, divergence);
         for (int k = 0; k < experts; ++k) {
             ends[k].kl_pivot = block.d_pivot[k];
@@ -122,7 +223,9 @@ void end_block(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, int first
         const int k = first_expert + i;
         for (int lane = 0; lane < rows; ++lane) {
             const std::int64_t b = first_row + lane;
-            get_lane<T>(ends[i], lane, saved[lane * experts + i]);
+            ExpertSaved<T>& of_row = saved[lane * experts + i];
+            get_lane<T>(ends[i], lane, of_row);
+            if (plan.floored) of_row = with_floored(of_row, floored[lane * kMaxExperts + i]);
             results.terms[2 * b + 1] += plan.divergence ? double(divergence[i].of_row[lane]) : 0.0;
             if (!call.cross_entropy) continue;
             const T loss_a = cross_entropy[i].loss_a[lane], loss_b = cross_entropy[i].loss_b[lane];
@@ -135,7 +238,7 @@ void end_block(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, int first
             const T lam = call.target_b.data == nullptr ? T(1) : number_of<T>(call.lam, 0, b, T(call.lam_number));
             T* to = results.rows + k * batch + b;
             to[0] = lam == 1 ? loss_a : lam * loss_a + (1 - lam) * loss_b;
-            to[call.logits.count * batch] = block.sums[i].pivot[lane] + cross_entropy[i].log_sum[lane];
+            to[call.logits.count * batch] = cross_entropy[i].log_sum[lane];
             to[2 * call.logits.count * batch] = block.correct[i][lane];
             to[3 * call.logits.count * batch] = cross_entropy[i].p_target[lane];
         }
@@ -160,9 +263,15 @@ void gradient_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, i
                      std::int64_t b, const ExpertSaved<T>* saved, const T* grad_output, const Experts& gradient) {
     using V = Vector<T>;
     const ExpertCall& call = plan.call;
-    const bool others = call.teacher == Teacher::kOthers, bends = others && !call.detach;
+    const bool others = call.teacher == Teacher::kOthers && !plan.floored, bends = others && !call.detach;
+    FlooredRow<T> floored[kMaxExperts];
+    T weight[kMaxExperts] = {};
     T pivot[kMaxExperts] = {}, out[kMaxExperts] = {}, students = 0;
     for (int i = 0; i < experts; ++i) {
+        if (plan.floored) {
+            floored[i] = floored_of(saved[i]);
+            weight[i] = floored[i].weight;
+        }
         pivot[i] = saved[i].kl_pivot;
         out[i] = saved[i].out;
         students += out[i];
@@ -178,6 +287,17 @@ void gradient_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, i
                 const V* f = arrays.f(k) + first;
                 const V share = V{} + saved[k].share * grad_output[k];
                 for (int i = 0; i < n; ++i) shares[i] += share * f[i];
+            }
+        }
+        V of_floored[kTile][kMaxExperts];
+        if (plan.floored) {
+            for (int i = 0; i < n; ++i) {
+                FlooredClass<V> classes;
+                floored_tile<T>(plan, arrays, floored, first + i, weight, classes);
+                const V in = counted<T>(plan, b, first + i);
+                for (int k = 0; k < experts; ++k) {
+                    of_floored[i][k] = floored_gradient<T, V>(plan, floored[k], classes, k, in, weight);
+                }
             }
         }
         for (int at = 0; at < experts; ++at) {
@@ -196,7 +316,9 @@ void gradient_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, i
                 const V *f = arrays.f(at) + first, *d = arrays.d(at) + first;
                 const V slope = V{} + g * row.slope, floor = all<V>(kAbsent), pivot_of = V{} + row.kl_pivot;
                 const V bend = V{} + g * row.bend, out_of = V{} + row.out;
-                if (others) {
+                if (plan.floored) {
+                    for (int i = 0; i < n; ++i) of_divergence[i] = g * of_floored[i][at];
+                } else if (others) {
                     for (int i = 0; i < n; ++i) {
                         V factor = slope;
                         if (bends) factor += bend * (students * (larger(d[i], floor) - pivot_of) - total[i]);
@@ -259,6 +381,7 @@ void over_blocks(const ExpertPlan<T>& plan, std::int64_t first_row, std::int64_t
     ExpertBlock<T> block;
     std::memset(static_cast<void*>(&block), 0, sizeof(block));
     ExpertSaved<T> saved[kLanes<T> * kMaxExperts];
+    FlooredRow<T> floored[kLanes<T> * kMaxExperts];
     const auto arrays_of = [&](int lane) {
         return ExpertArrays<T>(plan, room.memory.get() + (keep ? lane * room.of_row : 0));
     };
@@ -267,9 +390,9 @@ void over_blocks(const ExpertPlan<T>& plan, std::int64_t first_row, std::int64_t
         std::fill(results.terms + 2 * first, results.terms + 2 * (first + rows), 0.0);
         for (int k = 0; k < plan.experts(); k += together) {
             for (int lane = 0; lane < rows; ++lane) {
-                make_arrays<T>(plan, arrays_of(lane), k, together, first + lane, lane, block);
+                make_arrays<T>(plan, arrays_of(lane), k, together, first + lane, lane, block, floored + lane * kMaxExperts);
             }
-            end_block<T>(plan, block, k, together, first, rows, results, saved);
+            end_block<T>(plan, block, k, together, first, rows, floored, results, saved);
             for (int lane = 0; lane < rows; ++lane) {
                 done(first + lane, k, together, arrays_of(lane), saved + lane * together);
             }
@@ -298,12 +421,13 @@ void expert_backward(const ExpertCall& call, const Experts& gradient, const void
     const ExpertRoom<T> room(plan, together, false);
     const ExpertArrays<T> arrays(plan, room.memory.get());
     ExpertBlock<T> block;
+    FlooredRow<T> floored[kMaxExperts];
     const T* grad = static_cast<const T*>(grad_output);
     for (std::int64_t b = first; b < last; ++b) {
         for (int k = 0; k < experts; k += together) {
             T of_experts[kMaxExperts];
             for (int i = 0; i < together; ++i) of_experts[i] = grad[call.of_rows ? (k + i) * call.logits.batch + b : 0];
-            make_arrays<T>(plan, arrays, k, together, b, 0, block);
+            make_arrays<T>(plan, arrays, k, together, b, 0, block, floored);
             const auto* saved = reinterpret_cast<const ExpertSaved<T>*>(static_cast<const T*>(call.saved) +
                                                                         (b * experts + k) * kExpertSaved);
             gradient_of_row<T>(plan, arrays, k, together, b, saved, of_experts, gradient);

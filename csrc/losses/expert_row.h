@@ -33,13 +33,14 @@ struct CrossEntropyEnd {
     V p_scale;         // the gradient at other classes: p_scale exp(x - M) - everywhere
     V everywhere;
     V at_a, at_b;      // all of it at the labels
-    V log_sum;         // of all classes without margin, relative to the pivot
+    V log_sum;         // log sum of exp(x), without margin
     V p_target;        // of y, without margin
 };
 
 template <class V>
 struct LabelEnd {
-    V loss, of_rest, own, own_left, of_other, log_sum;
+    V loss, of_rest, own, own_left, of_other;
+    V top, log_total;  // log of the sum of exponentials: their sum
 };
 
 // -log p of one label, `own` with its margin, beside the other label.
@@ -60,7 +61,8 @@ SHIKE_HD LabelEnd<V> end_label(const ExpertSums<V>& sums, V own, V other) {
     end.own = e * inverse;
     end.own_left = others * inverse;  // 1 - p
     end.of_other = of_other * inverse;
-    end.log_sum = log_total + (top - sums.pivot);
+    end.top = top;
+    end.log_total = log_total;
     return end;
 }
 
@@ -76,7 +78,7 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
     end.loss_a = a.loss;
     if (smoothing != 0) {
         const V mean = (sums.linear + (own_a - sums.pivot) + beside_b) / classes;
-        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_sum - mean);
+        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_total + (a.top - sums.pivot) - mean);
     }
     end.p_scale = row.weight_a * a.of_rest;
     end.everywhere = row.weight_a * shared;
@@ -89,7 +91,7 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
         V loss_b = b.loss;
         if (smoothing != 0) {
             const V mean = (sums.linear + (row.x_a - sums.pivot) + (own_b - sums.pivot)) / classes;
-            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_sum - mean);
+            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_total + (b.top - sums.pivot) - mean);
         }
         end.loss_b = second ? loss_b : end.loss_a;
         end.p_scale += row.weight_b * b.of_rest;
@@ -99,7 +101,7 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
     }
     LabelEnd<V> plain = a;
     if (margins) plain = end_label(sums, row.x_a, row.x_b);
-    end.log_sum = plain.log_sum;
+    end.log_sum = plain.top + plain.log_total;
     end.p_target = plain.own;
     return end;
 }

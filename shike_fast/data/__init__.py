@@ -21,10 +21,12 @@ from shike_fast.data.loaders.loader import Loader
 from shike_fast.data.longtail import long_tail_counts
 from shike_fast.data.recipes import PHOTOGRAPHS, SMALL_IMAGES
 from shike_fast.data.registry import datasets, load_dataset, register_dataset
+from shike_fast.data.sampling import SAMPLERS, Sampler, make_sampler
 from shike_fast.data.types import BatchSource, Counts, DatasetInfo, LoadOptions, LongTailData
 
 __all__ = [
     "PHOTOGRAPHS",
+    "SAMPLERS",
     "SMALL_IMAGES",
     "ArrayDataset",
     "BatchSource",
@@ -38,6 +40,7 @@ __all__ = [
     "Loader",
     "LongTailData",
     "PathTable",
+    "Sampler",
     "build_arrays",
     "build_images",
     "cifar",
@@ -50,6 +53,7 @@ __all__ = [
     "load_dataset",
     "load_listed_images",
     "long_tail_counts",
+    "make_sampler",
     "photo_augmentations",
     "places_lt",
     "read_list",

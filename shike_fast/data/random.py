@@ -1,4 +1,4 @@
-"""Counter-based random numbers: every draw is a pure function of (seed, epoch, sample index).
+"""Counter-based random numbers: every draw is a pure function of (seed, epoch, sample index, earlier showings).
 
 There is no generator state, so a sample looks the same whichever worker loads it, wherever it stands in a batch and
 however often the run was stopped and resumed. The function is Philox4x32-10 of Salmon et al., "Parallel Random Numbers:
@@ -16,6 +16,10 @@ _SHIFT = np.uint64(32)
 # The last counter word separates independent streams drawn from one (seed, epoch).
 STREAM_ORDER = 0
 STREAM_AUGMENTATION = 1
+STREAM_CLASSES = 2  # the order in which a sampler visits the classes
+STREAM_SAMPLES = 3  # which samples it draws
+
+_REPEAT_BITS = 8  # below a repeat's number in its counter word: that of a block of four words
 
 
 def philox(
@@ -53,17 +57,37 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def draw_words(seed: int, epoch: int, indices: NDArray[np.int64], words: int, stream: int) -> NDArray[np.uint32]:
-    """Random words of samples ``indices`` [B]: uint32 [B, words], each row a function of (seed, epoch, index) alone."""
-    blocks = (words + 3) // 4
+def draw_words(
+    seed: int,
+    epoch: int,
+    indices: NDArray[np.int64],
+    words: int,
+    stream: int,
+    repeats: NDArray[np.int64] | None = None,
+) -> NDArray[np.uint32]:
+    """Random words of samples: each row is a function of (seed, epoch, index, repeat) alone.
+
+    Args:
+        seed, epoch: what all rows share.
+        indices: int64 [B], the samples.
+        words: their number, at most 1024.
+        stream: one of the ``STREAM_`` constants.
+        repeats: int64 [B], below 2**24: how many times the epoch has shown each sample before. None: never.
+
+    Returns:
+        uint32 [B, words].
+    """
+    blocks = np.arange((words + 3) // 4, dtype=np.uint64)[None, :]
+    if repeats is not None:
+        blocks = blocks + (repeats.astype(np.uint64)[:, None] << np.uint64(_REPEAT_BITS))
     counter = (
         indices.astype(np.uint64)[:, None],
-        np.arange(blocks, dtype=np.uint64)[None, :],
+        blocks,
         np.full((1, 1), epoch, dtype=np.uint64),
         np.full((1, 1), stream, dtype=np.uint64),
     )
     raw = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))  # [B, blocks, 4]
-    return raw.reshape(len(indices), 4 * blocks)[:, :words]
+    return raw.reshape(len(indices), 4 * blocks.shape[1])[:, :words]
 
 
 def uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
@@ -76,7 +100,14 @@ def integers(words: NDArray[np.uint32], count: int) -> NDArray[np.int64]:
     return ((words.astype(np.uint64) * np.uint64(count)) >> _SHIFT).astype(np.int64)
 
 
+def long_words(
+    seed: int, epoch: int, indices: NDArray[np.int64], stream: int, repeats: NDArray[np.int64] | None = None
+) -> NDArray[np.uint64]:
+    """A random word of 64 bits for each sample, uint64 [B]; the arguments are those of :func:`draw_words`."""
+    words = draw_words(seed, epoch, indices, 2, stream, repeats).astype(np.uint64)
+    return (words[:, 0] << _SHIFT) | words[:, 1]
+
+
 def permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     """The order of an epoch: a random permutation of 0 … length-1 that depends on (seed, epoch) alone."""
-    words = draw_words(seed, epoch, np.arange(length), 2, STREAM_ORDER).astype(np.uint64)
-    return np.argsort((words[:, 0] << _SHIFT) | words[:, 1], kind="stable")
+    return np.argsort(long_words(seed, epoch, np.arange(length), STREAM_ORDER), kind="stable")

@@ -36,8 +36,19 @@ class BatchSource(Protocol):
         """Sample ``index`` as it looks in epoch 0: a normalised float32 image [C, H, W] and its label."""
         ...
 
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Normalised float32 images [B, C, H, W] and int64 labels [B]; a row depends on (seed, epoch, index) alone."""
+    def batch(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised float32 images [B, C, H, W] and int64 labels [B].
+
+        A row depends on (seed, epoch, index, repeat) alone.
+
+        Args:
+            indices: int64 [B].
+            seed, epoch: what all rows share.
+            repeats: int64 [B], how many times the epoch has shown each sample before; None, or not given: never. A
+                source may lack it where no sampler draws a sample twice and a method sees one view of it.
+        """
         ...
 
 

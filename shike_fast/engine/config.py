@@ -84,6 +84,11 @@ class TrainConfig(Settings):
             epoch -= epochs
         return number, epochs + epoch
 
+    @property
+    def views(self) -> tuple[str | None, ...]:
+        """The augmentation of each view that the method takes of a training image; None: the run's."""
+        return methods.find_method(self.method).views(self)
+
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of ``models.create_model`` that the method implies."""
         options = methods.find_method(self.method).model_options(self)

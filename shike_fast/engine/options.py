@@ -15,6 +15,7 @@ from shike_fast._util.cli import ArgumentParser
 from shike_fast._util.options import Check, Option, at_least, at_most, not_negative, option, options_of, positive
 from shike_fast._util.plugins import add_plugin_option
 from shike_fast.data.longtail import SUBSETS
+from shike_fast.data.sampling import SAMPLERS
 from shike_fast.data.types import MOST_PIXELS_A_SIDE
 from shike_fast.errors import ConfigError
 
@@ -179,6 +180,14 @@ class Settings:
         group="data",
         metavar="|".join(SUBSETS),
         choices=lambda: tuple(SUBSETS),
+    )
+    sampler: str = option(
+        "instance",
+        "how training images are drawn: each once an epoch, or classes in equal shares, by the square root of their "
+        "size, or from their size to equal shares in the course of a stage; a stage of a method may say otherwise",
+        group="data",
+        metavar="|".join(SAMPLERS),
+        choices=lambda: tuple(SAMPLERS),
     )
     plugins: tuple[str, ...] = option((), "modules of the user's own that were imported", flag=None, changeable=True)
 

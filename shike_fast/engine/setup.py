@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
 from shike_fast import data
 from shike_fast._util.cli import cores, most_workers
+from shike_fast.data.images.augmented import AugmentedDataset
 from shike_fast.data.images.gpu_decode import NoHardwareDecoderError
 from shike_fast.data.loaders import choice
 from shike_fast.data.loaders.loader import EpochLoader
+from shike_fast.data.sampling import Sampler, make_sampler
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes, local_world_size
 from shike_fast.engine.state import build_model
@@ -44,8 +47,11 @@ def make_loader(
     among the processes of this machine, at most eight, or 32 that decode for a GPU; those prepared a batch at a time
     need none.
 
+    Training images are drawn by the sampler of the first stage, and shown in the views of the method.
+
     Raises:
-        ConfigError: if ``--loader device`` is asked for images that are files, or ``gpu`` where none can decode.
+        ConfigError: if ``--loader device`` is asked for images that are files, or ``gpu`` where none can decode, or if
+            the data set lacks an augmentation that the method wants, or has nothing that a sampler could draw.
     """
     source = dataset.train if train else dataset.test
     wanted = "cpu" if config.loader == "auto" and config.workers is not None else config.loader
@@ -53,13 +59,16 @@ def make_loader(
     if kind is None:
         raise ConfigError(f"--loader: device holds images that fit in memory, {dataset.name} has files; use cpu or gpu")
     batch_size = config.batch_size if train else test_batch_size or (1 if kind.decodes else 4) * config.batch_size
-    workers = _workers(config, source, decodes_for_gpu=kind.decodes and device.type != "cpu")
+    views = _views(config, dataset) if train else [source]
+    workers = _workers(config, views, decodes_for_gpu=kind.decodes and device.type != "cpu")
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "seed": config.seed,
         "shuffle": train,
         "rank": processes.rank,
         "world_size": processes.world_size,
+        "sampler": stage_sampler(config, dataset, 1) if train else None,
+        "views": views,
     }
     try:
         return choice.make_loader(source, kind, device=device, num_workers=workers, **settings)
@@ -69,10 +78,54 @@ def make_loader(
         raise ConfigError(f"--batch-size: {error}") from error
 
 
-def _workers(config: TrainConfig, source: data.BatchSource, *, decodes_for_gpu: bool) -> int:
+def stage_sampler(config: TrainConfig, dataset: data.LongTailData, stage: int) -> Sampler:
+    """What draws the training images of a stage, counted from 1.
+
+    Raises:
+        ConfigError: there is nothing that it could draw, or the data set cannot show an image twice in an epoch.
+    """
+    before, own = config.stage_epochs[: stage - 1], config.stage_epochs[stage - 1]
+    name = config.stages[stage - 1].sampler or config.sampler
+    try:
+        sampler = make_sampler(name, dataset.train.labels, first_epoch=sum(before), epochs=own)
+    except ValueError as error:
+        raise ConfigError(f"--sampler: {error}") from error
+    if sampler.repeats and not _shows_again(dataset.train):
+        raise ConfigError(
+            f"--sampler: '{name}' draws an image of {dataset.name} more than once, but its batch() takes no repeats; "
+            "use --sampler instance, or let it take them"
+        )
+    return sampler
+
+
+def _views(config: TrainConfig, dataset: data.LongTailData) -> list[data.BatchSource]:
+    """The training images as each view of the method shows them."""
+    source, names = dataset.train, config.views
+    known = data.datasets()[config.dataset].augmentations if config.dataset in data.datasets() else ()
+    for name in names:
+        if name is not None and (name not in known or not isinstance(source, AugmentedDataset)):
+            raise ConfigError(
+                f"--method: '{config.method}' wants a view with the augmentation {name!r}, {dataset.name} has "
+                f"{', '.join(known) or 'none'}"
+            )
+    if not names:
+        raise ConfigError(f"--method: '{config.method}' takes no view of its images; at least one is needed")
+    if len(names) > 1 and not _shows_again(source):
+        raise ConfigError(
+            f"--method: '{config.method}' takes {len(names)} views of an image, but batch() of {dataset.name} takes no "
+            "repeats; use a method of one view, or let it take them"
+        )
+    return [source.augmented_by(name) if name and isinstance(source, AugmentedDataset) else source for name in names]
+
+
+def _shows_again(source: data.BatchSource) -> bool:
+    return "repeats" in inspect.signature(source.batch).parameters
+
+
+def _workers(config: TrainConfig, views: list[data.BatchSource], *, decodes_for_gpu: bool) -> int:
     if config.workers is not None:
         return min(config.workers, most_workers())  # a checkpoint may come from a larger machine
-    if not source.wants_workers:
+    if not any(view.wants_workers for view in views):
         return 0
     return min(_MOST_DECODERS if decodes_for_gpu else _MOST_WORKERS, max(1, cores() // local_world_size()))
 
@@ -100,6 +153,9 @@ def check_setting(
             f"--batch-size: counts the images of all processes; {processes.world_size} processes with --accumulate "
             f"{config.accumulate} need at least {2 * passes}, got {config.batch_size}"
         )
+    _views(config, dataset)
+    for stage in range(1, len(config.stages) + 1):
+        stage_sampler(config, dataset, stage)
     _check_last_batch(config, dataset, processes)
     if len(dataset.test) < processes.world_size:
         raise ConfigError(f"{dataset.name} has {len(dataset.test)} test images for {processes.world_size} processes")
@@ -146,13 +202,14 @@ def _check_last_batch(config: TrainConfig, dataset: data.LongTailData, processes
 
 
 def _fewest_at_a_time(images: int, config: TrainConfig, processes: Processes) -> int:
-    """The fewest images over which BatchNorm takes its statistics in a step with so many, as the step cuts them."""
+    """The fewest images, in all views, over which BatchNorm takes its statistics in a step with so many."""
+    views = len(config.views)
     share = images // processes.world_size  # of the processes that get the fewest
     parts = max(1, min(config.accumulate, share))
     if not config.sync_batch_norm:
-        return share // parts
+        return views * (share // parts)
     larger = images % processes.world_size  # processes that get one image more
-    return larger * ((share + 1) // parts) + (processes.world_size - larger) * (share // parts)
+    return views * (larger * ((share + 1) // parts) + (processes.world_size - larger) * (share // parts))
 
 
 def _normalises_one_image(config: TrainConfig, dataset: data.LongTailData) -> bool:

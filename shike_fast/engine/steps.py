@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shike_fast import models
+from shike_fast.data.loaders.loader import joined
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.graph import CudaGraphRunner, on_side_stream
@@ -58,6 +59,7 @@ class StageSteps:
 
     A step takes this process's share of the images of one optimizer step. With ``accumulate`` = N they go through the
     model in N parts one after the other; every image weighs the same in the gradient, whatever the parts and shares.
+    All views of an image are in the same part; the totals count the first one.
 
     Args:
         model: the network, on its device; the parameters that the stage does not train are frozen here.
@@ -96,6 +98,7 @@ class StageSteps:
         self.device = class_counts.device
         self._phase = self.method.phase(0)
         self._terms = set(self.stage.terms)
+        self._views = len(config.views)
         self.autocast = make_autocast(config.amp, self.device)
         self.optimizer = make_optimizer(
             config.optimizer,
@@ -132,7 +135,7 @@ class StageSteps:
         """One optimizer step.
 
         Args:
-            images: float [b, channels, H, W], this process's share, on the device.
+            images: float [V*b, channels, H, W], the V views of this process's share, on the device.
             labels: int64 [b].
             of_all: images of this step in all processes together.
         """
@@ -142,16 +145,17 @@ class StageSteps:
         self.optimizer.zero_grad(set_to_none=True)
         # the same number in all processes, which exchange statistics in every part: what the smallest share allows
         parts = max(1, min(self.config.accumulate, of_all // self.processes.world_size))
-        pairs = list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
+        views = [view.tensor_split(parts) for view in images.tensor_split(self._views)]
+        pairs = list(zip(zip(*views, strict=True), labels.tensor_split(parts), strict=True))
         for number, (part, part_labels) in enumerate(pairs, start=1):
             with self._without_exchange(number < parts):
                 with self.autocast():
-                    output = self.network(part)
-                loss, terms, logits = self._loss(output, part_labels, phase)
+                    output = self.network(joined(part))
+                loss, terms, logits = self._loss(output, joined([part_labels] * self._views), phase)
                 # of the mean over all images; the gradients of the processes are averaged, hence world_size
                 share = len(part_labels) * self.processes.world_size / of_all
                 self.scaler.scale(loss if share == 1 else loss * share).backward()
-            self.totals.add(loss, terms, logits, part_labels)
+            self.totals.add(loss, terms, logits[:, : len(part_labels)], part_labels)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.method.after_step(self.model)

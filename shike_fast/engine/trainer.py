@@ -27,7 +27,7 @@ from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, Evaluat
 from shike_fast.engine.optimizer import set_lr
 from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
-from shike_fast.engine.setup import check_setting, make_loader, records
+from shike_fast.engine.setup import check_setting, make_loader, records, stage_sampler
 from shike_fast.engine.signals import GracefulStop
 from shike_fast.engine.state import (
     build_model,
@@ -364,6 +364,7 @@ class Trainer:
     def _enter_stage(self, stage: int) -> None:
         """Freeze what ``stage`` does not train and start its optimizer afresh."""
         self.stage = stage
+        self.train_loader.sampler = stage_sampler(self.config, self.dataset, stage)
         record = records(self.config, self.dataset, self.device, self.processes)
         self.steps = StageSteps(
             self.model,

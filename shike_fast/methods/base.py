@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shike_fast._util.options import option, options_of
+from shike_fast.data.sampling import check_sampler
 
 
 def all_but_second_classifiers(model: nn.Module) -> Iterable[nn.Parameter]:
@@ -40,6 +41,7 @@ class Stage:
         frozen_features: the features are computed without gradient, in training mode all the same, so that the
             statistics of BatchNorm move on.
         terms: names of the terms that :meth:`Method.loss` returns in this stage.
+        sampler: the name of the one that draws its training images; None: that of ``--sampler``.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Stage:
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = all_but_second_classifiers
     frozen_features: bool = False
     terms: tuple[str, ...] = ()
+    sampler: str | None = None
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(option,))
@@ -109,6 +112,20 @@ class Method(ABC):
         They are trained, saved and loaded with it.
         """
 
+    @classmethod
+    def views(cls, settings: Any) -> tuple[str | None, ...]:
+        """How a training batch shows its images: for each view the name of an augmentation of the data set.
+
+        None is that of ``--augmentation``. With V views of b images :meth:`forward` gets V·b images, view 0 of all of
+        them, then view 1, and so on; :meth:`loss` gets logits [K, V·b, C] and the labels, repeated to [V·b]. Views of
+        the same augmentation differ in their random numbers. BatchNorm sees all V·b images. ``--batch-size`` counts
+        images, not views, and so does the training accuracy, which is that of view 0.
+
+        Args:
+            settings: has every setting of the run as an attribute, the method's own among them.
+        """
+        return (None,)
+
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
         """What a stage trains: images [B, channels, H, W] -> logits [K, B, C].
 
@@ -127,7 +144,7 @@ class Method(ABC):
         """The loss of a batch and what it is made of.
 
         Args:
-            logits: [K, B, C].
+            logits: [K, B, C], where B counts an image once for each of its :meth:`views`.
             target: int64 [B].
             stage: a subclass gives it the first stage as default.
             epoch: of the run, from 0, as :meth:`phase` gives it.
@@ -190,6 +207,8 @@ def check_method(method: type[Method]) -> None:
                 f"register_method: {method.name}: terms must have different names, other than loss and top1, "
                 f"got {', '.join(stage.terms)}"
             )
+        if stage.sampler is not None:
+            check_sampler(stage.sampler)
     options_of(method)
     bare = [
         field.name

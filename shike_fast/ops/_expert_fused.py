@@ -22,6 +22,7 @@ from shike_fast.ops._expert_call import (
     ExpertTensors,
     split,
 )
+from shike_fast.ops._expert_reference import row_logits
 from shike_fast.ops._guards import is_plain, materialised
 from shike_fast.ops._losses import fused_loss
 
@@ -51,9 +52,11 @@ def fused_expert_loss(
         if value is not None:
             ready[name] = materialised(value.detach().to(dtype)).contiguous()
     if tensors.teacher is not None:
-        ready["teacher"] = tensors.teacher.detach()
+        teacher = tensors.teacher.detach()
+        ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher
     tensors = tensors._replace(**ready)
-    if options.gated and (options.teacher != OTHERS or options.kl_reduction == "gated_mean"):
+    in_pass = options.teacher == OTHERS and options.kl_reduction != "gated_mean" and options.adjusted
+    if options.gated and not in_pass:
         tensors, options = _with_gate(backend, experts, tensors, options)
     run = _FUSED.direct if is_plain(*experts, *tensors) else _FUSED.dispatched
     return run((experts, *tensors), (*options, backend))[:3]
@@ -66,28 +69,38 @@ def _with_gate(
     target = tensors.target
     assert target is not None
     count, batch = (experts[0].shape[0] if experts[0].dim() == 3 else len(experts)), target.shape[-1]
+    alone = ExpertTensors(target, *[None] * (len(ExpertTensors._fields) - 1))
+    plain = options._replace(
+        cross_entropy=True,
+        lam=1.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        masked="" if options.masked == "partial" else options.masked,
+        teacher=NO_TEACHER,
+        gated=False,
+        rows=True,
+    )
+    if plain.masked:
+        alone = alone._replace(class_mask=tensors.class_mask)
+    if options.adjusted:
+        alone = alone._replace(bias=tensors.bias, scale=tensors.scale)
+    else:
+        plain = plain._replace(scale=1.0)
     asked: list[Tensor]
     if options.teacher == MEAN:
         wide = (experts[0] if experts[0].dim() == 3 else torch.stack(experts)).to(accumulation_dtype(experts[0].dtype))
-        asked = [wide.mean(0, keepdim=True)]
+        asked = [row_logits(wide, alone, plain).mean(0, keepdim=True)]
+        alone, plain = alone._replace(bias=None, scale=None), plain._replace(scale=1.0)
     elif options.teacher == VIEW:
-        target = target[: batch // 2]
-        asked = [one[..., : batch // 2, :] for one in experts]
+        images = batch // 2
+        asked = [one[..., :images, :] for one in experts]
+        mask = alone.class_mask
+        alone = alone._replace(target=target[:images], class_mask=None if mask is None else mask[:images])
     elif options.teacher == OTHERS:
         asked = experts
     else:
         assert tensors.teacher is not None
         asked = [tensors.teacher.expand(count, *tensors.teacher.shape[-2:])]
-    alone = ExpertTensors(target, *[None] * (len(ExpertTensors._fields) - 1))
-    plain = options._replace(
-        cross_entropy=True, lam=1.0, label_smoothing=0.0, reduction="mean", teacher=NO_TEACHER, gated=False, rows=True
-    )
-    if options.adjusted and options.teacher != MEAN:
-        alone = alone._replace(bias=tensors.bias, scale=tensors.scale, class_mask=tensors.class_mask)
-        if options.masked == "partial":
-            alone = alone._replace(class_mask=None)
-    else:
-        plain = plain._replace(scale=1.0, masked="")
     with torch.no_grad():
         asked = [one.detach() for one in asked]
         run = _FUSED.direct if is_plain(*asked, *alone) else _FUSED.dispatched

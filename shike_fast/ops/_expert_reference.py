@@ -30,7 +30,7 @@ def composite_expert_loss(logits: Tensor, soft_target: Tensor | None, *args: Any
     """The loss, its terms [2] (cross-entropy, divergence) and the rows [4, K, B]; see ``ExpertRows``."""
     tensors, options = split(args)
     z = logits.to(accumulation_dtype(logits.dtype))  # [K, B, C]
-    x = _masked(_row_logits(z, tensors, options), tensors, options)
+    x = _masked(row_logits(z, tensors, options), tensors, options)
     target = None if tensors.target is None else _of_experts(tensors.target, x)
     cross_entropy = divergence = z.new_zeros(())
     loss = cross_entropy
@@ -45,14 +45,14 @@ def composite_expert_loss(logits: Tensor, soft_target: Tensor | None, *args: Any
         correct = x.argmax(2) == target
         rows = [ends.unweighted, log_sum, correct.to(z.dtype), p_target]
     if options.teacher != NO_TEACHER:
-        of_rows = _divergence(x if options.adjusted else z, target, tensors, options)
+        of_rows = _divergence(x if options.adjusted else _masked(z, tensors, options), target, tensors, options)
         divergence = of_rows.sum()
         loss = loss + divergence
     terms = torch.stack([cross_entropy.detach(), divergence.detach()]).to(torch.float32)
     return loss, terms, torch.stack([row.detach() for row in rows])
 
 
-def _row_logits(z: Tensor, tensors: ExpertTensors, options: ExpertOptions) -> Tensor:
+def row_logits(z: Tensor, tensors: ExpertTensors, options: ExpertOptions) -> Tensor:
     """scale * z + bias, the margin left out."""
     if tensors.scale is not None:
         z = z * of_experts(tensors.scale, z.dtype).unsqueeze(1)
@@ -119,8 +119,8 @@ def _divergence(x: Tensor, target: Tensor | None, tensors: ExpertTensors, option
         assert options.teacher == GIVEN and tensors.teacher is not None
         teacher, student = tensors.teacher.to(x.dtype), x
         teacher = teacher if teacher.dim() == 3 else teacher.unsqueeze(0)
-        if options.adjusted:
-            teacher = _masked(_row_logits(teacher, tensors, options), tensors, options)
+        teacher = row_logits(teacher, tensors, options) if options.adjusted else teacher
+        teacher = _masked(teacher, tensors, options)
     correct = None
     if options.gated:
         assert target is not None

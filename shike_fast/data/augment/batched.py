@@ -167,9 +167,14 @@ class Augmentation:
     steps: tuple[type[BatchedStep], ...] = ()
     slow: bool = False
 
-    def draw(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> Words:
-        """The random words of samples ``indices`` in an epoch, uint32 [B, words]."""
-        return draw_words(seed, epoch, indices, self.words, STREAM_AUGMENTATION)
+    def draw(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> Words:
+        """The random words of samples ``indices`` in an epoch that showed them ``repeats`` times before.
+
+        The arguments are those of :func:`shike_fast.data.random.draw_words`; the result is uint32 [B, words].
+        """
+        return draw_words(seed, epoch, indices, self.words, STREAM_AUGMENTATION, repeats)
 
 
 class BatchedAugmentation:

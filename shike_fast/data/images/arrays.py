@@ -50,8 +50,10 @@ class ArrayDataset(AugmentedDataset):
         """Whether worker processes pay off, because the augmentation is slow."""
         return self.augment.slow
 
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        words = self.augment.draw(indices, seed=seed, epoch=epoch)
+    def batch(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        words = self.augment.draw(indices, seed=seed, epoch=epoch, repeats=repeats)
         images = self.augmentation_on(_CPU)(torch.from_numpy(self.images[indices]), words)
         return images, torch.from_numpy(self.labels[indices])
 

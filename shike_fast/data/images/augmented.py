@@ -1,8 +1,9 @@
 """What all data sets of images have in common: samples by index, augmented and normalised on any device."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -58,6 +59,20 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
             self._on_devices[str(device)] = BatchedAugmentation(self.augment, self.normalise, self.shape, device)
         return self._on_devices[str(device)]
 
+    def augmented_by(self, augmentation: str) -> Self:
+        """The same images with another training augmentation, sharing memory and files with these.
+
+        Raises:
+            ValueError: it is none of :attr:`augmentations`.
+        """
+        if augmentation not in self.augmentations:
+            known = ", ".join(self.augmentations)
+            raise ValueError(f"augmented_by: unknown augmentation {augmentation!r}; choose one of {known}")
+        other = copy.copy(self)
+        other.augmentation = augmentation
+        other._on_devices = {}
+        return other
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -66,8 +81,10 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
         return images[0], int(labels[0])
 
     @abstractmethod
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalised float32 images [B, C, H, W], channels-last, and int64 labels [B].
 
-        A row depends on (seed, epoch, index) alone.
+        A row depends on (seed, epoch, index, repeat) alone.
         """

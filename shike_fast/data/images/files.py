@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from shike_fast.data.augment.crop import random_crop_box
 from shike_fast.data.augment.photo import PHOTO_AUGMENTATIONS
 from shike_fast.data.images.augmented import AugmentedDataset
 from shike_fast.data.images.broken import Broken, BrokenImages
-from shike_fast.data.images.decode import BrokenImageError
+from shike_fast.data.images.decode import BrokenImageError, Picture, Pixels
 from shike_fast.data.images.stores import ImageStore, Subset
 from shike_fast.data.images.transforms import MARGIN, evaluation_pixels, training_pixels
 from shike_fast.data.longtail import long_tail_indices
@@ -37,12 +37,14 @@ class PixelBatch:
         pixels: uint8 [B, 3, S, S], channels-last or contiguous, as the augmentation wants it.
         labels: int64 [B].
         indices: int64 [B], whose random words the augmentation takes.
+        repeats: int64 [B], how many times the epoch has shown each of them before; None: never.
         broken: images that another one, or plain grey, stands for.
     """
 
     pixels: Tensor
     labels: Tensor
     indices: NDArray[np.int64]
+    repeats: NDArray[np.int64] | None = None
     broken: tuple[Broken, ...] = ()
 
     def pin_memory(self) -> PixelBatch:
@@ -98,43 +100,38 @@ class ImageDataset(AugmentedDataset):
         """What a message says of an image that cannot be read."""
         return "another image stands in for it" if self.training else "it is tested as plain grey"
 
-    def batch(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        pixels = self.pixels(indices, seed=seed, epoch=epoch)
+    def batch(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        pixels = self.pixels(indices, seed=seed, epoch=epoch, repeats=repeats)
         self._broken.add(pixels.broken)
         return self.normalised(self.augmented(pixels, seed=seed, epoch=epoch)), pixels.labels
 
-    def pixels(self, indices: NDArray[np.int64], *, seed: int, epoch: int) -> PixelBatch:
+    def pixels(
+        self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None
+    ) -> PixelBatch:
         """Decode, crop and resize.
 
         Raises:
             DataError: an image cannot be read and the data set is strict, or so many cannot that none is left.
         """
-        words = self.augment.draw(indices, seed=seed, epoch=epoch)
-        shape = (len(indices), 3, self.size, self.size)
-        layout = torch.channels_last if self._interleaved else torch.contiguous_format
-        result = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
-        labels = self.labels[indices]
-        broken: list[Broken] = []
-        for b, index in enumerate(indices):
-            label = self.readable(int(index), partial(self.decode, words[b], result[b]), broken)
-            if label is None:
-                result[b] = self.grey
-            else:
-                labels[b] = label
-        return PixelBatch(result, torch.from_numpy(labels), indices, tuple(broken))
+        return pixels_of_views([self], indices, [{"seed": seed, "epoch": epoch, "repeats": repeats}])[0]
 
-    def decode(self, words: NDArray[np.uint32], result: Tensor, index: int) -> None:
+    def decode(
+        self, words: NDArray[np.uint32], result: Tensor, index: int, opened: Callable[[int], Picture] | None = None
+    ) -> None:
         """Decode, crop and resize one image.
 
         Args:
             words: random words of the sample that it is for.
             result: uint8 [3, S, S], which is overwritten.
             index: the image.
+            opened: opens an image; default the store's.
 
         Raises:
             BrokenImageError: it cannot be read.
         """
-        picture = self.store.open(index)
+        picture = (opened or self.store.open)(index)
         if self.crops:
             training_pixels(picture, random_crop_box(picture.width, picture.height, words), result)
         else:
@@ -189,12 +186,87 @@ class ImageDataset(AugmentedDataset):
     def augmented(self, batch: PixelBatch, *, seed: int, epoch: int) -> Tensor:
         """What is left of the augmentation, where the pixels are: uint8 [B, 3, S, S], channels-last."""
         steps = self.augmentation_on(batch.pixels.device)
-        plans = steps.plan(self.augment.draw(batch.indices, seed=seed, epoch=epoch))
+        plans = steps.plan(self.augment.draw(batch.indices, seed=seed, epoch=epoch, repeats=batch.repeats))
         return steps.augment(batch.pixels, to_device(plans, batch.pixels.device))
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to float32, channels-last."""
         return self.augmentation_on(pixels.device).normalise(pixels)
+
+
+class _Decoding:
+    """A batch of a view that is being decoded, image by image."""
+
+    def __init__(
+        self, view: ImageDataset, indices: NDArray[np.int64], *, repeats: NDArray[np.int64] | None = None, **draw: int
+    ) -> None:
+        self._view = view
+        self._indices, self._repeats = indices, repeats
+        self._words = view.augment.draw(indices, repeats=repeats, **draw)
+        shape = (len(indices), 3, view.size, view.size)
+        layout = torch.channels_last if view._interleaved else torch.contiguous_format
+        self._pixels = torch.empty(shape, dtype=torch.uint8, memory_format=layout)
+        self._labels = view.labels[indices]
+        self._broken: list[Broken] = []
+
+    def add(self, b: int, opened: Callable[[int], Picture]) -> None:
+        """Decode image ``b`` of the batch."""
+        decode = partial(self._view.decode, self._words[b], self._pixels[b], opened=opened)
+        label = self._view.readable(int(self._indices[b]), decode, self._broken)
+        if label is None:
+            self._pixels[b] = self._view.grey
+        else:
+            self._labels[b] = label
+
+    def finished(self) -> PixelBatch:
+        labels = torch.from_numpy(self._labels)
+        return PixelBatch(self._pixels, labels, self._indices, self._repeats, tuple(self._broken))
+
+
+def pixels_of_views(
+    views: Sequence[ImageDataset], indices: NDArray[np.int64], draws: Sequence[Mapping[str, Any]]
+) -> list[PixelBatch]:
+    """Decode, crop and resize images for several views of them; a file is opened once, and decoded once a reduction.
+
+    Args:
+        views: data sets of the same images.
+        indices: int64 [B].
+        draws: for each view what :meth:`ImageDataset.pixels` gets besides.
+
+    Raises:
+        DataError: an image cannot be read and the data set is strict, or so many cannot that none is left.
+    """
+    batches = [_Decoding(view, indices, **draw) for view, draw in zip(views, draws, strict=True)]
+    for b in range(len(indices)):
+        opened = views[0].store.open if len(views) == 1 else _Opened(views[0].store)
+        for batch in batches:
+            batch.add(b, opened)
+    return [batch.finished() for batch in batches]
+
+
+class _Opened:
+    """Opens images of a store and keeps them, with what was decoded of them."""
+
+    def __init__(self, store: ImageStore) -> None:
+        self._store = store
+        self._kept: dict[int, Picture] = {}
+
+    def __call__(self, index: int) -> Picture:
+        if index not in self._kept:
+            self._kept[index] = _KeptPicture(self._store.open(index))
+        return self._kept[index]
+
+
+class _KeptPicture:
+    def __init__(self, picture: Picture) -> None:
+        self.width, self.height, self.plain_jpeg = picture.width, picture.height, picture.plain_jpeg
+        self._picture = picture
+        self._decoded: dict[int, Pixels] = {}
+
+    def pixels(self, reduction: int = 1) -> Pixels:
+        if reduction not in self._decoded:
+            self._decoded[reduction] = self._picture.pixels(reduction)
+        return self._decoded[reduction]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """Batches of a data set that lives on the training device and is augmented there."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shike_fast.data.augment.batched import to_device
 from shike_fast.data.images.arrays import ArrayDataset
-from shike_fast.data.loaders.loader import Batch, EpochLoader
+from shike_fast.data.loaders.loader import Batch, EpochLoader, Request, joined
+from shike_fast.data.sampling import Sampler
 
 # Bytes of uint8 images augmented at a time, by default. A CPU should find the intermediate results in its caches.
 # A GPU wants few, large launches; while it works it needs about five times as much memory.
@@ -31,6 +32,7 @@ class DeviceLoader(EpochLoader):
         seed: of order and augmentation; None takes the data set's.
         rank, world_size: this process and the number of processes that train together; each loads its shard of every
             batch. Without shuffling, a last batch smaller than their number is left out where the shard is empty.
+        sampler, views: as for :class:`shike_fast.data.Loader`; views are of the very images of the data set.
         ahead: batches augmented at a time, which changes no result. None takes what makes 3 MiB of images on a CPU,
             1024 of CIFAR (with fewer, much of the time goes into the calls; with many more, into memory), and elsewhere
             32 MiB, an epoch of CIFAR-100-LT: a GPU starts the same few hundred kernels for a batch as for an epoch.
@@ -40,6 +42,7 @@ class DeviceLoader(EpochLoader):
     """
 
     dataset: ArrayDataset
+    views: tuple[ArrayDataset, ...]
 
     def __init__(
         self,
@@ -51,32 +54,54 @@ class DeviceLoader(EpochLoader):
         seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        sampler: Sampler | None = None,
+        views: Sequence[ArrayDataset] = (),
         ahead: int | None = None,
     ) -> None:
-        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            sampler=sampler,
+            views=views,
+        )
         if ahead is not None and ahead < 1:
             raise ValueError(f"DeviceLoader: ahead must be at least 1, got {ahead}")
         self._device = torch.device(device)
         if ahead is None:
-            shard_bytes = math.prod(dataset.shape) * max(1, batch_size // world_size)
+            shard_bytes = len(self.views) * math.prod(dataset.shape) * max(1, batch_size // world_size)
             ahead = max(1, _AHEAD_BYTES.get(self._device.type, _AHEAD_BYTES["cuda"]) // max(1, shard_bytes))
         self._ahead = ahead
-        self._augmentation = dataset.augmentation_on(self._device)
+        self._augmentations = [view.augmentation_on(self._device) for view in self.views]
         self._images, self._labels = (
             torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self._device)
             for array in (dataset.images, dataset.labels)
         )
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
-        shards = self._shards(epoch, start_batch)
-        for first in range(0, len(shards), self._ahead):
-            yield from self._augmented(shards[first : first + self._ahead], epoch)
+        requests = self._requests(epoch, start_batch)
+        for first in range(0, len(requests), self._ahead):
+            yield from self._augmented(requests[first : first + self._ahead])
 
-    def _augmented(self, shards: list[NDArray[np.int64]], epoch: int) -> Iterator[Batch]:
-        indices = np.concatenate(shards)
-        words = self.dataset.augment.draw(indices, seed=self.seed, epoch=epoch)
-        (rows,), *plans = to_device([[indices], *self._augmentation.plan(words)], self._device)
-        pixels = self._augmentation.augment(self._images.index_select(0, rows), plans)
-        sizes = [len(part) for part in shards]
-        for some, of_rows in zip(pixels.split(sizes), rows.split(sizes), strict=True):
-            yield self._augmentation.normalise(some), self._labels.index_select(0, of_rows)
+    def _augmented(self, requests: list[Request]) -> Iterator[Batch]:
+        first = requests[0]
+        indices = np.concatenate([request.indices for request in requests])
+        repeats = [request.repeats for request in requests if request.repeats is not None]
+        whole = Request(indices, first.seed, first.epoch, np.concatenate(repeats) if repeats else None)
+        seen = [whole.of_view(number, len(self.views)) for number in range(len(self.views))]
+        plans = [
+            augmentation.plan(view.augment.draw(indices, **request.draw))
+            for augmentation, view, request in zip(self._augmentations, self.views, seen, strict=True)
+        ]
+        (rows,), *moved = to_device([[indices], *chain.from_iterable(plans)], self._device)
+        parts = iter(moved)
+        sizes = [len(request.indices) for request in requests]
+        pixels = [
+            augmentation.augment(self._images.index_select(0, rows), list(islice(parts, len(plan)))).split(sizes)
+            for augmentation, plan in zip(self._augmentations, plans, strict=True)
+        ]
+        for some, of_rows in zip(zip(*pixels, strict=True), rows.split(sizes), strict=True):
+            yield self._augmentations[0].normalise(joined(some)), self._labels.index_select(0, of_rows)

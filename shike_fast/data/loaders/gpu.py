@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -20,8 +20,9 @@ from shike_fast.data.images.decode import open_image
 from shike_fast.data.images.files import ImageDataset, PixelBatch
 from shike_fast.data.images.gpu_decode import DecodeBatch, Resizing, hardware_decoder, resize_windows
 from shike_fast.data.images.transforms import evaluation_box, evaluation_size
-from shike_fast.data.loaders.loader import Batch, EpochLoader
+from shike_fast.data.loaders.loader import Batch, EpochLoader, Request, joined
 from shike_fast.data.loaders.prefetch import Prefetcher
+from shike_fast.data.sampling import Sampler
 from shike_fast.errors import warn
 
 _BATCHES_AHEAD = 3  # whose files are being read
@@ -48,6 +49,23 @@ class _Read:
     broken: tuple[Broken, ...]
 
 
+@dataclass(frozen=True)
+class _View:
+    """A batch as one view sees it.
+
+    Attributes:
+        source: the images with the view's augmentation.
+        request: which of them, and what their random words depend on.
+        words: those words, uint32 [B, words].
+        reads: what was read of each image.
+    """
+
+    source: ImageDataset
+    request: Request
+    words: NDArray[np.uint32]
+    reads: list[_Read] = field(default_factory=list)
+
+
 class GpuPhotoLoader(EpochLoader):
     """:class:`shike_fast.data.PhotoLoader` with the decoding, cropping and resizing on the GPU as well.
 
@@ -68,6 +86,8 @@ class GpuPhotoLoader(EpochLoader):
         decode: decodes batches of JPEG on ``device``; None for
             :func:`shike_fast.data.images.gpu_decode.hardware_decoder`.
         rank, world_size: this process and the number of processes that train together.
+        sampler, views: as for :class:`shike_fast.data.Loader`; views are of the very images of the data set, and each
+            decodes them anew.
 
     Raises:
         NoHardwareDecoderError: there is no such decoder.
@@ -76,6 +96,7 @@ class GpuPhotoLoader(EpochLoader):
 
     decodes = True
     dataset: ImageDataset
+    views: tuple[ImageDataset, ...]
 
     def __init__(
         self,
@@ -90,8 +111,19 @@ class GpuPhotoLoader(EpochLoader):
         decode: DecodeBatch | None = None,
         rank: int = 0,
         world_size: int = 1,
+        sampler: Sampler | None = None,
+        views: Sequence[ImageDataset] = (),
     ) -> None:
-        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            sampler=sampler,
+            views=views,
+        )
         self._device = torch.device(device)
         self._prefetch = Prefetcher(self._device)
         self._decode = decode or hardware_decoder(self._device)
@@ -110,84 +142,83 @@ class GpuPhotoLoader(EpochLoader):
         with ThreadPoolExecutor(self._threads) as pool:
             try:
                 reads = self._reads(pool, epoch, start_batch)
-                yield from self._prefetch(partial(self._on_device, *read, epoch) for read in reads)
+                yield from self._prefetch(partial(self._on_device, read) for read in reads)
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _reads(
-        self, pool: ThreadPoolExecutor, epoch: int, start_batch: int
-    ) -> Iterator[tuple[NDArray[np.int64], list[_Read]]]:
-        """The images of each batch, while the files of the next ones are being read."""
-        ahead: deque[tuple[NDArray[np.int64], list[Future[_Read]]]] = deque()
-        for indices in self._shards(epoch, start_batch):
-            words = self.dataset.augment.draw(indices, seed=self.seed, epoch=epoch)
-            ahead.append((indices, [pool.submit(self._read, int(i), words[b]) for b, i in enumerate(indices)]))
+    def _reads(self, pool: ThreadPoolExecutor, epoch: int, start_batch: int) -> Iterator[list[_View]]:
+        """The images of each batch, in each view, while the files of the next ones are being read."""
+        ahead: deque[list[tuple[_View, list[Future[_Read]]]]] = deque()
+        for request in self._requests(epoch, start_batch):
+            ahead.append([self._begun(pool, number, request) for number in range(len(self.views))])
             if len(ahead) > _BATCHES_AHEAD:
-                yield self._collected(*ahead.popleft())
+                yield self._collected(ahead.popleft())
         while ahead:
-            yield self._collected(*ahead.popleft())
+            yield self._collected(ahead.popleft())
 
-    def _collected(
-        self, indices: NDArray[np.int64], futures: list[Future[_Read]]
-    ) -> tuple[NDArray[np.int64], list[_Read]]:
+    def _begun(self, pool: ThreadPoolExecutor, number: int, request: Request) -> tuple[_View, list[Future[_Read]]]:
+        source, request = self.views[number], request.of_view(number, len(self.views))
+        words = source.augment.draw(request.indices, **request.draw)
+        read = partial(self._read, source)
+        futures = [pool.submit(read, int(i), words[b]) for b, i in enumerate(request.indices)]
+        return _View(source, request, words), futures
+
+    def _collected(self, begun: list[tuple[_View, list[Future[_Read]]]]) -> list[_View]:
         started = time.perf_counter()
-        reads = [future.result() for future in futures]
+        views = [replace(view, reads=[future.result() for future in futures]) for view, futures in begun]
         self._seconds += time.perf_counter() - started  # nothing, where reading is faster than training
-        for read in reads:
-            self.broken.add(read.broken)
-        return indices, reads
+        for view in views:
+            for read in view.reads:
+                self.broken.add(read.broken)
+        return views
 
-    def _read(self, index: int, words: NDArray[np.uint32], *, by_gpu: bool = True) -> _Read:
-        size = self.dataset.size
+    def _read(self, source: ImageDataset, index: int, words: NDArray[np.uint32], *, by_gpu: bool = True) -> _Read:
+        size = source.size
         as_it_is = Resizing((0, 0, size, size), size, size)
         found: list[tuple[Tensor, Resizing, int]] = []
 
         def read(tried: int) -> None:
-            encoded = self.dataset.store.read(tried) if by_gpu else None
+            encoded = source.store.read(tried) if by_gpu else None
             if encoded is not None:
                 picture = open_image(encoded)
                 count = picture.width * picture.height
                 if picture.plain_jpeg and count <= _MOST_PIXELS:
-                    plan = self._plan(picture.width, picture.height, words)
+                    plan = _plan(source, picture.width, picture.height, words)
                     found.append((torch.frombuffer(bytearray(encoded), dtype=torch.uint8), plan, count))
                     return
             pixels = torch.empty(3, size, size, dtype=torch.uint8)
-            self.dataset.decode(words, pixels, tried)
+            source.decode(words, pixels, tried)
             found.append((pixels, as_it_is, size * size))
 
         broken: list[Broken] = []
-        label = self.dataset.readable(index, read, broken)
+        label = source.readable(index, read, broken)
         if label is None:
-            grey = self.dataset.grey.expand(3, size, size).contiguous()
-            return _Read(grey, as_it_is, size * size, int(self.dataset.labels[index]), tuple(broken))
+            grey = source.grey.expand(3, size, size).contiguous()
+            return _Read(grey, as_it_is, size * size, int(source.labels[index]), tuple(broken))
         return _Read(*found[-1], label, tuple(broken))
 
-    def _plan(self, width: int, height: int, words: NDArray[np.uint32]) -> Resizing:
-        size = self.dataset.size
-        if self.dataset.crops:
-            return Resizing(random_crop_box(width, height, words), size, size)
-        box = evaluation_box(width, height)
-        resized = evaluation_size(box[2] - box[0], box[3] - box[1], size, self.dataset.margin)
-        return Resizing(box, *resized, (resized[0] - size) // 2, (resized[1] - size) // 2)
-
-    def _on_device(self, indices: NDArray[np.int64], reads: list[_Read], epoch: int) -> tuple[Tensor, ...]:
+    def _on_device(self, views: list[_View]) -> Batch:
         started = time.perf_counter()
-        words = self.dataset.augment.draw(indices, seed=self.seed, epoch=epoch)
-        size = self.dataset.size
+        augmented, labels = zip(*map(self._augmented, views), strict=True)
+        self._images += len(views[0].reads)
+        self._seconds += time.perf_counter() - started
+        return self.dataset.normalised(joined(augmented)), labels[0]
+
+    def _augmented(self, view: _View) -> Batch:
+        """The pixels of a view, uint8 [B, 3, S, S], and their labels, int64 [B]."""
+        source, request, reads = view.source, view.request, view.reads
+        size = source.size
         pixels = torch.empty(len(reads), 3, size, size, dtype=torch.uint8, device=self._device)
         for chunk in _chunks([read.pixels for read in reads]):
-            images, reads[chunk] = self._decoded(indices[chunk], words[chunk], reads[chunk])
+            images, reads[chunk] = self._decoded(view, chunk)
             pixels[chunk] = resize_windows(images, [read.plan for read in reads[chunk]], size)
         labels = torch.tensor([read.label for read in reads]).to(self._device, non_blocking=True)
-        augmented = self.dataset.augmented(PixelBatch(pixels, labels, indices), seed=self.seed, epoch=epoch)
-        self._images += len(reads)
-        self._seconds += time.perf_counter() - started
-        return self.dataset.normalised(augmented), labels
+        batch = PixelBatch(pixels, labels, request.indices, request.repeats)
+        return source.augmented(batch, seed=request.seed, epoch=request.epoch), labels
 
-    def _decoded(
-        self, indices: NDArray[np.int64], words: NDArray[np.uint32], reads: list[_Read]
-    ) -> tuple[list[Tensor], list[_Read]]:
-        """The images on the device, and what was read of each; that changes where the GPU's decoder fails."""
+    def _decoded(self, view: _View, chunk: slice) -> tuple[list[Tensor], list[_Read]]:
+        """Images on the device, and what was read of each; that changes where the GPU's decoder fails."""
+        indices, words, reads = view.request.indices[chunk], view.words[chunk], view.reads[chunk]
         encoded = [b for b, read in enumerate(reads) if read.source.ndim == 1]
         decoded: dict[int, Tensor] = {}
         if encoded:
@@ -201,7 +232,7 @@ class GpuPhotoLoader(EpochLoader):
                     warn(f"the GPU does not decode some images ({reason}); those batches the CPU decodes")
                     self._warned = True
                 reads = [
-                    read if read.source.ndim == 3 else self._again(int(indices[b]), words[b])
+                    read if read.source.ndim == 3 else self._again(view.source, int(indices[b]), words[b])
                     for b, read in enumerate(reads)
                 ]
         images = [
@@ -210,10 +241,19 @@ class GpuPhotoLoader(EpochLoader):
         ]
         return images, reads
 
-    def _again(self, index: int, words: NDArray[np.uint32]) -> _Read:
-        again = self._read(index, words, by_gpu=False)
+    def _again(self, source: ImageDataset, index: int, words: NDArray[np.uint32]) -> _Read:
+        again = self._read(source, index, words, by_gpu=False)
         self.broken.add(again.broken)
         return again
+
+
+def _plan(source: ImageDataset, width: int, height: int, words: NDArray[np.uint32]) -> Resizing:
+    size = source.size
+    if source.crops:
+        return Resizing(random_crop_box(width, height, words), size, size)
+    box = evaluation_box(width, height)
+    resized = evaluation_size(box[2] - box[0], box[3] - box[1], size, source.margin)
+    return Resizing(box, *resized, (resized[0] - size) // 2, (resized[1] - size) // 2)
 
 
 def _chunks(pixels: list[int]) -> Iterator[slice]:

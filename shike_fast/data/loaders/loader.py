@@ -2,9 +2,9 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,31 +15,60 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from shike_fast.data.images.broken import BrokenImages
 from shike_fast.data.loaders.workers import LoadingStopped, WorkerPool
-from shike_fast.data.random import check_seed, permutation
+from shike_fast.data.random import check_seed
+from shike_fast.data.sampling import Instance, Sampler, count_repeats
 from shike_fast.data.types import BatchSource
 
-__all__ = ["Batch", "Epoch", "EpochLoader", "Loader", "LoadingStopped", "Request", "shard"]
+__all__ = ["Batch", "Epoch", "EpochLoader", "Loader", "LoadingStopped", "Request", "joined", "shard"]
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One batch to load: everything a worker needs to know."""
+    """One batch to load: everything a worker needs to know.
+
+    Attributes:
+        indices: int64 [B], the samples.
+        seed: of their augmentation.
+        epoch: in which they are shown.
+        repeats: int64 [B], how many times the epoch has shown each of them before; None: never.
+    """
 
     indices: NDArray[np.int64]
     seed: int
     epoch: int
+    repeats: NDArray[np.int64] | None = None
+
+    @property
+    def draw(self) -> dict[str, Any]:
+        """What, besides the indices, a sample's random numbers depend on, as arguments of a data set."""
+        draw = {"seed": self.seed, "epoch": self.epoch}
+        return draw if self.repeats is None else draw | {"repeats": self.repeats}
+
+    def of_view(self, view: int, views: int) -> "Request":
+        """The batch as one of several views sees it: each of them is a showing that counts."""
+        if views == 1:
+            return self
+        before = np.zeros_like(self.indices) if self.repeats is None else self.repeats
+        return replace(self, repeats=before * views + view)
 
 
 @dataclass(frozen=True)
 class _LoadBatch:
-    """Answers a request with the data set's batch."""
+    """Answers a request with the batches of all views, joined."""
 
-    source: BatchSource
+    views: tuple[BatchSource, ...]
 
     def __call__(self, request: Request) -> Batch:
-        return self.source.batch(request.indices, seed=request.seed, epoch=request.epoch)
+        requests = [request.of_view(number, len(self.views)) for number in range(len(self.views))]
+        batches = [view.batch(r.indices, **r.draw) for view, r in zip(self.views, requests, strict=True)]
+        return joined([images for images, _ in batches]), batches[0][1]
+
+
+def joined(views: Sequence[Tensor]) -> Tensor:
+    """V views [B, ...] of the same images as [V*B, ...], one view after the other."""
+    return views[0] if len(views) == 1 else torch.cat(list(views))
 
 
 def shard(indices: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
@@ -67,10 +96,16 @@ class Epoch:
 class EpochLoader(ABC):
     """What all loaders have in common: the order of an epoch, its global batches and this process's shard of each.
 
-    The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index) alone, so a resumption
-    in the middle of an epoch and the number of processes change no sample. Several epochs may be under way at a time.
+    The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index, how often the epoch
+    has shown it before) alone, so a resumption in the middle of an epoch and the number of processes change no sample.
+    Several epochs may be under way at a time.
+
+    With V views a batch has the images [V*B, C, H, W], view 0 of all B, then view 1, and so on, and the labels [B]. In
+    view v a sample counts as shown V*r + v times before, where it was drawn r times before.
 
     Attributes:
+        sampler: draws the images of a shuffled epoch. It may be replaced between epochs.
+        views: what each view takes its samples from: sets of the same images.
         should_stop: called while the next batch is not ready; if it returns True, :class:`LoadingStopped` ends the
             epoch. By default it returns False.
         decodes: the loader decodes image files.
@@ -81,7 +116,16 @@ class EpochLoader(ABC):
     broken: BrokenImages | None = None
 
     def __init__(
-        self, dataset: BatchSource, *, batch_size: int, shuffle: bool, seed: int | None, rank: int, world_size: int
+        self,
+        dataset: BatchSource,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int | None,
+        rank: int,
+        world_size: int,
+        sampler: Sampler | None,
+        views: Sequence[BatchSource],
     ) -> None:
         name = type(self).__name__
         if batch_size < 1:
@@ -98,6 +142,8 @@ class EpochLoader(ABC):
                     f"too few for {world_size} processes; choose another batch size"
                 )
         self.dataset = dataset
+        self.views = tuple(views) or (dataset,)
+        self.sampler = sampler or Instance(dataset.labels)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = check_seed(dataset.seed if seed is None else seed)
@@ -130,7 +176,7 @@ class EpochLoader(ABC):
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The sample indices of an epoch in the order in which all processes load them, int64 [N]."""
-        return permutation(self.seed, epoch, len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+        return self.sampler.order(self.seed, epoch) if self.shuffle else np.arange(len(self.dataset))
 
     def close(self) -> None:  # noqa: B027
         """Release what is kept from epoch to epoch. The loader may be used again."""
@@ -138,19 +184,26 @@ class EpochLoader(ABC):
     @abstractmethod
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]: ...
 
-    def _shards(self, epoch: int, start_batch: int) -> list[NDArray[np.int64]]:
-        """The indices that this process loads for each batch, without batches at the end of which it has none."""
+    def _requests(self, epoch: int, start_batch: int) -> list[Request]:
+        """What this process loads for each batch, without batches at the end of which it has nothing."""
         order = self.order(epoch)
+        repeats = count_repeats(order) if self.shuffle and self.sampler.repeats else None
         starts = range(start_batch * self.batch_size, len(order), self.batch_size)
-        shards = [shard(order[s : s + self.batch_size], self.rank, self.world_size) for s in starts]
-        return [indices for indices in shards if len(indices)]
+
+        def share(values: NDArray[np.int64], start: int) -> NDArray[np.int64]:
+            return shard(values[start : start + self.batch_size], self.rank, self.world_size)
+
+        requests = [
+            Request(share(order, s), self.seed, epoch, None if repeats is None else share(repeats, s)) for s in starts
+        ]
+        return [request for request in requests if len(request.indices)]
 
 
 class Loader(EpochLoader):
     """Loads batches (images float32 [B, C, H, W] normalised, labels int64 [B]), the short last one included.
 
-    The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index) alone: the number of
-    workers and a resumption in the middle of an epoch change nothing.
+    The order of an epoch depends on (seed, epoch) alone and a sample on (seed, epoch, its index, how often the epoch
+    has shown it before) alone: the number of workers and a resumption in the middle of an epoch change nothing.
 
     Args:
         dataset: the samples.
@@ -161,6 +214,9 @@ class Loader(EpochLoader):
         pin_memory: return pinned tensors, for asynchronous copies to a GPU; without effect where there is none.
         rank, world_size: this process and the number of processes that train together; each loads its shard of every
             batch. Without shuffling, a last batch smaller than their number is left out where the shard is empty.
+        sampler: draws a shuffled epoch; None shows every sample once.
+        views: sets of the same samples, a view each: a batch holds the images [V*B, ...] of all of them, one view
+            after the other, and the labels [B]. By default the data set is the only one.
 
     Raises:
         ValueError: an argument out of range, or a shuffled epoch whose last batch has less than one sample a process.
@@ -177,8 +233,19 @@ class Loader(EpochLoader):
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        sampler: Sampler | None = None,
+        views: Sequence[BatchSource] = (),
     ) -> None:
-        super().__init__(dataset, batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            sampler=sampler,
+            views=views,
+        )
         if num_workers < 0:
             raise ValueError(f"Loader: num_workers must be at least 0, got {num_workers}")
         self.num_workers = num_workers
@@ -194,14 +261,14 @@ class Loader(EpochLoader):
 
     def _load_function(self) -> Callable[[Request], Any]:
         """What a worker does with a request. It goes to the workers: it must not refer to this loader."""
-        return _LoadBatch(self.dataset)
+        return _LoadBatch(self.views)
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         return self._loaded(epoch, start_batch)
 
     def _loaded(self, epoch: int, start_batch: int) -> Iterator[Any]:
         """What ``_load_function`` makes of this process's shard of each batch, pinned if that was asked for."""
-        requests = [Request(indices, self.seed, epoch) for indices in self._shards(epoch, start_batch)]
+        requests = self._requests(epoch, start_batch)
         if self.num_workers == 0:
             load = self._load_function()
             for request in requests:

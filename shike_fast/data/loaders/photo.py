@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,36 +11,40 @@ from typing import Any
 import torch
 
 from shike_fast.data.images.broken import BrokenImages
-from shike_fast.data.images.files import ImageDataset, PixelBatch
-from shike_fast.data.loaders.loader import Batch, Loader, Request
+from shike_fast.data.images.files import ImageDataset, PixelBatch, pixels_of_views
+from shike_fast.data.loaders.loader import Batch, Loader, Request, joined
 from shike_fast.data.loaders.prefetch import Prefetcher
 from shike_fast.errors import warn
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a worker returns: a batch (pixels, or finished images), and how long it took."""
+    """What a worker returns: a batch (pixels, or finished images) of each view, and how long they took."""
 
-    batch: PixelBatch
+    views: tuple[PixelBatch, ...]
     seconds: float
 
     def pin_memory(self) -> _Answer:
-        return replace(self, batch=self.batch.pin_memory())
+        return replace(self, views=tuple(batch.pin_memory() for batch in self.views))
 
 
 @dataclass(frozen=True)
 class _LoadPixels:
-    """Decodes a batch and, where the images stay on the CPU, also augments it."""
+    """Decodes a batch for all views and, where the images stay on the CPU, also augments it."""
 
-    source: ImageDataset
+    views: tuple[ImageDataset, ...]
     augment: bool
 
     def __call__(self, request: Request) -> _Answer:
         started = time.perf_counter()
-        batch = self.source.pixels(request.indices, seed=request.seed, epoch=request.epoch)
+        draws = [request.of_view(number, len(self.views)).draw for number in range(len(self.views))]
+        batches = pixels_of_views(self.views, request.indices, draws)
         if self.augment:
-            batch = replace(batch, pixels=self.source.augmented(batch, seed=request.seed, epoch=request.epoch))
-        return _Answer(batch, time.perf_counter() - started)
+            batches = [
+                replace(batch, pixels=view.augmented(batch, seed=request.seed, epoch=request.epoch))
+                for view, batch in zip(self.views, batches, strict=True)
+            ]
+        return _Answer(tuple(batches), time.perf_counter() - started)
 
 
 class PhotoLoader(Loader):
@@ -66,6 +70,7 @@ class PhotoLoader(Loader):
 
     decodes = True
     dataset: ImageDataset
+    views: tuple[ImageDataset, ...]
 
     def __init__(
         self,
@@ -92,24 +97,28 @@ class PhotoLoader(Loader):
         return self._images * max(1, self.num_workers) / self._seconds if self._seconds else None
 
     def _load_function(self) -> Callable[[Request], Any]:
-        return _LoadPixels(self.dataset, augment=self._on_cpu)
+        return _LoadPixels(self.views, augment=self._on_cpu)
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         answers = self._received(epoch, start_batch)
         if self._on_cpu:
-            for batch in answers:
-                yield self.dataset.normalised(batch.pixels), batch.labels
+            for batches in answers:
+                yield self.dataset.normalised(joined([batch.pixels for batch in batches])), batches[0].labels
         else:
-            yield from self._prefetch(partial(self._on_device, batch, epoch) for batch in answers)
+            yield from self._prefetch(partial(self._on_device, batches, epoch) for batches in answers)
 
-    def _received(self, epoch: int, start_batch: int) -> Iterator[PixelBatch]:
+    def _received(self, epoch: int, start_batch: int) -> Iterator[Sequence[PixelBatch]]:
         for answer in self._loaded(epoch, start_batch):
             self._seconds += answer.seconds
-            self._images += len(answer.batch.indices)
-            self.broken.add(answer.batch.broken)
-            yield answer.batch
+            self._images += len(answer.views[0].indices)
+            for batch in answer.views:
+                self.broken.add(batch.broken)
+            yield answer.views
 
-    def _on_device(self, batch: PixelBatch, epoch: int) -> Batch:
-        moved = replace(batch, pixels=batch.pixels.to(self._device, non_blocking=True))
-        labels = batch.labels.to(self._device, non_blocking=True)
-        return self.dataset.normalised(self.dataset.augmented(moved, seed=self.seed, epoch=epoch)), labels
+    def _on_device(self, batches: Sequence[PixelBatch], epoch: int) -> Batch:
+        labels = batches[0].labels.to(self._device, non_blocking=True)
+        seen = []
+        for view, batch in zip(self.views, batches, strict=True):
+            moved = replace(batch, pixels=batch.pixels.to(self._device, non_blocking=True))
+            seen.append(view.augmented(moved, seed=self.seed, epoch=epoch))
+        return self.dataset.normalised(joined(seen)), labels

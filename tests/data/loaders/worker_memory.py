@@ -12,7 +12,7 @@ import torch
 from shike_fast.data import Loader, load_dataset
 from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.stores import FileStore
-from shike_fast.data.loaders.loader import EpochLoader
+from shike_fast.data.loaders.loader import Request
 from shike_fast.data.loaders.photo import PhotoLoader
 
 
@@ -82,7 +82,8 @@ def size(root):
         std=(0.5,) * 3,
     )
     loader = make(many, 120_000)
-    loader._shards = lambda epoch, start: np.split(EpochLoader.order(loader, epoch)[:1200], 300)
+    parts = np.split(loader.order(0)[:1200], 300)
+    loader._requests = lambda epoch, start: [Request(part, loader.seed, epoch) for part in parts]
     return photographs(loader, 2)
 
 
