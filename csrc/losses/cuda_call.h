@@ -74,9 +74,8 @@ struct ExpertArguments : ExpertCall {
     int together;  // experts that a group of threads serves
     float share;   // 1 / K
     float scale_of_all, inverse_temperature, smoothing, masked_logit;
-    bool separate;          // the divergence's logits are not those of the cross-entropy
-    bool asks;              // whether answers are right
-    bool asks_the_network;  // by logits that are not adjusted
+    bool separate;  // the divergence's logits are not those of the cross-entropy
+    bool asks;      // whether answers are right
 
     ExpertArguments(const ExpertCall& call, const BlockPlan& of_blocks) : ExpertCall(call), plan(of_blocks) {}
 

@@ -86,6 +86,19 @@ __device__ __forceinline__ unsigned of_group(unsigned bits, const BlockPlan& pla
     return bits;
 }
 
+// Logits z become those of the divergence without its temperature, and x those of the cross-entropy.
+template <int K, bool kFloat>
+__device__ __forceinline__ void both_logits(const ExpertRows<K, kFloat>& row, int c, float (&z)[kExpertChunk][K],
+                                            float (&x)[kExpertChunk][K]) {
+    copy(z, x);
+    row.adjust(c, x);
+    if (row.call.adjusted) copy(x, z);
+    if (row.call.mask == nullptr) return;
+    const std::uint32_t kept = row.kept(c);
+    row.hide(kept, row.call.masked_logit, x);
+    row.hide(kept, row.call.masked_logit, z);
+}
+
 // ---- the forward
 
 // Element k, which the compiler does not know.
@@ -118,10 +131,9 @@ __global__ void __launch_bounds__(kMaxBlock, expert_forward_blocks(K, kDivergenc
     const bool present = place.row < rows;
     const Row row(call, present ? place.row : 0);
     if (call.asks) {
-        if (place.thread < call.together && row.first_label >= 0) {
-            const float z = row.one(place.thread, row.first_label);
-            asked.own[place.of_block][place.thread] =
-                call.asks_the_network ? z : row.adjusted_one(place.thread, row.first_label, z);
+        if (place.thread < K) {
+            const int k = row.source(place.thread), label = row.first_label;
+            asked.own[place.of_block][place.thread] = label < 0 ? 0 : row.row_logit(k, label, row.one(k, label), true);
         }
         __syncthreads();
     }
@@ -148,20 +160,14 @@ __global__ void __launch_bounds__(kMaxBlock, expert_forward_blocks(K, kDivergenc
             const bool special = row.is_special(c);
             if constexpr (!kDivergence) {
                 row.adjust(c, z);
+                if (call.mask != nullptr) Row::hide(row.kept(c), call.masked_logit, z);
                 if (call.asks) wrong |= beaten(row, c, z, asked.own[place.of_block]);
                 if (special) row.leave_out(c, z);
                 streams.add(z, call.smoothing != 0);
             } else {
                 float x[N][K];
-                copy(z, x);
-                row.adjust(c, x);
-                if (call.asks) {
-                    float other[N][K];
-                    copy(x, other);
-                    if (call.asks_the_network) copy(z, other);
-                    wrong |= beaten(row, c, other, asked.own[place.of_block]);
-                }
-                if (call.adjusted) copy(x, z);
+                both_logits(row, c, z, x);
+                if (call.asks) wrong |= beaten(row, c, x, asked.own[place.of_block]);
                 if (call.separate) {
                     if (special) row.leave_out(c, x);
                     streams.cross_entropy.add(x, call.smoothing != 0);
@@ -188,10 +194,10 @@ __global__ void __launch_bounds__(kMaxBlock, expert_forward_blocks(K, kDivergenc
     const ExpertStream<K>& stream = cross_entropy_of(streams);
     ExpertPart part{of_expert(k, stream.pivot), of_expert(k, stream.sum), of_expert(k, stream.linear),
                     stream.count, kAbsent, kAbsent, 0, 0};
-    if (a >= 0) part.at_label = sample.adjusted_one(k, a, z_a);
-    if (second) part.at_label_b = sample.adjusted_one(k, b, z_b);
+    if (a >= 0) part.at_label = sample.row_logit(k, a, z_a, true);
+    if (second) part.at_label_b = sample.row_logit(k, b, z_b, true);
     if (call.asks) {
-        const float own = call.asks_the_network ? z_a : part.at_label, other = call.asks_the_network ? z_b : part.at_label_b;
+        const float own = part.at_label, other = part.at_label_b;
         const bool loses = own != own || (second && (other > own || (other == own && b < a)));
         part.wrong = loses || (wrong >> k & 1u) != 0 ? 1 : 0;
     }
@@ -204,8 +210,8 @@ __global__ void __launch_bounds__(kMaxBlock, expert_forward_blocks(K, kDivergenc
             part.pivot = other.pivot;
             part.sum = other.sum;
         }
-        if (a >= 0) other.at_label = sample.one_of_divergence(k, a, z_a);
-        if (second) other.at_label_b = sample.one_of_divergence(k, b, z_b);
+        if (a >= 0) other.at_label = sample.divergence_logit(k, a, z_a);
+        if (second) other.at_label_b = sample.divergence_logit(k, b, z_b);
         const char* teacher_row = sample.teacher_row();
         if (teacher_row != nullptr && a >= 0) other.teacher_at_label = sample.teacher_one(teacher_row, a);
         if (teacher_row != nullptr && second) other.teacher_at_label_b = sample.teacher_one(teacher_row, b);
@@ -258,14 +264,18 @@ __global__ void __launch_bounds__(kMaxBlock, expert_backward_blocks(K, kDivergen
                 x[i][k] = fmaf(p_scale[k], Exponential<true>::of(x[i][k], pivot[k]), -everywhere[k]);
             }
         }
-        row.adjust_gradient(c, x);
+        row.scale(c, x);
+    };
+    const auto store = [&](int c, float(&x)[N][K]) {
+        if (call.mask != nullptr) Row::hide(row.kept(c), 0, x);
+        gradients.store(c, x);
     };
     if constexpr (!kDivergence) {
         for_chunks<expert_chunks_ahead(K, kFloat, kDivergence)>(
             row.logits, first, call.plan.stride, KeepNothing{}, [&](int c, float(&z)[N][K]) {
                 row.adjust(c, z);
                 of_cross_entropy(c, z);
-                gradients.store(c, z);
+                store(c, z);
             });
     } else {
         const bool others = K > 1 && call.teacher == Teacher::kOthers;
@@ -287,9 +297,7 @@ __global__ void __launch_bounds__(kMaxBlock, expert_backward_blocks(K, kDivergen
         for_chunks<expert_chunks_ahead(K, kFloat, kDivergence)>(
             row.logits, first, call.plan.stride, KeepNothing{}, [&](int c, float(&z)[N][K]) {
                 float x[N][K];
-                copy(z, x);
-                row.adjust(c, x);
-                if (call.adjusted) copy(x, z);
+                both_logits(row, c, z, x);
                 if (call.separate) of_cross_entropy(c, x);
                 row.cool(c, z);
                 float teacher[N];
@@ -312,7 +320,7 @@ __global__ void __launch_bounds__(kMaxBlock, expert_backward_blocks(K, kDivergen
                     }
                 }
                 row.cool_gradient(c, z);
-                if (call.adjusted) row.adjust_gradient(c, z);
+                if (call.adjusted) row.scale(c, z);
                 if (call.separate) {
 #pragma unroll
                     for (int i = 0; i < N; ++i) {
@@ -320,7 +328,7 @@ __global__ void __launch_bounds__(kMaxBlock, expert_backward_blocks(K, kDivergen
                         for (int k = 0; k < K; ++k) z[i][k] += x[i][k];
                     }
                 }
-                gradients.store(c, z);
+                store(c, z);
             });
     }
     // The thread that wrote a label's chunk corrects it: its writes keep their order.

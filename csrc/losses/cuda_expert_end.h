@@ -127,19 +127,20 @@ private:
     }
 };
 
-// The divergence of an expert and its row, weighted by `weight`.
+// The divergence of an expert and its row, weighted by `weight`. `one`: 1, and 0 for a lane without an expert.
 __device__ __forceinline__ DivergenceEnd<float> end_divergence(const ExpertArguments& call, const ExpertTotals& totals,
-                                                               bool taught, float weight, float present_weight) {
+                                                               bool taught, float weight, float one) {
     const bool present[2] = {call.target.data != nullptr, call.target_b.data != nullptr};
     const DivergenceStream<1>& of = totals.divergence;
-    const SoftmaxEnd<float> softmax = end_softmax(of.pivot[0], of.sum[0], totals.d_at[0], totals.d_at[1]);
+    const SoftmaxEnd<float> softmax = end_softmax(one == 0 ? 0.f : of.pivot[0], one == 0 ? 1.f : of.sum[0],
+                                                  totals.d_at[0], totals.d_at[1]);
     if (call.teacher != Teacher::kOthers) {
         const SoftmaxEnd<float> teacher = end_softmax(taught ? of.teacher_pivot : 0.f, taught ? of.teacher_sum : 1.f,
                                                       totals.teacher_at[0], totals.teacher_at[1]);
         return end_teacher(teacher, softmax, of.cross[0], weight, present);
     }
-    const float of_teacher = call.by_student ? present_weight : weight;
-    const float of_student = call.by_student ? weight : present_weight;
+    const float of_teacher = call.by_student ? one : weight;
+    const float of_student = call.by_student ? weight : one;
     OthersSums<float> sums = of_others(softmax, of_teacher, of_student);
     sums.students = sum_of_experts(sums.students);
     sums.teachers = sum_of_experts(sums.teachers);
@@ -177,7 +178,7 @@ __device__ __forceinline__ float end_row(const ExpertArguments& call, const Expe
     if (results.rows != nullptr) {
         const float lam = second ? call.number_of(call.lam, 0, b, float(call.lam_number)) : 1.f;
         results.rows[at] = lam == 1 ? end.loss_a : lam * end.loss_a + (1 - lam) * end.loss_b;
-        results.rows[at + of_each] = sums.pivot + end.log_sum;
+        results.rows[at + of_each] = end.log_sum;
         results.rows[at + 2 * of_each] = totals.wrong != 0 ? 0.f : 1.f;
         results.rows[at + 3 * of_each] = end.p_target;
     }

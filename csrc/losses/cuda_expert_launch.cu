@@ -39,13 +39,11 @@ ExpertArguments arguments_of(const ExpertCall& call, int together, const BlockPl
     arguments.inverse_temperature = float(1 / call.temperature_number);
     arguments.smoothing = float(call.label_smoothing);
     arguments.masked_logit = call.masked == Masked::kZero ? 0.f : kAbsent;
-    const bool adjusts = call.bias.data != nullptr || call.scale.data != nullptr || call.scale_number != 1 ||
-                         call.mask != nullptr;
+    const bool adjusts = call.bias.data != nullptr || call.scale.data != nullptr || call.scale_number != 1;
     arguments.separate = call.teacher != Teacher::kNone && call.cross_entropy &&
                          ((!call.adjusted && adjusts) || call.temperature.data != nullptr ||
                           call.temperature_number != 1 || call.label_smoothing != 0);
     arguments.asks = (call.rows || call.gated) && call.target.data != nullptr;
-    arguments.asks_the_network = call.gated && !call.adjusted;
     return arguments;
 }
 
@@ -72,8 +70,9 @@ void check_expert_call(const ExpertCall& call) {
     if (call.eps != 0) reason = "eps is not supported on CUDA devices";
     if (call.masked == Masked::kPartial) reason = "a mask of the divergence alone is not supported on CUDA devices";
     if (call.masked != Masked::kNot && call.label_smoothing != 0) reason = "smoothing with a mask is not supported";
-    if (call.gated && call.by_student) reason = "a gate by the teacher's answer needs weights by teacher";
-    if (call.gated && !call.adjusted && call.rows) reason = "answers are right by one kind of logits";
+    if (call.gated && (call.by_student || !call.adjusted)) {
+        reason = "a gate by the teacher's answer needs weights by teacher and its row logits";
+    }
     if (reason != nullptr) throw std::runtime_error(std::string("expert_loss: ") + reason);
 }
 

@@ -34,15 +34,17 @@ struct ExpertSample {
     __device__ float one(int k, int c) const {
         return load_one(row_of(call.logits, k, b), call.logits.dtype, call.logits.expert[first_expert + k].class_stride, c);
     }
-    // scale z + bias, or what a masked class has.
-    __device__ float adjusted_one(int k, int c, float z) const {
-        z *= call.number_of(call.scale, first_expert + k, c, call.scale_of_all);
-        if (call.bias.data != nullptr) z += __ldg(of_expert(call.bias, k) + c);
+    // scale z + bias, or z if not `adjusted`, or what a masked class has.
+    __device__ float row_logit(int k, int c, float z, bool adjusted) const {
+        if (adjusted) {
+            z = __fmul_rn(z, call.number_of(call.scale, first_expert + k, c, call.scale_of_all));  // as for chunks
+            if (call.bias.data != nullptr) z += __ldg(of_expert(call.bias, k) + c);
+        }
         return call.mask == nullptr || __ldg(mask() + c) != 0 ? z : call.masked_logit;
     }
     // The divergence's logit.
-    __device__ float one_of_divergence(int k, int c, float z) const {
-        return at_least((call.adjusted ? adjusted_one(k, c, z) : z) * call.inverse_temperature_of(c), kAbsent);
+    __device__ float divergence_logit(int k, int c, float z) const {
+        return at_least(row_logit(k, c, z, call.adjusted) * call.inverse_temperature_of(c), kAbsent);
     }
 
     // Of a given teacher or another view: where its row begins; null where there is none.
@@ -53,7 +55,7 @@ struct ExpertSample {
     }
     __device__ float teacher_one(const char* row, int c) const {
         const float u = load_one(row, teachers().dtype, teachers().expert[first_expert].class_stride, c);
-        return one_of_divergence(0, c, u);
+        return divergence_logit(0, c, u);
     }
     __device__ const Experts& teachers() const {
         return call.teacher == Teacher::kView ? call.logits : call.teacher_logits;
@@ -114,25 +116,50 @@ struct ExpertRows : ExpertSample {
         }
     }
 
-    // z -> scale z + bias, or what a masked class has; outside the row undefined.
+    // z -> scale z + bias; outside the row undefined.
     __device__ __forceinline__ void adjust(int c, float (&x)[N][K]) const {
         scale(c, x);
-        if (call.bias.data != nullptr) {
-            float bias[N];
+        if (call.bias.data == nullptr) return;
+        float bias[N];
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            if (k == 0 || call.bias.expert_stride != 0) load_four(of_expert(call.bias, source(k)), c, classes, bias);
+#pragma unroll
+            for (int i = 0; i < N; ++i) x[i][k] += bias[i];
+        }
+    }
+    __device__ __forceinline__ void scale(int c, float (&x)[N][K]) const {
+        if (call.scale.data != nullptr) {
+            float scale[N];
+            load_four(of_expert(call.scale, 0), c, classes, scale);
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                if (k == 0 || call.bias.expert_stride != 0) load_four(of_expert(call.bias, source(k)), c, classes, bias);
+                if (k > 0 && call.scale.expert_stride != 0) {  // rare, and slow
 #pragma unroll
-                for (int i = 0; i < N; ++i) x[i][k] += bias[i];
+                    for (int i = 0; i < N; ++i) {
+                        scale[i] = load_one_if(in_row(c + i, classes), of_expert(call.scale, source(k)) + c + i);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < N; ++i) x[i][k] = __fmul_rn(x[i][k], scale[i]);
+            }
+        } else if (call.scale_of_all != 1) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+#pragma unroll
+                for (int i = 0; i < N; ++i) x[i][k] = __fmul_rn(x[i][k], call.scale_of_all);
             }
         }
-        if (call.mask != nullptr) mask_by(c, call.masked_logit, x);
     }
 
-    // d(loss) / d(row logit) -> d(loss) / dz
-    __device__ __forceinline__ void adjust_gradient(int c, float (&x)[N][K]) const {
-        scale(c, x);
-        if (call.mask != nullptr) mask_by(c, 0.f, x);
+    // Which classes of a chunk the mask keeps, a byte each.
+    __device__ std::uint32_t kept(int c) const { return load_four(mask(), c, classes); }
+    __device__ __forceinline__ static void hide(std::uint32_t kept, float masked, float (&x)[N][K]) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) x[i][k] = (kept >> (8 * i) & 255u) != 0 ? x[i][k] : masked;
+        }
     }
 
     // The divergence's logits from those of the network, or adjusted ones.
@@ -183,44 +210,11 @@ struct ExpertRows : ExpertSample {
 #pragma unroll
             for (int i = 0; i < N; ++i) u[i][0] = teacher[i];
             if (call.adjusted) adjust(c, u);
+            if (call.mask != nullptr) hide(kept(c), call.masked_logit, u);
             cool(c, u);
             if (special) leave_out(c, u);
 #pragma unroll
             for (int i = 0; i < N; ++i) teacher[i] = u[i][0];
-        }
-    }
-
-private:
-    __device__ __forceinline__ void scale(int c, float (&x)[N][K]) const {
-        if (call.scale.data != nullptr) {
-            float scale[N];
-            load_four(of_expert(call.scale, 0), c, classes, scale);
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                if (k > 0 && call.scale.expert_stride != 0) {  // rare, and slow
-#pragma unroll
-                    for (int i = 0; i < N; ++i) {
-                        scale[i] = load_one_if(in_row(c + i, classes), of_expert(call.scale, source(k)) + c + i);
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < N; ++i) x[i][k] *= scale[i];
-            }
-        } else if (call.scale_of_all != 1) {
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-#pragma unroll
-                for (int i = 0; i < N; ++i) x[i][k] *= call.scale_of_all;
-            }
-        }
-    }
-
-    __device__ __forceinline__ void mask_by(int c, float masked, float (&x)[N][K]) const {
-        const std::uint32_t kept = load_four(mask(), c, classes);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-#pragma unroll
-            for (int k = 0; k < K; ++k) x[i][k] = (kept >> (8 * i) & 255u) != 0 ? x[i][k] : masked;
         }
     }
 };

@@ -201,13 +201,10 @@ def cuda_expert_backward(
 
 
 def _cuda_call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
-    """The call with a share of the first label for each row, and a teacher of a dtype that the kernels read."""
-    ready: dict[str, Tensor] = {}
+    """The call with a share of the first label for each row."""
     if tensors.lam is not None:
-        ready["lam"] = tensors.lam.expand(shape_of(logits)[1]).contiguous()
-    if tensors.teacher is not None and tensors.teacher.dtype == torch.float64:
-        ready["teacher"] = tensors.teacher.to(torch.float32)
-    return _call(logits, tensors._replace(**ready) if ready else tensors, options)
+        tensors = tensors._replace(lam=tensors.lam.expand(shape_of(logits)[1]).contiguous())
+    return _call(logits, tensors, options)
 
 
 def _row_weights(
@@ -234,5 +231,5 @@ def _row_weights(
         divisor = rows * (classes if options.kl_reduction == "mean" else 1)
         found["kl_number"] = options.kl_weight * options.temperature**2 / divisor
     else:
-        found["kl_weight"] = kl_row_weights(tensors, options, like.new_empty(()).expand(shape), None).contiguous()
+        found["kl_weight"] = kl_row_weights(tensors, options, like[0].expand(shape), None).contiguous()
     return found
