@@ -35,12 +35,14 @@ struct alignas(16) DivergencePart {
     float unused[3];
 };
 
-// Blocks of a multiprocessor, as in cuda_dkt.h.
-constexpr int expert_forward_blocks(int experts, bool divergence) {
-    return experts == 1 ? (divergence ? 3 : 4) : experts <= 3 ? (divergence ? 2 : 3) : experts == 4 ? 2 : 1;
+// Threads that a multiprocessor shall hold, as in cuda_dkt.h.
+constexpr int expert_forward_threads(int experts, bool divergence) {
+    if (divergence) return experts == 1 ? 768 : experts <= 3 ? 512 : experts == 4 ? 384 : kMaxBlock;
+    return experts == 1 ? 1024 : experts == 2 ? 768 : experts == 3 ? 640 : 512;
 }
-constexpr int expert_backward_blocks(int experts, bool divergence) {
-    return experts == 1 ? (divergence ? 3 : 4) : experts <= 3 ? (divergence ? 2 : 3) : experts == 4 ? 2 : 1;
+constexpr int expert_backward_threads(int experts, bool divergence) {
+    if (divergence) return experts == 1 ? 768 : experts == 2 ? 512 : experts <= 4 ? 384 : kMaxBlock;
+    return experts == 1 ? 1024 : experts == 2 ? 640 : experts == 3 ? 512 : 384;
 }
 // Chunks under way.
 SHIKE_HD constexpr int expert_chunks_ahead(int experts, bool four_bytes, bool divergence) {
@@ -116,7 +118,7 @@ template <int K>
 SHIKE_DEVICE const ExpertStream<K>& cross_entropy_of(const ExpertStreams<K>& streams) { return streams.cross_entropy; }
 
 template <int K, bool kFloat, bool kDivergence>
-__global__ void __launch_bounds__(kMaxBlock, expert_forward_blocks(K, kDivergence))
+__global__ void __launch_bounds__(expert_forward_threads(K, kDivergence))
     expert_forward_kernel(const __grid_constant__ ExpertArguments call,
                           ExpertPart* parts,            // [splits, B, K]
                           DivergencePart* divergences,  // [splits, B, K]
@@ -232,7 +234,7 @@ __device__ __forceinline__ float grad_of(const ExpertArguments& call, const Expe
 }
 
 template <int K, bool kFloat, bool kDivergence>
-__global__ void __launch_bounds__(kMaxBlock, expert_backward_blocks(K, kDivergence))
+__global__ void __launch_bounds__(expert_backward_threads(K, kDivergence))
     expert_backward_kernel(const __grid_constant__ ExpertArguments call, const __grid_constant__ Experts gradient,
                            const float* grad_output)  // [] or [K, B]
 {

@@ -195,8 +195,10 @@ def check(outcome: Outcome, case: LossCase, place: Place, on_device: OnDevice) -
 def compare(
     outcome: Outcome, case: LossCase, z: Tensor, scale: float, mine: Results, exact: Results, eager: Results
 ) -> None:
+    # What one pass over a row may cost: V x_k minus the sum of all v x cancels.
     spread = (z.double().amax(2) - z.double().amin(2)).max().item()
-    rounding = 2.0**-24 * (1 + spread)  # of a logarithm of a probability
+    divergence = case.op not in ("plain", "cross-entropy")
+    cancelled = 16 * 2.0**-24 * case.experts * (1 + spread) if divergence else 0.0
     for name in ("loss", "terms", "rows"):
         one, expected, other = (getattr(results, name) for results in (mine, exact, eager))
         if expected is None:
@@ -204,16 +206,16 @@ def compare(
         infinite = ~torch.isfinite(expected)
         outcome.within(f"{name}, not finite", float((torch.isfinite(one) & infinite).sum()), 0.0)
         size = expected[~infinite].abs().max().clamp_min(1e-3).item() if (~infinite).any() else 1.0
-
-        def error(values: Tensor, expected: Tensor = expected, infinite: Tensor = infinite, size: float = size) -> float:
-            return torch.where(infinite, 0.0, (values.double() - expected).abs()).max().item() / size
-
-        outcome.within(f"{name}, {case.op}", error(one), max(2e-5, 4 * error(other), 64 * case.experts * rounding / size))
+        error, usual = (
+            torch.where(infinite, 0.0, (values.double() - expected).abs()).max().item() / size for values in (one, other)
+        )
+        outcome.within(f"{name}, {case.op}", error, max(1e-5, 4 * usual, cancelled / size))
     if exact.correct is not None:
         assert mine.correct is not None and eager.correct is not None
         outcome.within("answers", float((mine.correct != eager.correct).sum()), 0.0)
-    error_of = [(results.gradient.double() - exact.gradient).abs() for results in (mine, eager)]
     rows = exact.gradient.abs().amax(2, keepdim=True).clamp_min(abs(scale) / case.batch * 1e-2)
-    error, usual = ((of / rows).max().item() for of in error_of)
-    bound = max(2 * BOUND[case.dtype], 4 * usual, 64 * case.experts * rounding * abs(scale) / rows.min().item() / case.batch)
-    outcome.within(f"gradient, {case.op}, {case.dtype}", error, bound)
+    error_of = [(results.gradient.double() - exact.gradient).abs() for results in (mine, eager)]
+    usual = (error_of[1] / rows).max().item()
+    allowed = rows * max(2 * BOUND[case.dtype], 4 * usual) + cancelled * abs(scale) / case.batch
+    outcome.within(f"gradient, {case.op}, {case.dtype}", (error_of[0] / rows).max().item(), float("inf"))
+    outcome.within(f"gradient beside what is allowed, {case.op}", (error_of[0] / allowed).max().item(), 1.0)
