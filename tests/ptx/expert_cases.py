@@ -4,10 +4,12 @@ import itertools
 from random import Random
 from typing import Any
 
+import torch
 from common import run, run_all, summary
 from expert_inputs import KINDS, check
+from host import cuda, ops
 from loss_inputs import LAYOUTS, VALUES, LossCase
-from outcomes import DTYPES, OTHER_ORDERS
+from outcomes import DTYPES, OTHER_ORDERS, Outcome
 
 
 def quick() -> dict[str, Any]:
@@ -24,7 +26,47 @@ def quick() -> dict[str, Any]:
         cases.append(LossCase(op, experts, 4, 60, "f32", next(layouts), "normal", seed=len(cases)))
     for op, experts in (("others", 3), ("given", 2), ("cross-entropy", 2)):
         cases.append(LossCase(op, experts, 1, 33000, "f32", "whole, unaligned", "normal", 2000, ("random alone",)))
-    return summary({str(tuple(case)): run(case, check) for case in cases})
+    outcomes = {str(tuple(case)): run(case, check) for case in cases}
+    return summary(outcomes | {"an empty batch": empty_batch(), "equal labels": equal_labels()})
+
+
+def empty_batch() -> Outcome:
+    """The sums over no rows are 0."""
+    outcome = Outcome()
+    with cuda():
+        for kl in (None, ops.ExpertKL(temperature=2.0)):
+            leaf = torch.randn(3, 0, 10).requires_grad_()
+            target = torch.zeros(0, dtype=torch.int64)
+            loss, terms = ops.expert_loss(leaf, target, kl=kl, return_terms=True, backend="cpu")
+            loss.backward()
+            outcome.same("loss", loss.detach(), torch.zeros(()))
+            outcome.same("terms", terms, torch.zeros(2))
+            assert leaf.grad is not None and leaf.grad.shape == leaf.shape
+    return outcome
+
+
+def equal_labels() -> Outcome:
+    """Two labels that are the same class, for all rows, are one label; where these are all classes, nothing is left."""
+    outcome = Outcome()
+    torch.manual_seed(0)
+    z, target = torch.randn(3, 5, 40), torch.tensor([0, 39, 7, 8, 3])
+    with cuda() as device:
+        found = []
+        for second in ({}, {"target_b": target.clone(), "lam": 0.25}):
+            leaf = z.clone().requires_grad_()
+            loss = ops.expert_loss(leaf, target, **second, kl=ops.ExpertKL(), backend="cpu")
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        results = {}
+        for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+            leaf = z[:, :2, :2].to(dtype).contiguous().requires_grad_()
+            options = {"target_b": torch.tensor([1, 0]), "lam": 0.3, "label_smoothing": 0.1, "kl": ops.ExpertKL()}
+            loss = ops.expert_loss(leaf, torch.tensor([0, 1]), **options, backend=backend)
+            results[backend] = torch.cat([loss.detach().reshape(1), torch.autograd.grad(loss, leaf)[0].flatten()])
+    for name, one, other in zip(("loss", "gradient"), *found, strict=True):
+        outcome.within(f"one label, {name}", (one - other).abs().max().item(), 1e-6)
+    outcome.within("two classes", (results["cpu"] - results["reference"]).abs().max().item(), 1e-6)
+    outcome.seen("lockstep", device)
+    return outcome
 
 
 def matrix(experts: int, seed: int, count: int = 40) -> dict[str, Any]:
