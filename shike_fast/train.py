@@ -18,6 +18,7 @@ from shike_fast._util.plugins import load_plugins
 from shike_fast.engine.config_file import settings_from
 from shike_fast.engine.options import add_options
 from shike_fast.engine.run import run
+from shike_fast.engine.seeds import run_seeds
 
 
 def make_parser() -> ArgumentParser:
@@ -49,7 +50,11 @@ def _recipe_table() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    return run_command(lambda: run(_given(argv)), prints_result=False)
+    return run_command(lambda: _train(_given(argv)), prints_result=False)
+
+
+def _train(given: dict[str, Any]) -> int:
+    return run_seeds(given) if "seeds" in given else run(given)
 
 
 def _given(argv: Sequence[str] | None) -> dict[str, Any]:

@@ -17,3 +17,13 @@ def shot_masks(class_counts: Tensor) -> dict[str, Tensor]:
     many = class_counts > MANY_SHOT_ABOVE
     few = class_counts < FEW_SHOT_BELOW
     return {"many": many, "medium": ~many & ~few, "few": few}
+
+
+def shot_names(class_counts: Tensor) -> list[str]:
+    """The shot of each class, by name.
+
+    Args:
+        class_counts: int64 [C], training images of each class.
+    """
+    masks = shot_masks(class_counts)
+    return [next(shot for shot in SHOTS if masks[shot][label]) for label in range(len(class_counts))]

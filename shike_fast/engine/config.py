@@ -16,12 +16,14 @@ from shike_fast._util.cli import choose_device
 from shike_fast._util.options import Option, options_of
 from shike_fast._util.plugins import missing_plugins
 from shike_fast.data.types import DatasetInfo
+from shike_fast.engine.epochs import open_stage_epochs, place_steps, split_epochs, stage_epochs
 from shike_fast.engine.options import NO_WEIGHTS, Settings, method_options
 from shike_fast.engine.precision import AUTO, settle_amp
-from shike_fast.engine.schedule import cosine_with_warmup
+from shike_fast.engine.schedule import cosine_with_warmup, scaled_steps, steps_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
 from shike_fast.methods import Method
 
+_MODEL_OPTIONS = ("fusion", "classifier", "expert_stages", "expert_width", "shortcut")  # None: the method's own
 NEEDS_PRETRAINED = "needs_pretrained"  # in a recipe: it begins with ImageNet weights
 
 # What a resumed run may change: none of it alters the trajectory that the checkpoint began, beyond the rounding of
@@ -47,9 +49,7 @@ class TrainConfig(Settings):
     @property
     def stage_epochs(self) -> tuple[int, ...]:
         """The number of epochs of each stage."""
-        lengths = [_length(stage, self) for stage in self.stages]
-        rest = self.epochs - sum(length for length in lengths if length is not None)
-        return tuple(rest if length is None else length for length in lengths)
+        return stage_epochs(self.stages, vars(self))
 
     @property
     def stage1_epochs(self) -> int:
@@ -66,15 +66,37 @@ class TrainConfig(Settings):
         """The stage that the 0-based ``epoch`` belongs to, counted from 1."""
         return self._place(epoch)[0]
 
+    def schedule_of(self, stage: methods.Stage) -> str:
+        """How the learning rate of a stage falls, as ``--schedule`` calls it."""
+        return stage.schedule or self.schedule
+
+    def weight_decay_of(self, stage: methods.Stage) -> float:
+        """The L2 penalty of a stage."""
+        given = stage.weight_decay
+        return getattr(self, given) if isinstance(given, str) else given
+
     def lr_of(self, epoch: int) -> float:
-        """Learning rate of the 0-based ``epoch``; the warm-up takes at most half of a short stage."""
+        """Learning rate of the 0-based ``epoch``; the warm-up takes at most half of a short stage.
+
+        ``step_epochs`` are those of the stage without a length; other stages step at the same shares of theirs.
+        """
         number, epoch = self._place(epoch)
         stage, epochs = self.stages[number - 1], self.stage_epochs[number - 1]
         base_lr: float = getattr(self, stage.lr)
         factor = stage.start_lr_factor
         start_lr = (getattr(self, factor) if isinstance(factor, str) else factor) * base_lr
         warmup_epochs = min(self.warmup_epochs, epochs // 2)
-        return cosine_with_warmup(epoch, epochs, base_lr=base_lr, warmup_epochs=warmup_epochs, start_lr=start_lr)
+        if self.schedule_of(stage) == "cosine":
+            return cosine_with_warmup(epoch, epochs, base_lr=base_lr, warmup_epochs=warmup_epochs, start_lr=start_lr)
+        return steps_with_warmup(
+            epoch,
+            epochs,
+            base_lr=base_lr,
+            warmup_epochs=warmup_epochs,
+            start_lr=start_lr,
+            steps=scaled_steps(self.step_epochs or (), epochs, of=open_stage_epochs(self.stages, vars(self))),
+            factor=self.step_factor,
+        )
 
     def _place(self, epoch: int) -> tuple[int, int]:
         """Stage of an epoch, from 1, and its number within that, from 0."""
@@ -90,9 +112,18 @@ class TrainConfig(Settings):
         return methods.find_method(self.method).views(self)
 
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of ``models.create_model`` that the method implies."""
+        """Arguments of ``models.create_model``: those that the method implies, and what the user named before them."""
+        named = self.named_model_options
+        if named.get("expert_stages", "all") != "all":
+            named["expert_stages"] = int(named["expert_stages"])
         options = methods.find_method(self.method).model_options(self)
-        return {"name": self.model, "num_experts": self.num_experts, **options}
+        return {"name": self.model, "num_experts": self.num_experts, **options, **named}
+
+    @property
+    def named_model_options(self) -> dict[str, Any]:
+        """The settings of the network that the user or a recipe named."""
+        values = {name: getattr(self, name) for name in _MODEL_OPTIONS}
+        return {name: value for name, value in values.items() if value is not None}
 
     def create_method(self, class_counts: Tensor) -> Method:
         """The run's method with its hyper-parameters.
@@ -101,7 +132,9 @@ class TrainConfig(Settings):
             class_counts: int64 [C], on the device of the run.
         """
         own = {name: getattr(self, name) for name in options_of(methods.find_method(self.method))}
-        return methods.create_method(self.method, class_counts=class_counts, num_experts=self.num_experts, **own)
+        return methods.create_method(
+            self.method, class_counts=class_counts, num_experts=self.num_experts, epochs=self.epochs, **own
+        )
 
 
 def _make(values: dict[str, Any]) -> TrainConfig:
@@ -116,11 +149,17 @@ def _config_class(method: type[Method]) -> type[TrainConfig]:
     own = options_of(method)
     settings = {*options_of(Settings), *own}
     for stage in method.stages:
-        for used in (stage.epochs, stage.lr, stage.start_lr_factor):
+        for used in (stage.epochs, stage.lr, stage.start_lr_factor, stage.weight_decay):
             if isinstance(used, str) and used not in settings:
                 raise ConfigError(
                     f"method '{method.name}': its stage {stage.name} names the setting {used}, there is none"
                 )
+        schedules = (options_of(Settings)["schedule"].choices or tuple)()
+        if stage.schedule is not None and stage.schedule not in schedules:
+            raise ConfigError(
+                f"method '{method.name}': its stage {stage.name} names the schedule {stage.schedule}, "
+                f"there are {', '.join(schedules)}"
+            )
     fields = [
         (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
         for field in dataclasses.fields(method)
@@ -172,7 +211,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         values["threads"] = torch.get_num_threads()  # a resumed run repeats the rounding of this one
     for name, option in options.items():
         values[name] = option.check(values[name])
-    _split_epochs(values, given, usual, method)
+    split_epochs(values, given, usual, method)
+    place_steps(values, given, usual, method)
     if values["amp"] == AUTO:
         values["amp"], _ = settle_amp(AUTO, choose_device(values["device"]))
     config = _make(values)
@@ -215,31 +255,6 @@ def _find_dataset(name: str) -> DatasetInfo:
     return data.datasets()[name]
 
 
-def _split_epochs(values: dict[str, Any], given: dict[str, Any], usual: dict[str, Any], method: type[Method]) -> None:
-    """Choose the lengths of stages where only the total was given: their usual share of it, at least one epoch."""
-    named = [stage.epochs for stage in method.stages if isinstance(stage.epochs, str)]
-    if "stage2_epochs" not in named:
-        if given.get("stage2_epochs", 0) != 0:
-            raise ConfigError(
-                f"--stage2-epochs: method '{method.name}' has no second stage, got {given['stage2_epochs']}"
-            )
-        values["stage2_epochs"] = 0
-    if "epochs" not in given:
-        return
-    left = values["epochs"] - 1 - sum(given.get(name, 0) for name in named)  # one for the stage that gets the rest
-    for name in named:
-        if name not in given:
-            share = usual[name] / usual["epochs"]
-            values[name] = max(0, min(max(1, round(values["epochs"] * share)), left))
-            left -= values[name]
-
-
-def _length(stage: methods.Stage, config: TrainConfig) -> int | None:
-    if isinstance(stage.epochs, float):
-        return round(stage.epochs * config.epochs)
-    return None if stage.epochs is None else getattr(config, stage.epochs)
-
-
 def _check(config: TrainConfig) -> None:
     for name, option in options_for(config.method).items():
         option.check(getattr(config, name))
@@ -256,6 +271,10 @@ def _check_together(config: TrainConfig) -> None:
             f"{'both' if len(config.stages) == 2 else 'all'} stages ({config.epochs}), "
             f"got {sum(getattr(config, one.name) for one in named)}"
         )
+    _check_schedule(config)
+    _check_mixing(config)
+    if config.nesterov and config.momentum == 0:
+        raise ConfigError("--nesterov: there is no momentum to look ahead with; set --momentum, or leave it out")
     if config.batch_size < 2 * config.accumulate:  # BatchNorm needs two values a channel
         per_pass = f" for each of --accumulate {config.accumulate}" if config.accumulate > 1 else ""
         raise ConfigError(f"--batch-size: must be at least 2{per_pass}, got {config.batch_size}")
@@ -268,6 +287,32 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "--cuda-graph: does not record a step with --checkpoint-activations; leave that out, or use --no-cuda-graph"
         )
+    methods.find_method(config.method).check_settings(config)
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    steps = config.step_epochs or ()
+    if steps and all(config.schedule_of(stage) != "step" for stage in config.stages):
+        raise ConfigError("--step-epochs: the learning rate follows a cosine; add --schedule step, or leave it out")
+    most = open_stage_epochs(config.stages, vars(config)) - 1
+    if list(steps) != sorted(steps) or (steps and steps[-1] > most):
+        given = " ".join(map(str, steps))
+        raise ConfigError(f"--step-epochs: must be rising numbers of epochs from 1 to {most}, got {given}")
+
+
+def _check_mixing(config: TrainConfig) -> None:
+    for name in ("mixup", "cutmix"):
+        if getattr(config, name) and not methods.find_method(config.method).mixes:
+            able = [other for other in methods.list_methods() if methods.find_method(other).mixes]
+            raise ConfigError(
+                f"--{name}: the loss of method '{config.method}' takes no second label; methods that do: "
+                f"{', '.join(able)}"
+            )
+        if getattr(config, name) and config.unmixed_epochs >= config.epochs:
+            raise ConfigError(
+                f"--unmixed-epochs: must be less than --epochs ({config.epochs}), got {config.unmixed_epochs}; to mix "
+                f"nothing leave --{name} out"
+            )
 
 
 def stored_config(stored: dict[str, Any], source: str) -> TrainConfig:
@@ -336,7 +381,7 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
     for name, value in sorted(given.items(), key=lambda item: item[0] != "method"):
         if name not in options:
             _require_known({name: value}, config.method)
-        if not options[name].changeable and getattr(config, name) != value:
+        if not options[name].changeable and getattr(config, name) != options[name].check(value):
             raise CheckpointError(
                 f"checkpoint {source} belongs to another run: {name} is {getattr(config, name)!r}, the command line "
                 f"says {value!r}; leave the option out to go on with it, or start a new run in another --output-dir"

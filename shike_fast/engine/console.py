@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from shike_fast.data.shots import SHOTS
 
+_ACCURACIES = {"top1": "top-1", **{shot: shot for shot in SHOTS}}
 _LINE_EVERY = 60.0  # seconds between lines within an epoch where there is no terminal
 
 
@@ -93,19 +95,22 @@ class RunConsole:
             f"left {self._left(self._batches)}"
         )
 
-    def table(self, title: str, rows: list[tuple[str, dict[str, Any]]]) -> None:
-        """Print accuracies side by side.
+    def table(
+        self, title: str, rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str] = _ACCURACIES
+    ) -> None:
+        """Print figures side by side.
 
         Args:
             title: heading.
-            rows: label and metrics (``top1``, ``many``, ``medium``, ``few`` in percent, or None).
+            rows: label and figures by name: numbers, texts, or None.
+            columns: the names of those to print, each with its heading; default the accuracies in percent.
         """
         table = Table(title=title)
         table.add_column("")
-        for name in ("top-1", *SHOTS):
-            table.add_column(name, justify="right", no_wrap=True)
-        for label, metrics in rows:
-            table.add_row(label, *(_figure(metrics[name], digits=2) for name in ("top1", *SHOTS)))
+        for heading in columns.values():
+            table.add_column(heading, justify="right", no_wrap=True)
+        for label, figures in rows:
+            table.add_row(label, *(_figure(figures[name], digits=2) for name in columns))
         self.console.print(table)
 
     def close(self) -> None:
@@ -123,5 +128,7 @@ class RunConsole:
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _figure(value: float | None, digits: int = 1) -> str:
+def _figure(value: float | str | None, digits: int = 1) -> str:
+    if isinstance(value, str):
+        return value
     return "–" if value is None else f"{value:.{digits}f}"

@@ -17,8 +17,9 @@ from shike_fast._util.cli import choose_device, use_device
 from shike_fast.engine import checkpoint
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.precision import settle_amp
+from shike_fast.engine.priors import scores_prior
 from shike_fast.engine.setup import check_device
-from shike_fast.engine.state import check_stage, model_from_checkpoint
+from shike_fast.engine.state import check_stage, model_from_checkpoint, with_average
 from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError
 
@@ -35,6 +36,8 @@ class Trained:
         stage: the stage of the method, counted from 1.
         classifiers: which of the network's it trains.
         scores: logits [K, B, C] -> [B, C], whose softmax are the probabilities.
+        scores_prior: the class prior that they are for (:func:`shike_fast.engine.priors.scores_prior`).
+        history: metrics of every epoch, where the checkpoint holds them.
         autocast: makes the context around each forward pass.
     """
 
@@ -45,6 +48,8 @@ class Trained:
     stage: int
     classifiers: int
     scores: Callable[[Tensor], Tensor]
+    scores_prior: str
+    history: list[dict[str, Any]]
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
 
@@ -72,6 +77,8 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
     torch.set_num_threads(config.threads)
     use_device(device)
     check_device(config, device)
+    if config.ema:
+        state = with_average(state, source)
     model = model_from_checkpoint(state, source, config).to(device)
     method = config.create_method(state["data"]["class_counts"].to(device))
     number = stage or state["stage"]
@@ -90,6 +97,8 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
         stage=number,
         classifiers=chosen.classifiers,
         scores=functools.partial(method.scores, stage=chosen),
+        scores_prior=scores_prior(method, chosen, config.sampler),
+        history=state.get("history", []),
         device=device,
         autocast=make_autocast(config.amp, device),
     )

@@ -1,10 +1,11 @@
-"""Accuracy overall, by shot and by class, and the calibration error."""
+"""Accuracy overall, by shot and by class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from shike_fast.data.shots import shot_masks
 from shike_fast.engine.graph import CudaGraphRunner
 from shike_fast.errors import RunError
 
-CALIBRATION_BINS = 15
+Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class EvaluationInterrupted(Exception):
@@ -33,14 +34,17 @@ class Evaluation:
         support: int64 [C], images of each class.
         class_counts: int64 [C], training images of each class.
         expert_correct: int64 [K], images that each expert alone classifies rightly.
-        calibration_error: expected calibration error in [0, 1] (15 bins, L1), or None where it was not asked for.
     """
 
     correct: Tensor
     support: Tensor
     class_counts: Tensor
     expert_correct: Tensor
-    calibration_error: float | None = None
+
+    @classmethod
+    def stored(cls, state: dict[str, Any]) -> Evaluation:
+        """The evaluation that a checkpoint holds; version 0.2.0 stored an empty calibration error as well."""
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
 
     @property
     def top1(self) -> float:
@@ -115,14 +119,14 @@ class Evaluator:
         self._run: Callable[[Tensor, Tensor], None] = self._add
         if record:
             self._run = CudaGraphRunner(self._add, warm_up=1, stream=torch.cuda.Stream(device))
-        self._observe: Callable[[Tensor, Tensor], None] | None = None
+        self._observe: Observer | None = None
 
     @torch.no_grad()
     def __call__(
         self,
         batches: Iterable[tuple[Tensor, Tensor]],
         *,
-        calibration: bool = False,
+        observe: Observer | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         total: Callable[[Tensor], Tensor] = lambda counts: counts,
     ) -> Evaluation:
@@ -130,8 +134,7 @@ class Evaluator:
 
         Args:
             batches: pairs of images [B, channels, H, W] and int64 labels [B].
-            calibration: also compute the expected calibration error of ``softmax(scores)`` (torchmetrics), of these
-                batches alone; not with ``record``.
+            observe: gets the labels [B], logits [K, B, C] and scores [B, C] of every batch; not with ``record``.
             should_stop: asked before every batch.
             total: adds up counts over all processes, each of which holds a part of the batches; called once.
 
@@ -140,13 +143,7 @@ class Evaluator:
             ValueError: if there is not a single batch.
             NonFiniteLogitsError: if a logit is NaN or infinite.
         """
-        calibration_error = None
-        if calibration:
-            from torchmetrics.classification import MulticlassCalibrationError
-
-            classes = len(self._correct)
-            calibration_error = MulticlassCalibrationError(classes, n_bins=CALIBRATION_BINS, norm="l1").to(self._device)
-            self._observe = lambda scores, labels: calibration_error.update(scores.softmax(-1), labels)
+        self._observe = observe
         for counts in (self._correct, self._support, self._bad, self._expert_correct):
             if counts is not None:
                 counts.zero_()
@@ -167,8 +164,7 @@ class Evaluator:
         correct, support, expert_correct, bad = total(torch.cat(parts)).cpu().split([len(part) for part in parts])
         if bad:
             raise NonFiniteLogitsError("the model's logits on the test images are not finite: its weights are lost")
-        error = None if calibration_error is None else float(calibration_error.compute())
-        return Evaluation(correct, support, self._class_counts, expert_correct, error)
+        return Evaluation(correct, support, self._class_counts, expert_correct)
 
     def _add(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
@@ -184,7 +180,7 @@ class Evaluator:
         self._expert_correct += hits
         self._bad += ~scores.isfinite().all()
         if self._observe is not None:
-            self._observe(scores, labels)
+            self._observe(labels, logits, scores)
 
 
 def evaluate(
@@ -196,11 +192,12 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     scores: Callable[[Tensor], Tensor] = mean_logits,
-    calibration: bool = False,
+    observe: Observer | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Evaluation:
     """Accuracy: one call of an :class:`Evaluator`, whose arguments these are."""
     evaluator = Evaluator(
         model, stage=stage, class_counts=class_counts, device=device, autocast=autocast, scores=scores
     )
-    return evaluator(batches, calibration=calibration, should_stop=should_stop)
+    return evaluator(batches, observe=observe, should_stop=should_stop, total=total)

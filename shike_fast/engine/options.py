@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from shike_fast import data, methods, models
-from shike_fast._util.cli import ArgumentParser
+from shike_fast._util.cli import ArgumentParser, whole_number
 from shike_fast._util.options import Check, Option, at_least, at_most, not_negative, option, options_of, positive
 from shike_fast._util.plugins import add_plugin_option
 from shike_fast.data.longtail import SUBSETS
@@ -20,7 +20,9 @@ from shike_fast.data.types import MOST_PIXELS_A_SIDE
 from shike_fast.errors import ConfigError
 
 NO_WEIGHTS = "none"  # --pretrained
+METHODS_OWN = "the method's own"
 _MOST_THREADS = 1024
+_share = Check("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def _text(value: str) -> str:
@@ -48,6 +50,35 @@ class Settings:
         help=lambda: f"one of {', '.join(models.list_models())}", group="method", choices=models.list_models
     )
     num_experts: int = option(3, "number of experts", group="method", flag="--experts", metavar="K", check=at_least(1))
+    fusion: bool | None = option(
+        None,
+        "each expert weighs its map with a shallow one that all share",
+        group="method",
+        default_text=METHODS_OWN,
+    )
+    classifier: Literal["cosine", "linear"] | None = option(
+        None, "the heads of the experts", group="method", default_text=METHODS_OWN
+    )
+    expert_stages: Literal["1", "2", "all"] | None = option(
+        None,
+        "how many of the last stages each expert has as its own copy; all: whole networks, which need --no-fusion",
+        group="method",
+        default_text=METHODS_OWN,
+    )
+    expert_width: float | None = option(
+        None,
+        "factor of the width of those stages",
+        group="method",
+        metavar="F",
+        default_text=METHODS_OWN,
+        check=positive,
+    )
+    shortcut: Literal["projection", "pad"] | None = option(
+        None,
+        "where a basic block changes the shape: a 1x1 convolution, or zeros as new channels",
+        group="method",
+        default_text=METHODS_OWN,
+    )
     epochs: int = option(help="epochs of all stages together", group="schedule", metavar="N", check=at_least(1))
     stage2_epochs: int = option(
         help="those of them that re-train the classifiers", group="schedule", metavar="N", check=at_least(0)
@@ -57,12 +88,60 @@ class Settings:
     )
     lr: float = option(help="highest learning rate of stage 1", group="schedule", check=positive)
     stage2_lr: float = option(help="highest learning rate of stage 2", group="schedule", check=positive)
-    weight_decay: float = option(help="L2 penalty of SGD", group="schedule", check=not_negative)
-    momentum: float = option(
-        0.9, "momentum of SGD", group="schedule", check=Check("in [0, 1)", lambda value: 0 <= value < 1)
+    trunk_lr: float | None = option(
+        None,
+        "highest learning rate of everything but the classifiers",
+        group="schedule",
+        metavar="LR",
+        default_text="that of the classifiers",
+        check=positive,
     )
+    weight_decay: float = option(help="L2 penalty of SGD", group="schedule", check=not_negative)
+    momentum: float = option(0.9, "momentum of SGD", group="schedule", check=_share)
+    nesterov: bool = option(False, "Nesterov's momentum", group="schedule")
     warmup_epochs: int = option(
         5, "of each stage, at most half of it", group="schedule", metavar="N", check=at_least(0)
+    )
+    schedule: Literal["cosine", "step"] = option(
+        "cosine", "how the learning rate falls after the warm-up: half a cosine to zero, or in steps", group="schedule"
+    )
+    step_epochs: tuple[int, ...] | None = option(
+        None,
+        "epochs after which the learning rate is multiplied, with --schedule step",
+        group="schedule",
+        metavar="E",
+        default_text="4/5 and 9/10 of the stage",
+        check=at_least(1),
+    )
+    step_factor: float = option(
+        0.1, "what it is multiplied by at each step; 0.01 is published for CIFAR", group="schedule", check=positive
+    )
+    ema: float = option(
+        0.0,
+        "test and keep a moving average of the weights, of which every step leaves this share",
+        group="schedule",
+        metavar="DECAY",
+        default_text="off",
+        check=_share,
+    )
+    mixup: float = option(
+        0.0,
+        "mix pairs of images and their labels, in shares drawn from Beta(ALPHA, ALPHA)",
+        group="schedule",
+        metavar="ALPHA",
+        default_text="off",
+        check=not_negative,
+    )
+    cutmix: float = option(
+        0.0,
+        "paste a box of another image, of a share drawn from Beta(ALPHA, ALPHA); with --mixup, either by chance",
+        group="schedule",
+        metavar="ALPHA",
+        default_text="off",
+        check=not_negative,
+    )
+    unmixed_epochs: int = option(
+        0, "do not mix in the last N epochs of the run", group="schedule", metavar="N", check=at_least(0)
     )
     stage2_start_lr_factor: float = option(
         0.25, "stage 2 warms up from this share of its learning rate", flag=None, check=not_negative
@@ -217,6 +296,14 @@ class RunOptions:
         group="run",
         metavar="FILE",
         parser={"type": _path},
+    )
+    seeds: int | None = option(
+        None,
+        "train so many seeds, from --seed on, one after the other, and write mean and standard deviation",
+        group="run",
+        metavar="N",
+        default_text="one",
+        parser={"type": whole_number(1)},
     )
     profile: bool = option(False, "write a trace of ten steps and print what took the most time", group="speed")
 

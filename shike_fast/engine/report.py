@@ -6,19 +6,23 @@ import csv
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shike_fast._util.files import atomic_write
 from shike_fast.data import LongTailData
-from shike_fast.data.shots import SHOTS, shot_masks
+from shike_fast.data.shots import SHOTS, shot_names
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.metrics import Evaluation
+from shike_fast.engine.page.document import document, is_report
+from shike_fast.engine.tail import TailEvaluation
 
 CURVES = "curves.png"
 CLASS_ACCURACY = "accuracy_per_class.png"
 CLASS_TABLE = "per_class.csv"
+PAGE = "report.html"
 
 _COLUMNS = ("class", "name", "train_images", "test_images", "correct", "accuracy", "shot")
 _MOST_NAMED_CLASSES = 10
@@ -35,8 +39,9 @@ def write_report(
     history: Sequence[dict[str, Any]],
     best: dict[str, Any] | None,
     last: Evaluation | None,
+    tail: TailEvaluation | None,
 ) -> None:
-    """Print the closing table of a run and write its pictures and its table of classes.
+    """Print the closing table of a run and write its pictures, its table of classes and its page.
 
     Args:
         directory: run directory.
@@ -46,8 +51,9 @@ def write_report(
         history: metrics of every epoch.
         best: metrics of the best epoch, if its model is there.
         last: evaluation after the last epoch.
+        tail: the same model's test image by image.
     """
-    if not history or last is None:
+    if not history or last is None or tail is None:
         raise ValueError("write_report: the run has no finished epoch")
     title = f"{config.dataset} {config.method} {config.model}"
     ends = {row["stage"]: row for row in history}  # the last epoch of each stage
@@ -58,7 +64,28 @@ def write_report(
     write_class_table(directory / CLASS_TABLE, last, dataset.class_names)
     plot_class_accuracy(directory / CLASS_ACCURACY, last, dataset.class_names, title)
     plot_curves(directory / CURVES, history, title)
+    write_page(
+        directory / PAGE,
+        title,
+        tail,
+        dataset.class_names,
+        what=f"The model after epoch {history[-1]['epoch']} of {config.epochs}, the last one.",
+        settings=asdict(config),
+        history=history,
+        best=best,
+    )
     console.note(f"run directory: {directory}")
+
+
+def is_page(path: Path) -> bool:
+    """Whether the file at ``path`` was written by :func:`write_page`."""
+    with open(path, "rb") as file:
+        return is_report(file.readline())
+
+
+def write_page(path: Path, title: str, tail: TailEvaluation, class_names: Sequence[str], **contents: Any) -> None:
+    """Write the HTML report, whose arguments these are (:func:`shike_fast.engine.page.document.document`)."""
+    atomic_write(path, document(title, tail, class_names, **contents).encode())
 
 
 def is_class_table(path: Path) -> bool:
@@ -72,7 +99,7 @@ def write_class_table(path: Path, evaluation: Evaluation, class_names: Sequence[
 
     ``accuracy`` is in percent, and empty for a class without test images.
     """
-    shot_of = _shot_of(evaluation)
+    shot_of = shot_names(evaluation.class_counts)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(_COLUMNS)
@@ -92,11 +119,6 @@ def write_class_table(path: Path, evaluation: Evaluation, class_names: Sequence[
     atomic_write(path, text.getvalue().encode("utf-8", "backslashreplace"))  # file names need not be UTF-8
 
 
-def _shot_of(evaluation: Evaluation) -> list[str]:
-    masks = shot_masks(evaluation.class_counts)
-    return [next(shot for shot in SHOTS if masks[shot][label]) for label in range(len(evaluation.class_counts))]
-
-
 def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequence[str], title: str) -> None:
     """Draw the accuracy of every class against its number of training images, with the mean of each shot.
 
@@ -105,7 +127,7 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = _subplots(1)
-    shot_of = _shot_of(evaluation)
+    shot_of = shot_names(evaluation.class_counts)
     means = evaluation.shots()
     for shot in SHOTS:
         points = [

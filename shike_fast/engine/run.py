@@ -49,16 +49,16 @@ class Action(enum.Enum):
     BRANCH = "resume the run of FILE in another directory, which is not in use"
 
 
-_WHICH = "--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE"
-_EMPTY = "--resume: {directory} holds no checkpoint; leave --resume out or use --resume auto to start there"
+WHICH = "--resume: say which run with --output-dir DIR, or name its checkpoint: --resume FILE"
+EMPTY = "--resume: {directory} holds no checkpoint; leave --resume out or use --resume auto to start there"
 _DECISIONS: dict[tuple[Asked, Found], Action | str] = {  # a sentence refuses
     (Asked.NEW, Found.UNNAMED): Action.BEGIN,
     (Asked.NEW, Found.NOTHING): Action.BEGIN,
     (Asked.NEW, Found.RUN): Action.BEGIN,  # which refuses the directory, as it is in use
-    (Asked.RESUME, Found.UNNAMED): _WHICH,
-    (Asked.RESUME, Found.NOTHING): _EMPTY,
+    (Asked.RESUME, Found.UNNAMED): WHICH,
+    (Asked.RESUME, Found.NOTHING): EMPTY,
     (Asked.RESUME, Found.RUN): Action.RESUME,
-    (Asked.AUTO, Found.UNNAMED): _WHICH,
+    (Asked.AUTO, Found.UNNAMED): WHICH,
     (Asked.AUTO, Found.NOTHING): Action.BEGIN,
     (Asked.AUTO, Found.RUN): Action.RESUME,
     (Asked.FILE, Found.NOTHING): Action.BRANCH,
@@ -86,15 +86,32 @@ def run(given: dict[str, Any]) -> int:
     Args:
         given: the settings that the user gave, with ``output_dir``, ``resume`` (True without a value) and ``profile``.
     """
-    profile: bool = given.pop("profile", False)
     try:
-        with distributed.join(given.get("device")) as processes, contextlib.ExitStack() as held:
-            plan = processes.broadcast_from_main(lambda: _with_note(make_plan(given, held), given))
-            trainer = _prepare(plan, processes, profile)  # whatever is wrong with the input shows before the directory
-            processes.broadcast_from_main(lambda: _take_directory(plan, held))
-            return _train(trainer, plan.note)
+        with distributed.join(given.get("device")) as processes:
+            return train_one(given, processes)
     except distributed.PeerFailed as failure:
         return failure.exit_status
+
+
+def train_one(given: dict[str, Any], processes: distributed.Processes, *, more: bool = False) -> int:
+    """One run of processes that have joined; its arguments and result are those of :func:`run`.
+
+    Args:
+        given: the settings, changed here.
+        processes: who trains along.
+        more: another run is to follow: a signal that came after the last step is the exit status, for it was meant to
+            stop that as well.
+
+    Raises:
+        PeerFailed: in all processes but the first one, where the run ends early.
+    """
+    profile: bool = given.pop("profile", False)
+    with contextlib.ExitStack() as held:
+        plan = processes.broadcast_from_main(lambda: _with_note(make_plan(given, held), given))
+        trainer = _prepare(plan, processes, profile)  # whatever is wrong with the input shows before the directory
+        processes.broadcast_from_main(lambda: _take_directory(plan, held))
+        status = _train(trainer, plan.note)
+        return 128 + trainer.late_signal if more and status == 0 and trainer.late_signal else status
 
 
 def make_plan(given: dict[str, Any], held: contextlib.ExitStack) -> Plan:
@@ -107,11 +124,7 @@ def make_plan(given: dict[str, Any], held: contextlib.ExitStack) -> Plan:
     check_workers(given.get("workers"))
     resume: str | bool | None = given.pop("resume", None)
     directory: Path | None = given.pop("output_dir", None)
-    if distributed.may_restart() and directory is None:
-        raise ConfigError(
-            "--output-dir: name it, so that processes that torchrun restarts find what they had saved; without "
-            "torchrun, unset TORCHELASTIC_MAX_RESTARTS"
-        )
+    require_named(directory)
     asked = _asked(resume, directory)
     file = Path(str(resume)) if asked is Asked.FILE else None
     if file is not None:
@@ -126,8 +139,21 @@ def make_plan(given: dict[str, Any], held: contextlib.ExitStack) -> Plan:
     return _resume(given, directory, file, held)
 
 
+def require_named(directory: Path | None) -> None:
+    """Refuse a run without ``--output-dir`` where ``torchrun`` may restart its processes.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if distributed.may_restart() and directory is None:
+        raise ConfigError(
+            "--output-dir: name it, so that processes that torchrun restarts find what they had saved; without "
+            "torchrun, unset TORCHELASTIC_MAX_RESTARTS"
+        )
+
+
 def _asked(resume: str | bool | None, directory: Path | None) -> Asked:
-    if directory is not None and _saved_by_this_launch(directory):
+    if directory is not None and saved_by_this_launch(directory):
         return Asked.RESTART
     if resume is None:
         return Asked.NEW
@@ -136,7 +162,7 @@ def _asked(resume: str | bool | None, directory: Path | None) -> Asked:
     return Asked.AUTO if resume == "auto" else Asked.FILE
 
 
-def _saved_by_this_launch(directory: Path) -> bool:
+def saved_by_this_launch(directory: Path) -> bool:
     """Whether torchrun restarts these processes after they had begun, and saved, the run in the directory.
 
     If they had not come so far, a restart is like the first start: the same run, or the same refusal.

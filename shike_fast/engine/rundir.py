@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,12 @@ def default_directory(dataset: str, method: str) -> Path:
     return path
 
 
-def check_unused(path: Path) -> None:
+def check_unused(path: Path, besides: Iterable[str] = ()) -> None:
     """Refuse a directory that holds anything, so that no run overwrites another, and one that cannot be written.
+
+    Args:
+        path: the directory, which need not exist.
+        besides: names of what it may hold.
 
     Raises:
         ConfigError: if ``path`` is a file or a non-empty directory, or nothing can be written there.
@@ -47,7 +51,7 @@ def check_unused(path: Path) -> None:
     if (reason := why_not_writable(path)) is not None:
         raise ConfigError(f"--output-dir: cannot write to {path}: {reason}; name another")
     # a run that was killed before its first checkpoint leaves nothing but these
-    leftovers = (_LOCK, temporary_of(path / LAST).name)
+    leftovers = {_LOCK, temporary_of(path / LAST).name, *besides}
     try:
         used = path.is_dir() and any(entry.name not in leftovers for entry in path.iterdir())
     except OSError as error:
@@ -107,6 +111,15 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
     """Add the line of one epoch to ``metrics.jsonl``."""
     append(path / METRICS, _line(row))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The epochs in ``metrics.jsonl``, none without that file; a last line that is there in part does not count."""
+    try:
+        lines = (path / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _line(row: dict[str, Any]) -> bytes:

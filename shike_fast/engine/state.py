@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from shike_fast import data, methods, models
+from shike_fast._util.options import options_of
 from shike_fast._version import __version__
+from shike_fast.engine.averaging import WeightAverage
 from shike_fast.engine.config import TrainConfig, how_to_register
 from shike_fast.errors import CheckpointError, ConfigError
 from shike_fast.methods import Method
@@ -45,17 +47,23 @@ def load_data(config: TrainConfig) -> data.LongTailData:
 
 def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: bool) -> models.MultiExpertNetwork:
     """The network of a run, initialised at random; with ``pretrained`` also from the file ``config.pretrained``."""
+    arguments = config.model_arguments()
     try:
-        model = models.create_model(
-            **config.model_arguments(), num_classes=dataset.num_classes, in_channels=dataset.in_channels
-        )
+        model = models.create_model(**arguments, num_classes=dataset.num_classes, in_channels=dataset.in_channels)
     except ValueError as error:
-        raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}: {error}") from error
+        flags = [_flag(name, value) for name, value in config.named_model_options.items()]
+        with_flags = f" with {' '.join(flags)}" if flags else ""
+        raise ConfigError(f"--model: {config.model} cannot be built for {dataset.name}{with_flags}: {error}") from error
     lacking = [name for name in TRAINABLE if not hasattr(model, name)]
     if lacking:
         raise ConfigError(
             f"--model: {config.model} cannot be trained, it has no {', '.join(lacking)}; docs/models.md says what a "
             "network of your own needs"
+        )
+    if config.trunk_lr is not None and not hasattr(model, "classifier_parameters"):
+        raise ConfigError(
+            f"--trunk-lr: {config.model} does not say which parameters are its classifiers'; give it "
+            "classifier_parameters(), or leave --trunk-lr out"
         )
     if dataset.image_size < model.min_image_size:
         least, size = model.min_image_size, dataset.image_size
@@ -114,6 +122,28 @@ def restore_model(state: dict[str, Any], model: models.MultiExpertNetwork, sourc
         raise CheckpointError(f"{source}: the checkpoint's weights do not fit its model: {reason}") from error
 
 
+def with_average(state: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The checkpoint read from ``source``, of a run with ``--ema``, with the averaged weights as those of its model.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    average = state.get("average")
+    if not isinstance(average, dict) or not isinstance(average.get("model"), dict) or "steps" not in average:
+        raise CheckpointError(f"{source}: the checkpoint lacks the average of the weights that --ema keeps")
+    return state | {"model": average["model"]}
+
+
+def restore_average(state: dict[str, Any], average: WeightAverage, source: Path) -> None:
+    """Undo :meth:`~shike_fast.engine.averaging.WeightAverage.state`, as kept in the checkpoint read from ``source``.
+
+    Raises:
+        CheckpointError: if it is not there, or of another model.
+    """
+    restore_model(with_average(state, source), average.network, source)
+    average.steps.fill_(state["average"]["steps"])
+
+
 def check_stage(method: Method, stage: int, source: Path) -> None:
     """Check that a method has the stage that a checkpoint, or ``--stage``, names by its number.
 
@@ -169,6 +199,14 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _flag(name: str, value: Any) -> str:
+    """A setting as the command line has it."""
+    flag = options_of(TrainConfig)[name].label
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag} {value}"
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

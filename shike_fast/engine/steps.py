@@ -14,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shike_fast import models
 from shike_fast.data.loaders.loader import joined
+from shike_fast.engine.averaging import WeightAverage
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.graph import CudaGraphRunner, on_side_stream
-from shike_fast.engine.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from shike_fast.engine.mixing import Mixing, mix_images
+from shike_fast.engine.optimizer import load_optimizer_state, lr_factors, make_optimizer, optimizer_state
 from shike_fast.engine.totals import Totals
 from shike_fast.errors import RunError
 from shike_fast.methods import Method
@@ -70,6 +72,7 @@ class StageSteps:
         totals: what the steps add to; begun anew here.
         record: record the step as a CUDA graph and replay it.
         method: the run's method; default a new one, made by ``config``.
+        average: takes in the weights after every step.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class StageSteps:
         totals: Totals,
         record: bool = False,
         method: Method | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.method = method or config.create_method(class_counts)
         self.stage = self.method.stages[stage - 1]
@@ -96,15 +100,33 @@ class StageSteps:
         self.processes = processes
         self.totals = totals
         self.device = class_counts.device
+        self._average = average
+        self._mixing = Mixing(
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            epochs=config.epochs - config.unmixed_epochs,
+            seed=config.seed,
+            rank=processes.rank,
+        )
+        self._epoch = 0
         self._phase = self.method.phase(0)
         self._terms = set(self.stage.terms)
         self._views = len(config.views)
         self.autocast = make_autocast(config.amp, self.device)
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = make_optimizer(
             config.optimizer,
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            list(named.values()),
             momentum=config.momentum,
-            weight_decay=config.weight_decay,
+            weight_decay=config.weight_decay_of(self.stage),
+            nesterov=config.nesterov,
+            lr_factors=lr_factors(
+                named.items(),
+                self.method,
+                self.stage,
+                trunk=config.trunk_lr / config.lr if config.trunk_lr is not None else 1.0,
+                classifiers=model.classifier_parameters() if config.trunk_lr is not None else (),
+            ),
             changeable_lr=record,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -128,30 +150,46 @@ class StageSteps:
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare the method for the 0-based ``epoch`` of the run."""
+        self._epoch = epoch
         self._phase = self.method.phase(epoch)
         self.method.start_epoch(epoch, self.model, self.stage)
 
-    def __call__(self, images: Tensor, labels: Tensor, of_all: int | None = None) -> None:
+    def __call__(self, images: Tensor, labels: Tensor, of_all: int | None = None, number: int = 0) -> None:
         """One optimizer step.
 
         Args:
             images: float [V*b, channels, H, W], the V views of this process's share, on the device.
             labels: int64 [b].
             of_all: images of this step in all processes together.
+            number: of this step within the epoch, from 0.
         """
-        self._run(images, labels, of_all or len(labels), self._phase)
+        drawn = self._mixing.draw(self._epoch, number, len(labels), *images.shape[2:]) or ()
+        mix = (tensor.to(self.device, non_blocking=True) for tensor in drawn)
+        self._run(images, labels, of_all or len(labels), self._phase, *mix)
 
-    def _step(self, images: Tensor, labels: Tensor, of_all: int, phase: int) -> None:
+    def _step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        of_all: int,
+        phase: int,
+        order: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        labels_b = labels
+        if order is not None and kept is not None:
+            images, labels_b = mix_images(images, order, kept, self._views), labels[order]
         # the same number in all processes, which exchange statistics in every part: what the smallest share allows
         parts = max(1, min(self.config.accumulate, of_all // self.processes.world_size))
         views = [view.tensor_split(parts) for view in images.tensor_split(self._views)]
-        pairs = list(zip(zip(*views, strict=True), labels.tensor_split(parts), strict=True))
-        for number, (part, part_labels) in enumerate(pairs, start=1):
+        of_parts = zip(zip(*views, strict=True), labels.tensor_split(parts), labels_b.tensor_split(parts), strict=True)
+        for number, (part, part_labels, part_labels_b) in enumerate(of_parts, start=1):
             with self._without_exchange(number < parts):
                 with self.autocast():
                     output = self.network(joined(part))
-                loss, terms, logits = self._loss(output, joined([part_labels] * self._views), phase)
+                second = {} if kept is None else {"target_b": joined([part_labels_b] * self._views), "lam": kept[0]}
+                loss, terms, logits = self._loss(output, joined([part_labels] * self._views), phase, second)
                 # of the mean over all images; the gradients of the processes are averaged, hence world_size
                 share = len(part_labels) * self.processes.world_size / of_all
                 self.scaler.scale(loss if share == 1 else loss * share).backward()
@@ -159,6 +197,8 @@ class StageSteps:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.method.after_step(self.model)
+        if self._average is not None:
+            self._average.update()
         self.totals.count()
 
     def _without_exchange(self, wanted: bool) -> AbstractContextManager[object]:
@@ -167,12 +207,16 @@ class StageSteps:
         return contextlib.nullcontext()
 
     def _loss(
-        self, output: Tensor | dict[str, Tensor], labels: Tensor, phase: int = 0
+        self,
+        output: Tensor | dict[str, Tensor],
+        labels: Tensor,
+        phase: int = 0,
+        second: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss of the stage, its terms, and the logits [K, b, C] among what the network returned."""
         inputs = {} if isinstance(output, Tensor) else dict(output)
         logits = output if isinstance(output, Tensor) else inputs.pop("logits")
-        loss, terms = self.method.loss(logits, labels, stage=self.stage, epoch=phase, **inputs)
+        loss, terms = self.method.loss(logits, labels, stage=self.stage, epoch=phase, **inputs, **(second or {}))
         if terms.keys() != self._terms:
             raise RunError(
                 f"method '{self.method.name}': its loss has the terms {', '.join(terms) or 'none'}, its stage "

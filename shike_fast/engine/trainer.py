@@ -19,12 +19,14 @@ from shike_fast._util.files import atomic_write, naming
 from shike_fast.data.loaders.loader import EpochLoader, LoadingStopped
 from shike_fast.data.shots import SHOTS
 from shike_fast.engine import checkpoint, rundir
+from shike_fast.engine.averaging import WeightAverage
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.loading import loader_metrics, speed_note
 from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
 from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.priors import scores_prior, usual_priors
 from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
 from shike_fast.engine.setup import check_setting, make_loader, records, stage_sampler
@@ -33,12 +35,14 @@ from shike_fast.engine.state import (
     build_model,
     check_stage,
     data_description,
+    restore_average,
     restore_data,
     restore_model,
     rng_state,
     set_rng_state,
 )
 from shike_fast.engine.steps import StageSteps
+from shike_fast.engine.tail import TailEvaluation, evaluate_tails
 from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
 from shike_fast.nn import convert_sync_batchnorm
@@ -80,6 +84,9 @@ class Trainer:
         processes: who trains along; all of them make a Trainer, and the first one writes the files.
         profile: write a trace of some steps and print what took the most time.
         source: the file that ``state`` comes from, for errors.
+
+    Attributes:
+        late_signal: number of a signal that came after the last step, so that the run was finished; 0 for none.
 
     Raises:
         ConfigError: if the device or the data set cannot do what the settings ask for.
@@ -129,14 +136,18 @@ class Trainer:
         self.batch: int = state.get("batch", 0)  # batches finished in the present epoch
         self.history: list[dict[str, Any]] = state.get("history", [])
         self.best: dict[str, Any] | None = state.get("best")
-        self.evaluation = Evaluation(**state["evaluation"]) if state.get("evaluation") else None
+        self.evaluation = Evaluation.stored(state["evaluation"]) if state.get("evaluation") else None
         self.images_per_second: float = state.get("images_per_second", 0.0)  # of the present epoch
         self.seconds: float = state.get("seconds", 0.0)  # that went into it before this process
         self._speed_told = False
+        self.late_signal = 0
         self.totals = Totals(device)
         self.method = config.create_method(dataset.class_counts.to(device))
+        self.average = WeightAverage(self.model, config.ema) if config.ema else None
         if state:
             check_stage(self.method, state["stage"], source)
+            if self.average is not None:
+                restore_average(state, self.average, source)
         self._enter_stage(state.get("stage", config.stage_of(0)))
         if state:
             try:
@@ -185,6 +196,8 @@ class Trainer:
                         self._train_epoch(stop)
                         row = self._evaluate_epoch(stop)
                         self._finish_epoch(row, writer)
+                    tail = self._evaluate_tails()
+                    self.late_signal = self.processes.largest(stop.number, self.device)
                 except LoadingStopped:  # no batch came: the state is that of the last step
                     self._stop_if_asked(stop)
                     raise
@@ -203,7 +216,7 @@ class Trainer:
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
         if self.processes.is_main:
-            told = (self.config, self.dataset, self.history, self.best, self.evaluation)
+            told = (self.config, self.dataset, self.history, self.best, self.evaluation, tail)
             write_report(self.output_dir, self.console, *told)
 
     def _adopt_best(self) -> None:
@@ -254,7 +267,7 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         """One optimizer step with this process's share of a batch."""
-        self.steps(images, labels, self._images_of_step())
+        self.steps(images, labels, self._images_of_step(), self.batch)
 
     def _images_of_step(self) -> int:
         """Images of the next step in all processes together."""
@@ -326,6 +339,15 @@ class Trainer:
             **{f"train_{name}": value for name, value in means.terms.items()},
         }
 
+    def _evaluate_tails(self) -> TailEvaluation:
+        """Test the last epoch's model image by image, for the report; a signal no longer stops the run."""
+        self.test_loader.should_stop = lambda: False
+        learned = scores_prior(self.method, self.steps.stage, self.config.sampler)
+        priors = usual_priors(self.dataset.class_counts), learned
+        return evaluate_tails(
+            self.tested, self.test_loader.epoch(0), *priors, processes=self.processes, **self.test_setting
+        )
+
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""
         self.history.append(row)
@@ -357,6 +379,8 @@ class Trainer:
         """Free what only the stage before needed, its recordings above all, before the next one takes memory."""
         del self.steps, self.evaluator
         self.model.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.restart()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -375,17 +399,17 @@ class Trainer:
             totals=self.totals,
             record=record,
             method=self.method,
+            average=self.average,
         )
-        self.tested = self.method.evaluated(self.model)
-        self.evaluator = Evaluator(
-            self.tested,
-            stage=self.steps.stage.classifiers,
-            class_counts=self.method.class_counts,
-            device=self.device,
-            autocast=self.steps.autocast,
-            record=record,
-            scores=functools.partial(self.method.scores, stage=self.steps.stage),
-        )
+        self.tested = self.method.evaluated(self.model if self.average is None else self.average.network)
+        self.test_setting: dict[str, Any] = {
+            "stage": self.steps.stage.classifiers,
+            "class_counts": self.method.class_counts,
+            "device": self.device,
+            "autocast": self.steps.autocast,
+            "scores": functools.partial(self.method.scores, stage=self.steps.stage),
+        }
+        self.evaluator = Evaluator(self.tested, record=record, **self.test_setting)
 
     def _stop_if_asked(self, stop: GracefulStop) -> None:
         """Save and end the run, in all processes at the same step, after a signal to any of them."""
@@ -413,6 +437,7 @@ class Trainer:
 
     def _model_state(self) -> dict[str, Any]:
         """What it takes to use the model: weights, description, classes, settings."""
+        optional = {"method_state": self.method.state(), "average": self.average.state() if self.average else None}
         return {
             "config": dataclasses.asdict(self.config),
             "data": data_description(self.dataset),
@@ -421,4 +446,4 @@ class Trainer:
             "stage": self.stage,
             "epoch": self.epoch,
             "best": self.best,
-        } | ({"method_state": state} if (state := self.method.state()) else {})
+        } | {name: value for name, value in optional.items() if value}

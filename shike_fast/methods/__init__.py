@@ -8,6 +8,28 @@ from shike_fast.methods import shike  # noqa: F401  (registers it: the default c
 
 # isort: split
 from shike_fast.methods import cross_entropy  # noqa: F401
+
+# isort: split
+from shike_fast.methods import (  # noqa: F401
+    balanced_softmax,
+    balpoe,
+    cb,
+    crt,
+    focal,
+    la,
+    ldam_drw,
+    los,
+    lws,
+    mdcs,
+    ncl,
+    ncl_plus,
+    ncm,
+    reslt,
+    ride,
+    sade,
+    tau_norm,
+    tcl,
+)
 from shike_fast.methods.base import Method, Stage, all_but_second_classifiers, second_classifiers
 from shike_fast.methods.registry import create_method, find_method, list_methods, register_method
 

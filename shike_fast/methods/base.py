@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Stage:
         start_lr_factor: the warm-up begins at this share of it: a number, or the setting that gives it.
         classifiers: whose logits it trains and tests: 1 for the network's first classifiers, 2 for the second ones.
         trains: the parameters of the network that it trains; all others are frozen.
+        schedule: how its learning rate falls, ``cosine`` or ``step``; None for what ``--schedule`` says.
+        weight_decay: its L2 penalty: a number, or the setting that gives it.
         frozen_features: the features are computed without gradient, in training mode all the same, so that the
             statistics of BatchNorm move on.
         terms: names of the terms that :meth:`Method.loss` returns in this stage.
@@ -48,6 +50,8 @@ class Stage:
     epochs: str | float | None = None
     lr: str = "lr"
     start_lr_factor: str | float = 0.0
+    schedule: str | None = None
+    weight_decay: str | float = "weight_decay"
     classifiers: int = 1
     trains: Callable[[nn.Module], Iterable[nn.Parameter]] = all_but_second_classifiers
     frozen_features: bool = False
@@ -75,10 +79,12 @@ class Method(ABC):
         experts: the number of experts that it needs; None for any.
         defaults: its defaults for settings that are not its own, below those of a data set's recipe.
         recipes: its settings for a data set, by the name of that, above those of the data set's recipe.
+        mixes: :meth:`loss` takes a second label, so that ``--mixup`` and ``--cutmix`` may mix the images.
 
     Attributes:
         class_counts: int64 [C], training images of each class.
         num_experts: K.
+        epochs: of the whole run, such as for a loss that changes after four fifths of it.
     """
 
     name: ClassVar[str]
@@ -88,13 +94,19 @@ class Method(ABC):
     experts: ClassVar[int | None] = None
     defaults: ClassVar[Mapping[str, Any]] = {}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    mixes: ClassVar[bool] = False
 
     class_counts: Tensor
     num_experts: int
+    epochs: int = 200
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         dataclass(kw_only=True, eq=False, repr=False)(cls)
+
+    @classmethod  # noqa: B027  # a hook
+    def check_settings(cls, settings: Any) -> None:
+        """Refuse settings that do not go together with the method, by a ``ConfigError`` that says what fits."""
 
     @classmethod
     def model_options(cls, settings: Any) -> dict[str, Any]:
@@ -148,7 +160,9 @@ class Method(ABC):
             target: int64 [B].
             stage: a subclass gives it the first stage as default.
             epoch: of the run, from 0, as :meth:`phase` gives it.
-            inputs: what :meth:`forward` returned besides the logits.
+            inputs: what :meth:`forward` returned besides the logits. In an epoch with mixed images also ``target_b``,
+                int64 [B], their second labels, and ``lam``, float32 [] on the device, the weight of ``target``; that
+                of ``target_b`` is ``1 - lam``.
 
         Returns:
             A scalar, the mean over the batch, and its terms: detached scalars, named as in ``stage.terms``.
@@ -161,6 +175,15 @@ class Method(ABC):
         """
         return epoch
 
+    def lr_factor(self, name: str, stage: Stage) -> float:
+        """What the stage's learning rate is multiplied by for a parameter, at least 0.
+
+        Args:
+            name: of the parameter, as in ``model.named_parameters()``.
+            stage: one that trains it.
+        """
+        return 1.0
+
     def start_epoch(self, epoch: int, model: nn.Module, stage: Stage) -> None:  # noqa: B027  # a hook
         """Called before the 0-based ``epoch``, and again where a stopped run resumes within it: to the same effect."""
 
@@ -168,12 +191,24 @@ class Method(ABC):
         """Called after every step of the optimizer, such as for a moving average of the weights."""
 
     def evaluated(self, model: nn.Module) -> nn.Module:
-        """The network that is tested in place of ``model``, such as a moving average of it; the same at every call."""
+        """The network that is tested in place of ``model``, such as a moving average of it; the same at every call.
+
+        With ``--ema`` ``model`` is the run's moving average, which is tested unless this returns another one.
+        """
         return model
 
     def scores(self, logits: Tensor, *, stage: Stage) -> Tensor:
         """The prediction: logits [K, B, C] -> [B, C], whose softmax are the probabilities of the classes."""
         return logits.mean(0)
+
+    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
+        """The class prior that :meth:`scores` are for, which a correction for a known test prior takes out.
+
+        Plain cross-entropy learns p(y|x) under the ``train`` prior, the classes' shares of the images that are drawn: a
+        sampler that changes these is accounted for. A loss that balances the classes (balanced softmax, logit
+        adjustment) learns it under the ``uniform`` one.
+        """
+        return "train"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the method: tensors and plain values."""
@@ -209,11 +244,7 @@ def check_method(method: type[Method]) -> None:
             )
         if stage.sampler is not None:
             check_sampler(stage.sampler)
-    options_of(method)
-    bare = [
-        field.name
-        for field in dataclasses.fields(method)
-        if field.name not in options_of(method) and field.name not in ("class_counts", "num_experts") and field.init
-    ]
+    known = {*options_of(method), "class_counts", "num_experts", "epochs"}
+    bare = [field.name for field in dataclasses.fields(method) if field.name not in known and field.init]
     if bare:
         raise TypeError(f"register_method: {method.name}: {', '.join(bare)} must be declared by option()")

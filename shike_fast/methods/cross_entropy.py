@@ -21,6 +21,7 @@ class CrossEntropy(Method):
     summary = "one plain network with cross-entropy"
     stages = (TRAINING,)
     experts = 1
+    mixes = True
 
     @classmethod
     def model_options(cls, settings: Any) -> dict[str, Any]:
@@ -29,7 +30,11 @@ class CrossEntropy(Method):
     def loss(
         self, logits: Tensor, target: Tensor, *, stage: Stage = TRAINING, epoch: int = 0, **inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return ops.expert_cross_entropy(logits, target), {}
+        loss = ops.expert_cross_entropy(logits, target)
+        if "lam" not in inputs:
+            return loss, {}
+        lam = inputs["lam"]
+        return lam * loss + (1 - lam) * ops.expert_cross_entropy(logits, inputs["target_b"]), {}
 
     def phase(self, epoch: int) -> int:
         return 0  # the loss is the same in all epochs

@@ -51,6 +51,9 @@ def register_method(method: _Class) -> _Class:
             def phase(self, epoch):
                 return 0  # the loss is the same in all epochs
 
+            def prior_of_scores(self, stage):
+                return "uniform"  # the loss balances the classes
+
     Raises:
         TypeError: it is no such class, or lacks something.
         ValueError: the name is taken, or stages or terms contradict each other.
@@ -80,13 +83,16 @@ def find_method(name: str) -> type[Method]:
     return _METHODS[name]
 
 
-def create_method(name: str, *, class_counts: Tensor, num_experts: int = 3, **hyper_parameters: Any) -> Method:
+def create_method(
+    name: str, *, class_counts: Tensor, num_experts: int = 3, epochs: int = 200, **hyper_parameters: Any
+) -> Method:
     """Make a method by name.
 
     Args:
         name: one of :func:`list_methods`.
         class_counts: int64 [C], training images of each class, on the device of the logits.
         num_experts: K.
+        epochs: of the whole run.
         hyper_parameters: those that the method declares; default their defaults.
 
     Raises:
@@ -100,4 +106,4 @@ def create_method(name: str, *, class_counts: Tensor, num_experts: int = 3, **hy
             f"create_method: {name} has no {', '.join(sorted(unknown))}; it has {', '.join(options) or 'no settings'}"
         )
     checked = {key: options[key].check(value) for key, value in hyper_parameters.items()}
-    return method(class_counts=class_counts, num_experts=num_experts, **checked)
+    return method(class_counts=class_counts, num_experts=num_experts, epochs=epochs, **checked)

@@ -61,5 +61,8 @@ class Shike(Method):
         )
         return loss, dict(zip(TERMS, terms.unbind(), strict=True))
 
+    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
+        return "uniform" if stage is CLASSIFIERS else "train"
+
     def phase(self, epoch: int) -> int:
         return 0  # the loss is the same in all epochs

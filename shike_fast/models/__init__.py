@@ -1,7 +1,8 @@
 """Multi-expert networks by name, and weights from elsewhere.
 
 ``create_model("resnet32", num_classes=100)`` builds one, ``list_models()`` names them, ``register_model`` adds one.
-``convert_reference_state_dict`` reads weights of the published code, ``load_pretrained`` torchvision-named ones.
+``convert_reference_state_dict`` reads weights of the published code, ``convert_ride_state_dict`` those of RIDE, SADE,
+BalPoE and MDCS, ``load_pretrained`` torchvision-named ones.
 A backbone of your own subclasses ``MultiExpertNetwork``.
 """
 
@@ -9,6 +10,7 @@ from shike_fast.models import zoo  # noqa: F401  (registers the networks)
 from shike_fast.models.multi_expert import FeatureMap, MultiExpertNetwork, ResidualBlock
 from shike_fast.models.registry import create_model, list_models, register_model
 from shike_fast.models.resnet import BasicBlock, Bottleneck, MultiExpertResNet
+from shike_fast.models.ride import convert_ride_state_dict, describe_ride_state_dict
 from shike_fast.models.weights import PretrainedReport, convert_reference_state_dict, load_pretrained
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "PretrainedReport",
     "ResidualBlock",
     "convert_reference_state_dict",
+    "convert_ride_state_dict",
     "create_model",
+    "describe_ride_state_dict",
     "list_models",
     "load_pretrained",
     "register_model",

@@ -67,6 +67,15 @@ class ResidualBlock(nn.Module, ABC):
         return F.relu(out, inplace=True)
 
 
+class Stages(nn.Sequential):
+    """Several stages in a row, as a branch: their blocks are recomputed, and the last one fused, as those of one stage.
+
+    Args:
+        stages: plain :class:`torch.nn.Sequential` of blocks, or single modules, in an :class:`collections.OrderedDict`
+            by their names in the plain network.
+    """
+
+
 class MultiExpertNetwork(nn.Module, ABC):
     r"""Base of all multi-expert networks: K branches share a trunk, and two sets of K classifiers share the features.
 
@@ -91,7 +100,7 @@ class MultiExpertNetwork(nn.Module, ABC):
         num_classes, num_experts, in_channels, fusion, classifier, scale: see :func:`~shike_fast.models.create_model`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the backbone passed on an option that it should have handled itself.
 
     Source: SHIKE (CVPR 2023) section 3.
     """
@@ -112,8 +121,11 @@ class MultiExpertNetwork(nn.Module, ABC):
         fusion: bool = True,
         classifier: str = "cosine",
         scale: float = 30.0,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         for name, value, least in (
             ("num_classes", num_classes, 2),
             ("num_experts", num_experts, 1),
@@ -207,13 +219,14 @@ class MultiExpertNetwork(nn.Module, ABC):
         if not all(type(fusion) is DepthwiseKnowledgeFusion and not has_hooks(fusion) for fusion in fusions):
             pairs = zip(fusions, sources, self.experts, strict=True)
             return torch.stack([fusion(source, self.run_stage(expert, x)) for fusion, source, expert in pairs])
-        if not all(map(_ends_in_residual_block, self.experts)):
+        branches = [_blocks(expert) for expert in self.experts]
+        if not all(map(_ends_in_residual_block, branches)):
             return fuse_experts(fusions, sources, [self.run_stage(expert, x) for expert in self.experts])
         deep: list[Tensor] = []
         shortcut: list[Tensor] = []
         norms: list[nn.Module] = []
-        for expert in self.experts:
-            blocks, out = list(cast(nn.Sequential, expert)), x
+        for blocks in branches:
+            out = x
             for block in blocks[:-1]:
                 out = self.run(block, out, block)
             last = cast(ResidualBlock, blocks[-1])
@@ -235,6 +248,10 @@ class MultiExpertNetwork(nn.Module, ABC):
         """The parameters of ``rt_classifiers``: stage 2 trains them and freezes all others, BatchNorm in train mode."""
         return list(self.rt_classifiers.parameters())
 
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """The parameters of both sets of classifiers; all others are the trunk's (``--trunk-lr``)."""
+        return [*self.classifiers.parameters(), *self.rt_classifiers.parameters()]
+
     def run(self, function: Callable[[Tensor], Result], x: Tensor, *modules: nn.Module) -> Result:
         """``function(x)``, which calls these modules; with ``checkpoint_activations`` only ``x`` is stored of it."""
         if not (self.checkpoint_activations and self.training):
@@ -244,9 +261,7 @@ class MultiExpertNetwork(nn.Module, ABC):
 
     def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         """``stage(x)``, block by block if it is a plain :class:`torch.nn.Sequential` without hooks."""
-        if not self.checkpoint_activations or type(stage).forward is not nn.Sequential.forward or has_hooks(stage):
-            return self.run(stage, x, stage)
-        for block in cast(nn.Sequential, stage):
+        for block in _blocks(stage) if self.checkpoint_activations else [stage]:
             x = self.run(block, x, block)
         return x
 
@@ -258,11 +273,17 @@ class MultiExpertNetwork(nn.Module, ABC):
             raise ValueError(f"images must be {expected}, got {images.dtype} {list(images.shape)}")
 
 
-def _ends_in_residual_block(expert: nn.Module) -> bool:
-    """Whether the fusion can compute the end of the expert's last block: nothing else observes or replaces it."""
-    if type(expert).forward is not nn.Sequential.forward or has_hooks(expert):
-        return False
-    last = cast(nn.Sequential, expert)[-1]
+def _blocks(stage: nn.Module) -> list[nn.Module]:
+    """What a stage calls one after another: its members if it is a plain Sequential without hooks, else itself."""
+    if type(stage).forward is not nn.Sequential.forward or has_hooks(stage):
+        return [stage]
+    members = list(cast(nn.Sequential, stage))
+    return [block for member in members for block in _blocks(member)] if isinstance(stage, Stages) else members
+
+
+def _ends_in_residual_block(blocks: Sequence[nn.Module]) -> bool:
+    """Whether the fusion can compute the end of the last block: nothing else observes or replaces it."""
+    last = blocks[-1]
     if not isinstance(last, ResidualBlock) or type(last).forward is not ResidualBlock.forward:
         return False
     return not has_hooks(last) and is_batch_norm(last.last_norm)

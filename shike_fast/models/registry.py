@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,13 +13,16 @@ from shike_fast.models.multi_expert import MultiExpertNetwork
 
 Builder = Callable[..., MultiExpertNetwork]
 
+# Options that a builder gets only where they differ from these defaults: it need not know them.
+_OPTIONAL: dict[str, Any] = {"expert_stages": 1, "expert_width": 1.0, "shortcut": "projection"}
 _BUILDERS: dict[str, Builder] = {}
 
 
 def register_model(builder: Builder) -> Builder:
     """Decorator: make ``builder`` available to :func:`create_model` under its function name.
 
-    ``builder(**options)`` gets the keyword arguments of :func:`create_model` but the name, and returns a
+    ``builder(**options)`` gets the keyword arguments of :func:`create_model` but the name, ``expert_stages``,
+    ``expert_width`` and ``shortcut`` only where they are not the defaults. It returns a
     :class:`~shike_fast.models.MultiExpertNetwork`, or any module with what
     ``shike_fast.models.multi_expert.TRAINABLE`` names. A plain convolutional network as a backbone::
 
@@ -77,6 +80,9 @@ def create_model(
     fusion: bool = True,
     classifier: str = "cosine",
     scale: float = 30.0,
+    expert_stages: int | Literal["all"] = 1,
+    expert_width: float = 1.0,
+    shortcut: Literal["projection", "pad"] = "projection",
 ) -> MultiExpertNetwork:
     """Build a multi-expert network by name, with new random weights.
 
@@ -91,13 +97,18 @@ def create_model(
         fusion: weigh each expert's deep map with a shallow one (DKF); without it features are pooled deep maps.
         classifier: ``"cosine"`` or ``"linear"``.
         scale: factor of the cosine logits; a linear classifier has none.
+        expert_stages: how many of the last stages each expert has as its own copy: from 1 to all but the first, or
+            ``"all"`` for K whole networks, which have no map to fuse.
+        expert_width: factor of the width of those stages, such as 0.75; with ``"all"`` of the stem too.
+        shortcut: where a basic block changes the shape: ``"projection"`` (1x1 convolution and BatchNorm) or ``"pad"``
+            (option A: every second pixel, and zeros as new channels). A bottleneck has projections only.
 
     Returns:
         The network, in train mode, float32, on the current default device.
 
     Raises:
-        ValueError: the name is unknown (the message lists the known ones), an argument is out of range, or what is
-            registered under the name does not take the options or builds no module.
+        ValueError: the name is unknown (the message lists the known ones), an argument is out of range, arguments do
+            not fit together, or what is registered under the name does not take the options or builds no module.
     """
     if name not in _BUILDERS:
         close = difflib.get_close_matches(str(name), _BUILDERS, n=1)
@@ -111,6 +122,8 @@ def create_model(
         "classifier": classifier,
         "scale": scale,
     }
+    optional = {"expert_stages": expert_stages, "expert_width": expert_width, "shortcut": shortcut}
+    options |= {key: value for key, value in optional.items() if value != _OPTIONAL[key]}
     builder = _BUILDERS[name]
     try:
         inspect.signature(builder).bind(**options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from shike_fast.errors import CheckpointError
 from shike_fast.models.multi_expert import MultiExpertNetwork
 from shike_fast.models.resnet import BasicBlock, MultiExpertResNet
+from shike_fast.models.state_dicts import check_fit, count, plain_tensors, saved_tensors
 
-_LISTED = 20  # keys named in one message; a wrong network differs in hundreds
 _CONVERT = "convert_reference_state_dict"
 
 
@@ -64,7 +64,7 @@ def load_pretrained(model: nn.Module, path: str | PathLike[str]) -> PretrainedRe
             f"{path}: cannot be loaded into a {type(model).__name__}; only a MultiExpertNetwork says which "
             "weights of a plain network go where"
         )
-    file = _plain_tensors(_read(path), str(path))
+    file = plain_tensors(_read(path), str(path))
     ignored = tuple(key for key in file if key.startswith("fc."))
     given = {key: tensor for key, tensor in file.items() if key not in ignored}
 
@@ -73,7 +73,7 @@ def load_pretrained(model: nn.Module, path: str | PathLike[str]) -> PretrainedRe
     source_of = {key: name for key, name in names.items() if name is not None}
     expected = {source: target[key].shape for key, source in source_of.items()}
     optional = [source for source in expected if source.endswith(".num_batches_tracked")]
-    _check_fit(given, expected, optional, str(path))
+    check_fit(given, expected, optional, str(path))
 
     loaded = {key: given[source] for key, source in source_of.items() if source in given}
     for key, tensor in loaded.items():
@@ -124,8 +124,7 @@ def convert_reference_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Ten
         CheckpointError: it is not the state_dict of such a network; says which kind it is, or lists missing and unknown
             keys and wrong shapes.
     """
-    saved = state_dict.get("state_dict") if isinstance(state_dict, Mapping) else None
-    given = _plain_tensors(saved if saved and isinstance(saved, Mapping) else state_dict, _CONVERT)
+    given = saved_tensors(state_dict, _CONVERT)
     _check_kind(given)
     template = _published_network(given)
     published = {key: _published_names(key, template.num_experts) for key in template.state_dict()}
@@ -133,7 +132,7 @@ def convert_reference_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Ten
     for key, tensor in template.state_dict().items():
         shape = tensor.shape[1:] if _is_classifier(key) else tensor.shape
         expected.update(dict.fromkeys(published[key], shape))
-    _check_fit(given, expected, (), _CONVERT)
+    check_fit(given, expected, (), _CONVERT)
     return {
         key: torch.stack([given[name] for name in names]) if _is_classifier(key) else given[names[0]]
         for key, names in published.items()
@@ -160,18 +159,13 @@ def _published_network(given: Mapping[str, Tensor]) -> MultiExpertResNet:
     with torch.device("meta"):
         return MultiExpertResNet(
             BasicBlock,
-            [_count(given, pattern) for pattern in stages],
+            [count(given, pattern) for pattern in stages],
             width=16,
             large_stem=False,
             num_classes=_size(given, "classifiers.0.weight", least=2),
-            num_experts=_count(given, r"layer3s\.(\d+)\."),
+            num_experts=count(given, r"layer3s\.(\d+)\."),
             in_channels=_size(given, "conv1.weight", least=1),
         )
-
-
-def _count(given: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers stand at the group of the pattern: with a gap, _check_fit names what is missing."""
-    return max(1, len({match[1] for key in given if (match := re.match(pattern, key))}))
 
 
 def _size(given: Mapping[str, Tensor], key: str, least: int) -> int:
@@ -193,63 +187,3 @@ def _published_names(key: str, num_experts: int) -> list[str]:
     key = re.sub(r"^fusions\.(\d+)\.convs\.(\d+)\.", r"shallow_exps.\1.convs.StridedConv\2.conv.0.", key)
     key = re.sub(r"^fusions\.(\d+)\.norms\.(\d+)\.", r"shallow_exps.\1.convs.StridedConv\2.conv.1.", key)
     return [key]
-
-
-def _plain_tensors(state_dict: object, source: str) -> dict[str, Tensor]:
-    """``state_dict`` as tensors by name, without the ``module.`` that DataParallel puts before every key.
-
-    Raises:
-        CheckpointError: it is not a mapping of names to tensors, or empty.
-    """
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise CheckpointError(f"{source}: expected a state_dict (names to tensors), got {_kind(state_dict)}")
-    others = [f"{key!r} is {_kind(value)}" for key, value in state_dict.items() if not _is_entry(key, value)]
-    if others:
-        raise CheckpointError(f"{source}: expected a state_dict (names to tensors), but {_shorten(others)}")
-    if all(key.startswith("module.") for key in state_dict):
-        return {key.removeprefix("module."): value for key, value in state_dict.items()}
-    return dict(state_dict)
-
-
-def _check_fit(
-    given: Mapping[str, Tensor], expected: Mapping[str, Any], missing_ok: Iterable[str], source: str
-) -> None:
-    """Check names and shapes of ``given`` against ``expected`` (shapes by name); keys of ``missing_ok`` may be absent.
-
-    Raises:
-        CheckpointError: lists missing keys, unknown keys and wrong shapes.
-    """
-    missing = expected.keys() - given.keys() - set(missing_ok)
-    unknown = given.keys() - expected.keys()
-    wrong = [
-        f"{key} is {list(tensor.shape)}, expected {list(expected[key])}"
-        for key, tensor in given.items()
-        if key in expected and tuple(tensor.shape) != tuple(expected[key])
-    ]
-    problems = [
-        f"{title}: {_shorten(items)}"
-        for title, items in (
-            ("missing keys", sorted(missing)),
-            ("unknown keys", sorted(unknown)),
-            ("wrong shapes", wrong),
-        )
-        if items
-    ]
-    if problems:
-        raise CheckpointError(f"{source}: weights of another network; {'; '.join(problems)}")
-
-
-def _shorten(items: list[str]) -> str:
-    """The items in a row, the first of them if they are many."""
-    more = len(items) - _LISTED
-    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _is_entry(key: object, value: object) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "a dict" if value else "an empty dict"
-    return f"of type {type(value).__name__}"

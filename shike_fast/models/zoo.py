@@ -28,6 +28,12 @@ def resnet32(**options: Any) -> MultiExpertResNet:
 
 
 @register_model
+def resnet10(**options: Any) -> MultiExpertResNet:
+    """Large form of four basic blocks, for ImageNet-LT."""
+    return MultiExpertResNet(BasicBlock, (1, 1, 1, 1), width=64, large_stem=True, **options)
+
+
+@register_model
 def resnet50(**options: Any) -> MultiExpertResNet:
     """Large form, for ImageNet-LT and iNaturalist 2018."""
     return MultiExpertResNet(Bottleneck, (3, 4, 6, 3), width=64, large_stem=True, **options)

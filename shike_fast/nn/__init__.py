@@ -9,14 +9,19 @@ own network.
 from shike_fast.nn.classifiers import CosineClassifier, LinearClassifier
 from shike_fast.nn.fusion import DepthwiseKnowledgeFusion, fuse_experts
 from shike_fast.nn.losses import BalancedSoftmaxLoss, DKTLoss
+from shike_fast.nn.rebalanced import BranchClassifier, ClassMeanClassifier, NormalizedClassifier, ScaledClassifier
 from shike_fast.nn.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     "BalancedSoftmaxLoss",
+    "BranchClassifier",
+    "ClassMeanClassifier",
     "CosineClassifier",
     "DKTLoss",
     "DepthwiseKnowledgeFusion",
     "LinearClassifier",
+    "NormalizedClassifier",
+    "ScaledClassifier",
     "SyncBatchNorm",
     "convert_sync_batchnorm",
     "fuse_experts",

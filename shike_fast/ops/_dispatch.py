@@ -5,10 +5,11 @@ the reference, or fused kernels by way of :class:`shike_fast.ops._autograd.Fused
 PyTorch's dispatcher, so that it costs a few comparisons and traces under ``torch.compile``.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -96,6 +97,8 @@ class Operator:
             if (reason := self._refusal(backend, args, compiling)) is not None:
                 raise RuntimeError(f"{self.name}: backend {backend!r} cannot run: {reason}")
             return backend
+        if _preferred is not None and self._refusal(_preferred, args, compiling) is None:
+            return _preferred
         tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
         if compiling:
             order: Sequence[str] = _order_when_compiled(self.name, tensor.device, tensor.dtype).split(",")
@@ -156,6 +159,31 @@ def _check_name(op: str, backend: str) -> None:
     if backend not in _PREFERENCE:
         names = ", ".join(repr(name) for name in reversed(_PREFERENCE))
         raise ValueError(f"{op}: backend must be None or one of {names}, got {backend!r}")
+
+
+_preferred: str | None = None  # of use_backend
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Prefer a backend within a ``with`` block, in all threads of the process.
+
+    A call that names none takes this one, verified or not, where it takes the arguments; else it chooses as usual.
+
+    Args:
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None for no preference.
+
+    Raises:
+        ValueError: there is no backend of this name.
+    """
+    global _preferred
+    if backend is not None:
+        _check_name("use_backend", backend)
+    before, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = before
 
 
 # ---- which backends there are

@@ -17,41 +17,41 @@ NO_TEACHER, OTHERS, MEAN, GIVEN, VIEW = "", "others", "mean", "given", "view"
 class ExpertTensors(NamedTuple):
     """The tensors of a call beside the logits, checked; K experts, B rows, C classes."""
 
-    target: Tensor | None  # int64 [B] or [K, B]; None: no cross-entropy, and no gate by the teacher's answer
-    target_b: Tensor | None  # int64 [B] or [K, B], the second label
-    lam: Tensor | None  # [] or [B], the weight of `target`; 1 - lam is that of `target_b`
-    bias: Tensor | None  # [C] or [K, C]
-    scale: Tensor | None  # [C] or [K, C]; None: `ExpertOptions.scale`
-    margin: Tensor | None  # [C] or [K, C]
-    class_weight: Tensor | None  # [C] or [K, C]
-    sample_weight: Tensor | None  # [B] or [K, B]
-    expert_weight: Tensor | None  # [K]
-    class_mask: Tensor | None  # bool [B, C]
-    teacher: Tensor | None  # [B, C] or [K, B, C]
-    temperature: Tensor | None  # [C]; None: `ExpertOptions.temperature`
-    kl_weight: Tensor | None  # [], [B] or [K, B]
-    gate: Tensor | None  # [B] or [K, B], numbers
+    target: Tensor | None = None  # int64 [B] or [K, B]; None: no cross-entropy, and no gate by the teacher's answer
+    target_b: Tensor | None = None  # int64 [B] or [K, B], the second label
+    lam: Tensor | None = None  # [] or [B], the weight of `target`; 1 - lam is that of `target_b`
+    bias: Tensor | None = None  # [C] or [K, C]
+    scale: Tensor | None = None  # [C] or [K, C]; None: `ExpertOptions.scale`
+    margin: Tensor | None = None  # [C] or [K, C]
+    class_weight: Tensor | None = None  # [C] or [K, C]
+    sample_weight: Tensor | None = None  # [B] or [K, B]
+    expert_weight: Tensor | None = None  # [K]
+    class_mask: Tensor | None = None  # bool [B, C]
+    teacher: Tensor | None = None  # [B, C] or [K, B, C]
+    temperature: Tensor | None = None  # [C]; None: `ExpertOptions.temperature`
+    kl_weight: Tensor | None = None  # [], [B] or [K, B]
+    gate: Tensor | None = None  # [B] or [K, B], numbers
 
 
 class ExpertOptions(NamedTuple):
     """The numbers and names of a call."""
 
     cross_entropy: bool  # False: the divergence alone
-    lam: float
-    scale: float
-    label_smoothing: float
-    reduction: str
-    masked: str  # of MASKS, or ""
-    teacher: str  # NO_TEACHER, OTHERS, MEAN, GIVEN or VIEW
-    temperature: float
-    kl_weight: float
-    kl_reduction: str
-    by_student: bool  # whom a weight or gate [K, B] belongs to; else to the teacher
-    gated: bool  # by whether the teacher's answer is right
-    detach: bool
-    adjusted: bool  # the divergence takes scale * z + bias, else z
-    eps: float  # within the logarithm of a student's probability
-    rows: bool  # what is known of the rows is wanted
+    lam: float = 1.0
+    scale: float = 1.0
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    masked: str = ""  # of MASKS
+    teacher: str = NO_TEACHER
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    kl_reduction: str = "batchmean"
+    by_student: bool = False  # whom a weight or gate [K, B] belongs to; else to the teacher
+    gated: bool = False  # by whether the teacher's answer is right
+    detach: bool = True
+    adjusted: bool = True  # the divergence takes scale * z + bias, else z
+    eps: float = 0.0  # within the logarithm of a student's probability
+    rows: bool = False  # what is known of the rows is wanted
 
 
 TENSORS = "Tensor? target, " + ", ".join(f"Tensor? {name}" for name in ExpertTensors._fields[1:])

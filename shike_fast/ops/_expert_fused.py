@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shike_fast.ops import _native_expert
 from shike_fast.ops._checks import accumulation_dtype, as_list
-from shike_fast.ops._dispatch import kernels
+from shike_fast.ops._dispatch import Operator, kernels
 from shike_fast.ops._expert_call import (
     MEAN,
     NO_TEACHER,
@@ -20,11 +20,10 @@ from shike_fast.ops._expert_call import (
     VIEW,
     ExpertOptions,
     ExpertTensors,
-    split,
 )
-from shike_fast.ops._expert_reference import row_logits
+from shike_fast.ops._expert_reference import composite_expert_loss, row_logits
 from shike_fast.ops._guards import is_plain, materialised
-from shike_fast.ops._losses import fused_loss
+from shike_fast.ops._losses import fused_loss, loss_operator
 
 _FUSED = fused_loss(
     "expert_loss_fused",
@@ -36,25 +35,40 @@ _FUSED = fused_loss(
     both=lambda *args: _native_expert.expert_both(*args[:-1]) if args[-1] == "cpu" else None,
     fake_forward=_native_expert.new_expert_results,
 )
-_NUMBERS = ("lam", "bias", "scale", "margin", "class_weight", "sample_weight", "expert_weight", "temperature")
+# The fields of numbers: all but labels, mask and teacher.
+_NUMBERS = ExpertTensors._fields[2:9] + ExpertTensors._fields[11:]
 
 
 def fused_expert_loss(
-    backend: str, logits: Tensor | Sequence[Tensor], soft_target: None, *args: Any
+    backend: str,
+    logits: Tensor | Sequence[Tensor],
+    soft_target: None,
+    tensors: ExpertTensors,
+    options: ExpertOptions,
 ) -> Sequence[Tensor]:
     """The loss, its terms and the rows; all tensors beside the logits count as constants."""
-    tensors, options = split(args)
     experts = as_list(logits)
     dtype = accumulation_dtype(experts[0].dtype)
-    ready: dict[str, Tensor | None] = {}
-    for name in (*_NUMBERS, "kl_weight", "gate"):
-        value = getattr(tensors, name)
-        if value is not None:
-            ready[name] = materialised(value.detach().to(dtype)).contiguous()
+    ready: dict[str, Tensor] = {}
+    for name, value in zip(_NUMBERS, tensors[2:9] + tensors[11:], strict=True):
+        if value is None or (
+            value.dtype == dtype
+            and not value.requires_grad
+            and value.dim() > 0
+            and value.is_contiguous()
+            and not value.is_neg()
+        ):
+            continue
+        value = value.detach().to(dtype)
+        if value.dim() == 0:  # one number for all rows, on the device
+            halves = 2 if name == "kl_weight" and options.teacher == VIEW else 1
+            value = value.expand(experts[0].shape[-2] // halves)
+        ready[name] = materialised(value).contiguous()
     if tensors.teacher is not None:
         teacher = tensors.teacher.detach()
         ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher
-    tensors = tensors._replace(**ready)
+    if ready:
+        tensors = tensors._replace(**ready)
     in_pass = options.teacher == OTHERS and options.kl_reduction != "gated_mean" and options.adjusted
     if options.gated and not in_pass:
         tensors, options = _with_gate(backend, experts, tensors, options)
@@ -112,16 +126,19 @@ def _with_gate(
 
 
 def refuses_expert_loss(
-    backend: str, logits: Tensor | Sequence[Tensor], soft_target: Tensor | None, *args: Any
+    backend: str,
+    logits: Tensor | Sequence[Tensor],
+    soft_target: Tensor | None,
+    tensors: ExpertTensors,
+    options: ExpertOptions,
 ) -> str | None:
     """Why the fused kernels of a backend do not take a call, or None."""
-    tensors, options = split(args)
     if soft_target is not None:
         return "soft targets are a matter of the reference"
     if torch.is_grad_enabled():
-        for name, value in zip(tensors._fields, tensors, strict=True):
-            if value is not None and value.requires_grad and not (name == "teacher" and options.detach):
-                return f"{name} requires a gradient, which only the reference computes"
+        for i, value in enumerate(tensors):
+            if value is not None and value.requires_grad and not (value is tensors.teacher and options.detach):
+                return f"{tensors._fields[i]} requires a gradient, which only the reference computes"
     if options.teacher != NO_TEACHER:
         if tensors.target is not None and (
             tensors.target.dim() == 2 or (tensors.target_b is not None and tensors.target_b.dim() == 2)
@@ -137,3 +154,17 @@ def refuses_expert_loss(
     if options.masked and options.label_smoothing != 0.0:
         return "label smoothing with a class mask is a matter of the reference"
     return None
+
+
+_SCHEMA = f"(Tensor logits, Tensor? soft_target, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
+
+
+def expert_operator(name: str) -> Operator:
+    """The record of a public function that takes these arguments."""
+    return loss_operator(
+        name, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss, flat=_flat
+    )
+
+
+def _flat(soft_target: Tensor | None, tensors: ExpertTensors, options: ExpertOptions) -> Sequence[Any]:
+    return (soft_target, *tensors, *options)

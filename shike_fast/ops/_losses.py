@@ -20,16 +20,18 @@ def loss_operator(
     fused: Callable[..., Any] | None = None,
     refuses: Callable[..., str | None] | None = None,
     any_number_of_experts: bool = False,
+    flat: Callable[..., Sequence[Any]] = lambda *args: args,
 ) -> Operator:
     """The record of a loss, whose first argument are the logits: one tensor [K, B, C] or K tensors [B, C].
 
-    ``refuses(backend, *args)`` says what its fused kernels do not take, beside what follows from the logits. A loss that
-    takes ``any_number_of_experts`` gives the kernels eight at a time. Without ``fused`` there is the reference alone.
+    ``refuses(backend, *args)`` says what its fused kernels do not take, beside what follows from the logits. A loss
+    that takes ``any_number_of_experts`` gives the kernels eight at a time. Without ``fused`` there is the reference
+    alone. ``flat`` makes of the arguments behind the logits those of the schema.
     """
     operator = Operator(name, schema, composite)
 
     def reference(logits: Tensor | Sequence[Tensor], *args: Any) -> Any:
-        return operator.op(stacked(logits), *args)
+        return operator.op(stacked(logits), *flat(*args))
 
     def refuses_arguments(backend: str, logits: Tensor | Sequence[Tensor], *args: Any) -> str | None:
         reason = _refuses_logits(backend, logits, any_number_of_experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,11 +108,8 @@ def expert_both(logits: Sequence[Tensor], *args: Any) -> tuple[tuple[Tensor, ...
 
 def _call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
     """ExpertCall of csrc/losses/call.h without the weights of rows."""
-    teacher = tensors.teacher
     shape = shape_of(logits)
-    if teacher is not None:
-        teacher = teacher.expand(shape[0], *teacher.shape[-2:])
-    return {
+    call = {
         "dtype": DTYPES[logits[0].dtype],
         "shape": shape,
         "logits": logits,
@@ -123,7 +121,19 @@ def _call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptio
         "margin": tensors.margin,
         "class_mask": tensors.class_mask,
         "temperature": tensors.temperature,
-        "teacher": None if teacher is None else [teacher],
+        "teacher": None,
+        **_options_of_call(options),
+    }
+    teacher = tensors.teacher
+    if teacher is not None:
+        call["teacher"] = [teacher.expand(shape[0], *teacher.shape[-2:])]
+        call["teacher_dtype"] = DTYPES[teacher.dtype]
+    return call
+
+
+@functools.lru_cache(maxsize=256)
+def _options_of_call(options: ExpertOptions) -> dict[str, Any]:
+    return {
         "cross_entropy": options.cross_entropy,
         "lam_number": options.lam,
         "scale_number": options.scale,
@@ -131,7 +141,6 @@ def _call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptio
         "of_rows": options.reduction == "none",
         "masked": _MASKED[options.masked],
         "teacher_kind": _TEACHERS[options.teacher],
-        **({} if teacher is None else {"teacher_dtype": DTYPES[teacher.dtype]}),
         "temperature_number": options.temperature,
         "by_student": options.by_student,
         "gated": options.gated,

@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shike_fast.ops._checks import (
-    FLOAT_DTYPES,
-    INTEGER_DTYPES,
-    accumulation_dtype,
-    as_tensor,
-    check_dense,
-    check_device,
-    check_finite,
-    check_logits,
-    check_target,
-    describe,
-    stacked,
+from shike_fast.ops._checks import accumulation_dtype, check_finite, check_logits, stacked
+from shike_fast.ops._expert_call import MASKS, NO_TEACHER, REDUCTIONS, ExpertOptions, ExpertTensors
+from shike_fast.ops._expert_checks import (
+    ExpertKL,
+    Numbers,
+    check_choice,
+    check_labels,
+    checked_mask,
+    number_or,
+    optional,
+    with_divergence,
 )
-from shike_fast.ops._expert_call import (
-    GIVEN,
-    KL_REDUCTIONS,
-    MASKS,
-    MEAN,
-    NO_TEACHER,
-    OPTIONS,
-    OTHERS,
-    REDUCTIONS,
-    TENSORS,
-    VIEW,
-    ExpertOptions,
-    ExpertTensors,
-)
-from shike_fast.ops._expert_fused import fused_expert_loss, refuses_expert_loss
-from shike_fast.ops._expert_reference import composite_expert_loss
-from shike_fast.ops._losses import loss_operator
+from shike_fast.ops._expert_fused import expert_operator
 
-if TYPE_CHECKING:
-    import numpy as np
-
-Numbers: TypeAlias = "Tensor | Sequence[float] | Sequence[Sequence[float]] | np.ndarray"
 _NAME = "expert_loss"
-_KL_NAME = "expert_kl"
 
 
 class ExpertRows(NamedTuple):
@@ -66,55 +43,6 @@ class ExpertRows(NamedTuple):
     p_target: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertKL:
-    """A divergence that :func:`expert_loss` adds from the same pass; the arguments are those of :func:`expert_kl`.
-
-    Attributes:
-        adjusted: the divergence compares softmax(scale * z + bias), of a given teacher too; else softmax(z). A margin
-            counts in the cross-entropy alone.
-    """
-
-    teacher: str | Tensor | Sequence[Tensor] = OTHERS
-    temperature: float | Tensor = 1.0
-    detach: bool | None = None
-    weight: float | Tensor = 1.0
-    gate: Literal["teacher_correct"] | Tensor | None = None
-    reduction: str = "batchmean"
-    weight_of: Literal["teacher", "student"] = "teacher"
-    eps: float = 0.0
-    adjusted: bool = True
-
-
-@overload
-def expert_loss(
-    logits: Tensor | Sequence[Tensor],
-    target: Tensor,
-    *,
-    bias: Numbers | None = ...,
-    margin: Numbers | None = ...,
-    scale: float | Numbers = ...,
-    target_b: Tensor | None = ...,
-    lam: float | Tensor | None = ...,
-    label_smoothing: float = ...,
-    class_weight: Numbers | None = ...,
-    sample_weight: Tensor | None = ...,
-    expert_weight: Numbers | None = ...,
-    reduction: str = ...,
-    soft_target: Tensor | None = ...,
-    ensemble: Literal["mean", "sum"] | None = ...,
-    ensemble_weight: float = ...,
-    class_mask: Tensor | None = ...,
-    masked: Literal["zero", "exclude", "partial"] = ...,
-    kl: ExpertKL | None = ...,
-    return_terms: bool = ...,
-    return_rows: Literal[False] = ...,
-    backend: str | None = ...,
-) -> Any: ...
-@overload
-def expert_loss(
-    logits: Tensor | Sequence[Tensor], target: Tensor, *, return_rows: Literal[True], **options: Any
-) -> Any: ...
 def expert_loss(
     logits: Tensor | Sequence[Tensor],
     target: Tensor,
@@ -195,213 +123,65 @@ def expert_loss(
     """
     first, shape = check_logits(_NAME, logits)
     experts, _, classes = shape
-    _check_target(_NAME, "target", target, first, shape)
-    _check_choice(_NAME, "reduction", reduction, REDUCTIONS)
-    _check_choice(_NAME, "masked", masked, MASKS)
+    check_labels(_NAME, "target", target, first, shape)
+    check_choice(_NAME, "reduction", reduction, REDUCTIONS)
+    check_choice(_NAME, "masked", masked, MASKS)
     lam_number, lam_tensor = 1.0, None
     if (target_b is None) != (lam is None):
         raise ValueError(f"{_NAME}: target_b and lam come together, got one of them")
     if target_b is not None:
-        _check_target(_NAME, "target_b", target_b, first, shape)
-        lam_number, lam_tensor = _number_or(_NAME, "lam", lam, first, ((), (shape[1],)), default=1.0)
-    (smoothing, ensemble_weight) = check_finite(_NAME, label_smoothing=label_smoothing, ensemble_weight=ensemble_weight)
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
+        check_labels(_NAME, "target_b", target_b, first, shape)
+        lam_number, lam_tensor = number_or(_NAME, "lam", lam, first, ((), (shape[1],)), default=1.0)
+    smoothing, scale_number, scale_tensor = 0.0, 1.0, None
     of_classes, of_rows = ((classes,), (experts, classes)), ((shape[1],), (experts, shape[1]))
-    scale_number, scale_tensor = _number_or(_NAME, "scale", scale, first, of_classes, default=1.0)
+    if label_smoothing != 0.0:
+        (smoothing,) = check_finite(_NAME, label_smoothing=label_smoothing)
+        if not 0.0 <= smoothing <= 1.0:
+            raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
+    if not isinstance(scale, float) or scale != 1.0:
+        scale_number, scale_tensor = number_or(_NAME, "scale", scale, first, of_classes, default=1.0)
+    masked_kind = "" if class_mask is None else masked
     tensors = ExpertTensors(
-        target=target,
-        target_b=target_b,
-        lam=lam_tensor,
-        bias=_optional(_NAME, "bias", bias, first, of_classes),
-        scale=scale_tensor,
-        margin=_optional(_NAME, "margin", margin, first, of_classes),
-        class_weight=_optional(_NAME, "class_weight", class_weight, first, of_classes),
-        sample_weight=_optional(_NAME, "sample_weight", sample_weight, first, of_rows),
-        expert_weight=_optional(_NAME, "expert_weight", expert_weight, first, ((experts,),)),
-        class_mask=None if class_mask is None else _checked_mask(_NAME, class_mask, first, shape),
-        teacher=None,
-        temperature=None,
-        kl_weight=None,
-        gate=None,
+        target,
+        target_b,
+        lam_tensor,
+        optional(_NAME, "bias", bias, first, of_classes),
+        scale_tensor,
+        optional(_NAME, "margin", margin, first, of_classes),
+        optional(_NAME, "class_weight", class_weight, first, of_classes),
+        optional(_NAME, "sample_weight", sample_weight, first, of_rows),
+        optional(_NAME, "expert_weight", expert_weight, first, ((experts,),)),
+        None if class_mask is None else checked_mask(_NAME, class_mask, first, shape),
     )
     if soft_target is not None:
-        soft_target = _optional(_NAME, "soft_target", soft_target, first, (shape[1:],))
+        soft_target = optional(_NAME, "soft_target", soft_target, first, (shape[1:],))
         if margin is not None or target_b is not None or smoothing != 0.0:
             raise ValueError(f"{_NAME}: soft_target excludes margin, target_b and label_smoothing")
-    options = ExpertOptions(
-        cross_entropy=True,
-        lam=lam_number,
-        scale=scale_number,
-        label_smoothing=smoothing,
-        reduction=reduction,
-        masked="" if class_mask is None else masked,
-        teacher=NO_TEACHER,
-        temperature=1.0,
-        kl_weight=1.0,
-        kl_reduction="batchmean",
-        by_student=False,
-        gated=False,
-        detach=True,
-        adjusted=True,
-        eps=0.0,
-        rows=return_rows,
-    )
+    options = ExpertOptions(True, lam_number, scale_number, smoothing, reduction, masked_kind, rows=return_rows)
     if kl is not None:
         if reduction == "none":
             raise ValueError(f"{_NAME}: kl needs a reduction other than 'none'; expert_kl adds it to rows of your own")
-        tensors, options = _with_divergence(_NAME, kl, tensors, options, logits, first, shape)
+        tensors, options = with_divergence(_NAME, kl, tensors, options, first, shape)
     if ensemble is not None:
-        _check_choice(_NAME, "ensemble", ensemble, ("mean", "sum"))
-        loss, terms, rows = _run(_OPERATOR, backend, logits, soft_target, tensors, options)
+        check_choice(_NAME, "ensemble", ensemble, ("mean", "sum"))
+        (ensemble_weight,) = check_finite(_NAME, ensemble_weight=ensemble_weight)
+        loss, terms, rows = _OPERATOR.run(backend, logits, soft_target, tensors, options)
         extra = _of_ensemble(ensemble, backend, logits, soft_target, tensors, options)
         loss, terms = (
             loss + ensemble_weight * extra,
             terms + terms.new_tensor([1.0, 0.0]) * (ensemble_weight * extra.detach()),
         )
     else:
-        loss, terms, rows = _run(_OPERATOR, backend, logits, soft_target, tensors, options)
+        loss, terms, rows = _OPERATOR.run(backend, logits, soft_target, tensors, options)
+    if not return_terms and not return_rows:
+        return loss
     results: list[Any] = [loss]
     if return_terms:
         results.append(terms)
     if return_rows:
         row_loss, log_sum_exp, correct, p_target = rows.unbind(0)
         results.append(ExpertRows(row_loss, log_sum_exp, correct != 0, p_target))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def expert_kl(
-    logits: Tensor | Sequence[Tensor],
-    teacher: str | Tensor | Sequence[Tensor] = OTHERS,
-    *,
-    temperature: float | Numbers = 1.0,
-    detach: bool | None = None,
-    weight: float | Tensor = 1.0,
-    gate: Literal["teacher_correct"] | Tensor | None = None,
-    reduction: str = "batchmean",
-    weight_of: Literal["teacher", "student"] = "teacher",
-    target: Tensor | None = None,
-    class_mask: Tensor | None = None,
-    masked: Literal["zero", "exclude", "partial"] = "zero",
-    eps: float = 0.0,
-    backend: str | None = None,
-) -> Tensor:
-    """Compute the divergences between teachers and the K experts, as students.
-
-        L = sum over teachers t and students k of  reduce_b  w g T^2 KL(softmax(t / T) || softmax(z_k / T))
-
-    where T^2 is the square of the mean temperature. All pairs of experts cost O(K). Reductions: ``"batchmean"`` divides
-    by B, ``"mean"`` by B C, ``"gated_mean"`` by the sum of the gates of a teacher or student, expert by expert, and
-    gives 0 where that is 0.
-
-    Args:
-        logits: as of :func:`expert_loss`.
-        teacher: ``"others"``: every other expert; ``"mean"``: the mean of the experts' logits; ``"view"``: the batch
-            holds two views of B / 2 images, one after the other, and every expert's first view teaches its second; or
-            logits [B, C] or [K, B, C] (or K tensors [B, C]) of another network, an average or a view.
-        temperature: T, a positive number, or [C] for one a class.
-        detach: whether the teacher is a constant. Default: only ``"others"`` gets a gradient. Given logits that get one,
-            and a mean that is weighted by expert, are matters of the reference.
-        weight: a number of either sign, [], [B] or [K, B]; with two views [B / 2] or [K, B / 2].
-        gate: numbers or bool of these shapes, which also count in ``"gated_mean"``; or ``"teacher_correct"``: 1 where
-            the largest of the teacher's row logits is at ``target``, else 0.
-        weight_of: to whom rows of weights and gates [K, B] belong among ``"others"``; elsewhere they are the student's.
-        target: int64 [B], for ``gate="teacher_correct"``.
-        class_mask, masked: as of :func:`expert_loss`.
-        eps: added to a student's probability within the logarithm, as in the published NCL (1e-9); ``"others"`` with a
-            gradient through the teacher on the CPU backend and the reference, else on the reference alone.
-        backend: as of :func:`expert_loss`.
-
-    Returns:
-        The loss, a scalar (float64 for float64 logits, else float32), differentiable with respect to the logits.
-
-    Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as :func:`expert_loss`.
-
-    Source: Wang et al., RIDE, ICLR 2021 (mean); Li et al., NCL, CVPR 2022 (others); Zhao et al., MDCS, ICCV 2023 (view).
-    """
-    first, shape = check_logits(_KL_NAME, logits)
-    _check_choice(_KL_NAME, "masked", masked, MASKS)
-    if target is not None:
-        _check_target(_KL_NAME, "target", target, first, shape)
-    empty = dict.fromkeys(ExpertTensors._fields)
-    mask = None if class_mask is None else _checked_mask(_KL_NAME, class_mask, first, shape)
-    tensors = ExpertTensors(**empty | {"target": target, "class_mask": mask})  # type: ignore[arg-type]
-    options = ExpertOptions(
-        cross_entropy=False,
-        lam=1.0,
-        scale=1.0,
-        label_smoothing=0.0,
-        reduction="mean",
-        masked="" if class_mask is None else masked,
-        teacher=NO_TEACHER,
-        temperature=1.0,
-        kl_weight=1.0,
-        kl_reduction="batchmean",
-        by_student=False,
-        gated=False,
-        detach=True,
-        adjusted=True,
-        eps=0.0,
-        rows=False,
-    )
-    kl = ExpertKL(teacher, temperature, detach, weight, gate, reduction, weight_of, eps)  # type: ignore[arg-type]
-    tensors, options = _with_divergence(_KL_NAME, kl, tensors, options, logits, first, shape)
-    loss, _, _ = _run(_KL_OPERATOR, backend, logits, None, tensors, options)
-    return loss
-
-
-def _with_divergence(
-    op: str,
-    kl: ExpertKL,
-    tensors: ExpertTensors,
-    options: ExpertOptions,
-    logits: Tensor | Sequence[Tensor],
-    first: Tensor,
-    shape: tuple[int, int, int],
-) -> tuple[ExpertTensors, ExpertOptions]:
-    """The call with the divergence added, checked."""
-    experts, batch, classes = shape
-    teacher: Tensor | None = None
-    if isinstance(kl.teacher, str):
-        _check_choice(op, "teacher", kl.teacher, (OTHERS, MEAN, VIEW))
-        kind = kl.teacher
-    else:
-        kind, teacher = GIVEN, _checked_teacher(op, kl.teacher, first, shape)
-    if kind == VIEW and batch % 2:
-        raise ValueError(f"{op}: teacher 'view' needs an even batch, two views of the same images, got B={batch}")
-    _check_choice(op, "reduction of the divergence", kl.reduction, KL_REDUCTIONS)
-    _check_choice(op, "weight_of", kl.weight_of, ("teacher", "student"))
-    (eps,) = check_finite(op, eps=kl.eps)
-    if eps < 0:
-        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
-    rows = batch // 2 if kind == VIEW else batch
-    of_rows = ((rows,), (experts, rows))
-    temperature, of_classes = _number_or(op, "temperature", kl.temperature, first, ((classes,),), default=1.0)
-    if temperature <= 0:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
-    weight, weight_tensor = _number_or(op, "weight", kl.weight, first, ((), *of_rows), default=1.0)
-    gated = isinstance(kl.gate, str)
-    if gated:
-        _check_choice(op, "gate", kl.gate, ("teacher_correct",))
-        if tensors.target is None:
-            raise ValueError(f"{op}: gate 'teacher_correct' needs a target")
-        if kind == OTHERS and kl.weight_of == "student":
-            raise ValueError(f"{op}: gate 'teacher_correct' needs weight_of='teacher' among others")
-    gate = None if gated or kl.gate is None else _optional(op, "gate", _as_numbers(kl.gate), first, of_rows)
-    detach = kind != OTHERS if kl.detach is None else bool(kl.detach)
-    tensors = tensors._replace(teacher=teacher, temperature=of_classes, kl_weight=weight_tensor, gate=gate)
-    return tensors, options._replace(
-        teacher=kind,
-        temperature=temperature,
-        kl_weight=weight,
-        kl_reduction=kl.reduction,
-        by_student=kl.weight_of == "student",
-        gated=gated,
-        detach=detach,
-        adjusted=kl.adjusted,
-        eps=eps,
-    )
+    return tuple(results)
 
 
 def _of_ensemble(
@@ -441,9 +221,8 @@ def _of_ensemble(
         kl_weight=None,
         gate=None,
     )
-    loss, _, _ = _run(
-        _OPERATOR, backend, one * share, soft_target, of_one, options._replace(teacher=NO_TEACHER, rows=False)
-    )
+    of_options = options._replace(teacher=NO_TEACHER, rows=False)
+    loss, _, _ = _OPERATOR.run(backend, one * share, soft_target, of_one, of_options)
     return loss
 
 
@@ -451,114 +230,4 @@ def _by_expert(value: Tensor | None) -> bool:
     return value is not None and value.dim() == 2
 
 
-# ---- checks
-
-
-def _check_choice(op: str, name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def _check_target(op: str, name: str, target: object, first: Tensor, shape: tuple[int, int, int]) -> None:
-    if isinstance(target, Tensor) and target.dim() == 2 and target.shape == shape[:2]:
-        check_target(
-            op,
-            target.flatten() if target.is_contiguous() else target.reshape(-1),
-            first,
-            (1, target.numel(), shape[2]),
-            name=name,
-        )
-    else:
-        check_target(op, target, first, shape, name=name)  # type: ignore[arg-type]
-
-
-def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
-    return " or ".join(str(list(shape)) for shape in shapes)
-
-
-def _as_numbers(value: object) -> object:
-    """A bool tensor as the numbers 0 and 1."""
-    return value.to(torch.float32) if isinstance(value, Tensor) and value.dtype == torch.bool else value
-
-
-def _optional(op: str, name: str, value: object, first: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor | None:
-    """A tensor of one of these shapes; lists and arrays are copied to the device of the logits."""
-    if value is None:
-        return None
-    tensor = as_tensor(value, first.device)
-    if not isinstance(tensor, Tensor):
-        kind = type(tensor).__name__
-        raise TypeError(f"{op}: {name} must be a tensor, list or array of numbers {_shapes(shapes)}, got {kind}")
-    check_dense(op, name, tensor)
-    if tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{op}: {name} must be floating point or integer {_shapes(shapes)}, got {describe(tensor)}")
-    if tuple(tensor.shape) not in shapes:
-        raise ValueError(f"{op}: {name} must be {_shapes(shapes)}, got {describe(tensor)}")
-    check_device(op, name, tensor, first, "logits")
-    return tensor
-
-
-def _number_or(
-    op: str, name: str, value: object, first: Tensor, shapes: Sequence[tuple[int, ...]], *, default: float
-) -> tuple[float, Tensor | None]:
-    """A number, or the default and a tensor of one of these shapes."""
-    if isinstance(value, (int, float)) or (not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0):
-        (number,) = check_finite(op, **{name: value})
-        return number, None
-    if isinstance(value, Tensor) and value.dim() == 0 and () not in shapes:
-        shapes, value = (*shapes, (1,)), value.reshape(1)
-        tensor = _optional(op, name, value, first, shapes)
-        assert tensor is not None
-        return default, tensor.expand(shapes[0])
-    return default, _optional(op, name, value, first, shapes)
-
-
-def _checked_mask(op: str, mask: object, first: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    expected = f"bool [B={shape[1]}, C={shape[2]}]"
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: class_mask must be a tensor {expected}, got {type(mask).__name__}")
-    check_dense(op, "class_mask", mask)
-    if mask.dtype != torch.bool or tuple(mask.shape) != shape[1:]:
-        error = TypeError if mask.dtype != torch.bool else ValueError
-        raise error(f"{op}: class_mask must be {expected}, got {describe(mask)}")
-    check_device(op, "class_mask", mask, first, "logits")
-    return mask
-
-
-def _checked_teacher(op: str, teacher: object, first: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    experts, batch, classes = shape
-    expected = f"[B={batch}, C={classes}], [K={experts}, B, C] or K tensors [B, C]"
-    if isinstance(teacher, list | tuple) and all(isinstance(one, Tensor) and one.dim() == 2 for one in teacher):
-        teacher = torch.stack(list(teacher))
-    if not isinstance(teacher, Tensor):
-        raise TypeError(
-            f"{op}: teacher must be 'others', 'mean', 'view' or logits {expected}, got {type(teacher).__name__}"
-        )
-    check_dense(op, "teacher", teacher)
-    if teacher.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: teacher must be floating point {expected}, got {describe(teacher)}")
-    if tuple(teacher.shape) not in (shape[1:], shape):
-        raise ValueError(f"{op}: teacher must be {expected}, got {describe(teacher)}")
-    check_device(op, "teacher", teacher, first, "logits")
-    return teacher
-
-
-# ---- the records
-
-
-def _run(
-    operator: Any,
-    backend: str | None,
-    logits: Tensor | Sequence[Tensor],
-    soft_target: Tensor | None,
-    tensors: ExpertTensors,
-    options: ExpertOptions,
-) -> Any:
-    return operator.run(backend, logits, soft_target, *tensors, *options)
-
-
-_SCHEMA = f"(Tensor logits, Tensor? soft_target, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
-_OPERATOR = loss_operator(_NAME, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss)
-_KL_OPERATOR = loss_operator(
-    _KL_NAME, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss
-)
+_OPERATOR = expert_operator(_NAME)

@@ -80,7 +80,7 @@ def test_a_run_that_began_at_random_does_so_again(tmp_path):
         ("a.json", '{"epochs": 3,', "{} is no json file: Expecting property name"),
         ("a.json", "[1]", "{} must hold settings by name, got list"),
         ("a.toml", "epochs = ", "{} is no toml file: Invalid value"),
-        ("a.toml", "[schedule]\nepochs = 3", "{}: unknown setting 'schedule'"),
+        ("a.toml", "[training]\nepochs = 3", "{}: unknown setting 'training'"),
         ("a.ini", "epochs = 3", "{} must end with .json, .toml, .yaml, .yml, which says how to read it"),
         ("a.json", '{"epoch": 3}', "{}: unknown setting 'epoch'; did you mean epochs?"),
         ("a.json", '{"output_dir": "x"}', "{}: output_dir is no setting of a run; name it on the command line"),

@@ -41,7 +41,11 @@ def test_prints_a_table(checkpoint, capsys):
         "many",
         "medium",
         "few",
-        "each expert alone (%)",
+        "ensemble",
+        "expert 3",
+        "worst class: ",
+        "accuracy under test priors (%)",
+        "backward:50",
         "expected calibration error: 0.",
         "last.per_class.csv",
     ):
@@ -65,6 +69,100 @@ def test_csv_elsewhere(checkpoint, tmp_path, capsys):
     assert len(rows) == 10
     assert sum(int(row["test_images"]) for row in rows) == 600
     assert not (tmp_path / "last.per_class.csv").exists()
+
+
+def test_json_has_all_figures(checkpoint, capsys):
+    assert run("--checkpoint", checkpoint, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    with open(checkpoint.parent / "last.per_class.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    accuracies = [float(row["accuracy"]) for row in rows]
+    assert result["class_accuracy"] == pytest.approx(accuracies, abs=1e-4)
+    assert result["balanced_accuracy"] == pytest.approx(sum(accuracies) / 10, abs=1e-4)
+    assert result["worst_class"]["accuracy"] == pytest.approx(min(accuracies), abs=1e-4)
+    assert [expert["top1"] for expert in result["experts"]] == result["expert_top1"]
+    assert sum(one["images"] for one in result["reliability"]) == 600
+    assert result["scores_prior"] == "uniform"  # stage 2 trains by balanced softmax
+    assert len(result["test_priors"]) == 11 and not result["prior_sampling"]
+    assert {"macro_f1", "worst_tenth", "negative_log_likelihood"} <= result.keys()
+    assert not {"test_prior", "test_time", "confusion", "report"} & result.keys()
+
+
+def test_the_first_stage_learns_the_training_prior(checkpoint, capsys):
+    assert run("--checkpoint", checkpoint, "--stage", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["scores_prior"] == "train"
+
+
+def test_a_known_test_prior(checkpoint, tmp_path, capsys):
+    (tmp_path / "prior.txt").write_text("0 " * 9 + "1")
+    assert run("--checkpoint", checkpoint, "--test-prior", tmp_path / "prior.txt", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    under = result["test_prior"]
+    assert under["prior"] == str(tmp_path / "prior.txt") and under["images"] == 60
+    assert under["top1"] == pytest.approx(result["class_accuracy"][9])
+    assert under["corrected"] == 100  # the only class that there can be
+    assert len(result["test_priors"]) == 12
+    assert run("--checkpoint", checkpoint, "--test-prior", "forward:10", "--prior-sampling") == 0
+    assert "Under the test prior forward:10: " in capsys.readouterr().out
+
+
+def test_what_is_no_test_prior(checkpoint, tmp_path, capsys):
+    assert run("--checkpoint", checkpoint, "--test-prior", "upward:3") == 2
+    assert "error: --test-prior: must be uniform, train, forward:RATIO" in capsys.readouterr().err
+    assert not (checkpoint.parent / "last.per_class.csv").exists()
+
+
+def test_sampling_the_test_prior(checkpoint, capsys):
+    assert run("--checkpoint", checkpoint, "--prior-sampling", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["prior_sampling"]
+    images = {row["prior"]: row["images"] for row in result["test_priors"]}
+    assert images["uniform"] == 600
+    assert images["forward:50"] == sum(int(60 * 50 ** (-rank / 9) + 1e-9) for rank in range(10))
+
+
+def test_test_time_weights(checkpoint, capsys):
+    assert run("--checkpoint", checkpoint, "--test-time-weights", "--test-prior", "backward:10", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    learned = result["test_time"]
+    assert sum(learned["weights"]) == pytest.approx(1) and len(learned["weights"]) == 3
+    assert 1 <= learned["epochs"] <= 5
+    assert 0 <= learned["top1"] <= 100 and learned["test_prior"]["prior"] == "backward:10"
+    assert run("--checkpoint", checkpoint, "--test-time-weights") == 0
+    assert "Test-time weights of the experts 0." in capsys.readouterr().out
+
+
+def test_test_time_weights_of_one_expert(runs, tmp_path, capsys):
+    runs.train("--method", "ce", "--model", "resnet8", "--epochs", 1, "--output-dir", tmp_path / "run")
+    capsys.readouterr()
+    assert run("--checkpoint", tmp_path / "run" / "last.pt", "--test-time-weights") == 2
+    assert "--test-time-weights: weighs the experts of a network, method 'ce' has 1 here" in capsys.readouterr().err
+    assert run("--checkpoint", tmp_path / "run" / "last.pt") == 0
+    printed = capsys.readouterr().out
+    assert "network" in printed and "expert 1" not in printed
+
+
+def test_confusion_and_report(checkpoint, tmp_path, capsys):
+    files = ("--confusion", tmp_path / "confusion.csv", "--report", tmp_path / "report.html")
+    assert run("--checkpoint", checkpoint, *files, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    with open(tmp_path / "confusion.csv", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    hits = sum(int(row[2 + k]) for k, row in enumerate(rows))
+    assert hits == pytest.approx(6 * result["top1"])
+    page = (tmp_path / "report.html").read_text()
+    assert f"{result['top1']:.2f}" in page and "Training" in page
+    assert run("--checkpoint", checkpoint, *files) == 0  # they may be replaced
+    printed = capsys.readouterr().out
+    assert f"report: {tmp_path / 'report.html'}" in printed
+
+
+@pytest.mark.parametrize(("option", "what"), [("--confusion", "confusion matrix"), ("--report", "report")])
+def test_files_that_are_something_else_stay(checkpoint, tmp_path, capsys, option, what):
+    (tmp_path / "thesis").write_text("precious")
+    assert run("--checkpoint", checkpoint, option, tmp_path / "thesis") == 2
+    assert f"error: {option}: {tmp_path / 'thesis'} exists and is no {what}; name" in capsys.readouterr().err
+    assert (tmp_path / "thesis").read_text() == "precious"
 
 
 def test_ce_has_no_second_stage(runs, tmp_path, capsys):

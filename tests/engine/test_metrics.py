@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from shike_fast.engine.metrics import EvaluationInterrupted, evaluate
+from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, evaluate
 from shike_fast.errors import RunError
 
 
@@ -40,7 +40,6 @@ def test_accuracy_is_that_of_the_mean_logits():
     assert result.class_accuracy == pytest.approx([50, 100, 50])
     assert result.shots() == pytest.approx({"many": 50, "medium": 100, "few": 50})
     assert result.expert_top1 == pytest.approx([100, 60])
-    assert result.calibration_error is None
 
 
 def test_stage_reaches_the_model():
@@ -61,15 +60,27 @@ def test_a_shot_or_class_without_images_has_no_accuracy():
     assert result.class_accuracy == [100.0, None]
 
 
-def test_calibration_error_of_a_known_case():
-    # one class is predicted with confidence p on ten images and is right on six of them: the error is |p - 0.6|
-    labels = torch.tensor([0] * 6 + [1] * 4)
-    logits = torch.tensor([2.0, 0.0]).expand(10, 3, 2)
-    result = evaluate(
-        Scripted(), batches(logits, labels), stage=1, class_counts=torch.tensor([5, 5]), device=CPU, calibration=True
+def test_an_observer_sees_every_batch():
+    labels = torch.tensor([0, 1, 1])
+    logits = torch.randn(3, 4, 2)
+    seen = []
+    evaluate(
+        Scripted(),
+        batches(logits, labels),
+        stage=1,
+        class_counts=torch.tensor([5, 5]),
+        device=CPU,
+        observe=lambda *batch: seen.append(batch),
     )
-    confidence = torch.tensor([2.0, 0.0]).softmax(-1)[0].item()
-    assert result.calibration_error == pytest.approx(abs(confidence - 0.6), abs=1e-6)
+    assert torch.equal(torch.cat([batch[0] for batch in seen]), labels)
+    assert torch.equal(torch.cat([batch[1] for batch in seen], 1), logits.transpose(0, 1))
+    assert torch.equal(torch.cat([batch[2] for batch in seen]), logits.mean(1))
+
+
+def test_what_a_checkpoint_of_an_earlier_version_holds():
+    counts = torch.tensor([1, 2])
+    stored = {"correct": counts, "support": counts, "class_counts": counts, "expert_correct": counts}
+    assert Evaluation.stored(stored | {"calibration_error": None}).top1 == 100
 
 
 def test_training_mode_is_restored():

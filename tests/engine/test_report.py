@@ -103,4 +103,4 @@ def test_curves(tmp_path, stages):
 
 def test_a_run_without_an_epoch_has_no_report(tmp_path):
     with pytest.raises(ValueError, match="no finished epoch"):
-        report.write_report(tmp_path, None, None, None, [], None, None)
+        report.write_report(tmp_path, None, None, None, [], None, None, None)

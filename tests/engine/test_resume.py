@@ -10,10 +10,12 @@ import time
 
 import pytest
 import torch
+from runs import SMALL
 
 from shike_fast import data
 from shike_fast.engine import trainer as trainer_module
 from shike_fast.engine.checkpoint import find_resumable
+from shike_fast.train import main
 
 
 def test_resume_of_a_finished_run_changes_nothing(runs, tmp_path, capsys):
@@ -70,6 +72,44 @@ def test_stopped_at_any_step_and_resumed_it_ends_the_same(runs, tmp_path, monkey
     runs.assert_same_weights(finished / "best.pt", tmp_path / "run" / "best.pt")
     assert runs.reproducible_metrics(tmp_path / "run") == runs.reproducible_metrics(finished)
     assert (tmp_path / "run" / "per_class.csv").read_text() == (finished / "per_class.csv").read_text()
+
+
+RECIPES = {
+    "mixed": "--method ce --epochs 3 --mixup 0.4 --cutmix 1 --unmixed-epochs 1 --ema 0.9 --nesterov --schedule step "
+    "--step-epochs 1 2 --trunk-lr 0.02",
+    "two stages": "--epochs 3 --stage2-epochs 1 --ema 0.9 --schedule step --trunk-lr 0.02",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs with all that the engine has besides."""
+    directories = {}
+    for name, options in RECIPES.items():
+        directories[name] = tmp_path_factory.mktemp("whole") / "run"
+        arguments = [*SMALL[:4], *options.split(), "--output-dir", str(directories[name])]
+        assert main(arguments) == 0
+    return directories
+
+
+@pytest.mark.parametrize(("name", "steps"), [("mixed", 2), ("mixed", 8), ("mixed", 15), ("two stages", 14)])
+def test_all_that_a_run_may_have_is_resumed(runs, tmp_path, monkeypatch, whole, name, steps):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, steps)
+        arguments = [*SMALL[:4], *RECIPES[name].split(), "--output-dir", tmp_path / "run"]
+        assert runs.train(*arguments) == 128 + signal.SIGTERM
+    assert runs.train("--output-dir", tmp_path / "run", "--resume") == 0
+    for file in ("last.pt", "best.pt"):
+        runs.assert_same_weights(whole[name] / file, tmp_path / "run" / file)
+    assert runs.reproducible_metrics(tmp_path / "run") == runs.reproducible_metrics(whole[name])
+
+
+def test_what_a_run_may_have_cannot_change_on_resume(runs, tmp_path, whole, capsys):
+    for option, value in (("--ema", 0.8), ("--mixup", 0.2), ("--trunk-lr", 0.01), ("--step-epochs", 2)):
+        again = runs.train("--resume", whole["mixed"] / "last.pt", option, value, "--output-dir", tmp_path / "x")
+        assert again == 2
+        name = option.removeprefix("--").replace("-", "_")
+        assert f"belongs to another run: {name} is" in capsys.readouterr().err
 
 
 def test_stopped_after_the_last_step_it_is_simply_finished(runs, tmp_path, monkeypatch, finished):

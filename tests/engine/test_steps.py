@@ -120,7 +120,7 @@ def test_a_recorded_step_is_the_step(stage, amp):
         steps = make_steps(model, stage, 0.01, torch.arange(1, 6), "cuda", amp=amp, record=record)
         for _ in range(4):
             steps(images, labels)
-        assert not record or len(steps._run._recorded) == 1
+        assert not record or len(steps._run._captured) == 1
         results.append({**model.state_dict(), "sums": steps.totals.sums})
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-3, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")

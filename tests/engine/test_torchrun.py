@@ -114,6 +114,59 @@ def test_a_killed_worker_is_restarted_and_no_epoch_is_lost(torchrun, runs, tmp_p
     assert state["epoch"] == 12 and [row["epoch"] for row in state["history"]] == list(range(1, 13))
 
 
+MIXED = ["--method", "ce", "--model", "resnet8", "--batch-size", "64", "--epochs", "20", "--threads", "1"]
+MIXED += ["--mixup", "0.4", "--cutmix", "1", "--ema", "0.9", "--nesterov", "--schedule", "step", "--trunk-lr", "0.02"]
+
+
+@pytest.mark.slow
+def test_a_mixed_and_averaged_run_in_two_processes_is_resumed(torchrun, runs, tmp_path):
+    """Everything that is drawn is a function of the step, so a stopped run ends as one that was not."""
+    status, _, errors = torchrun(*MIXED, "--output-dir", tmp_path / "whole").finish()
+    assert status == 0, errors[-3000:]
+    launched = torchrun(*MIXED, "--output-dir", tmp_path / "stopped")
+    launched.wait_for(lambda: runs.epochs(tmp_path / "stopped") >= 2)
+    os.kill(launched.workers()[0], signal.SIGTERM)
+    assert launched.finish()[0] != 0
+    assert 2 <= runs.checkpoint(tmp_path / "stopped" / "last.pt")["epoch"] < 20
+    status, _, errors = torchrun("--output-dir", tmp_path / "stopped", "--resume").finish()
+    assert status == 0, errors[-3000:]
+    for name in ("last.pt", "best.pt"):
+        runs.assert_same_weights(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+    assert runs.reproducible_metrics(tmp_path / "whole") == runs.reproducible_metrics(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_series_of_seeds_whose_worker_is_killed_is_restarted_and_ends_whole(torchrun, runs, tmp_path):
+    """In its second run: the first one is not trained again."""
+    directory = tmp_path / "runs"
+    arguments = [*SMALL, "--epochs", 8, "--stage2-epochs", 2, "--threads", 1, "--seeds", 2, "--output-dir", directory]
+    launched = torchrun(*arguments, restarts=2)
+    launched.wait_for(lambda: runs.epochs(directory / "seed-1") >= 2)
+    os.kill(launched.workers()[1], signal.SIGKILL)
+    status, output, errors = launched.finish()
+    assert status == 0, errors[-3000:]
+    assert f"seed 0 is finished: {directory / 'seed-0'}" in output
+    assert output.count("2 seeds: test accuracy") == 1
+    for seed in (0, 1):
+        assert [row["epoch"] for row in runs.metrics(directory / f"seed-{seed}")] == list(range(1, 9))
+        assert sum(runs.checkpoint(directory / f"seed-{seed}" / "last.pt")["evaluation"]["support"]) == 600
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["last"]["top1"]["values"] == [
+        runs.metrics(directory / f"seed-{seed}")[-1]["top1"] for seed in (0, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_series_in_all_processes(torchrun, runs, tmp_path):
+    launched = torchrun(*SMALL, "--epochs", 400, "--seeds", 2, "--output-dir", tmp_path / "runs")
+    launched.wait_for(lambda: runs.epochs(tmp_path / "runs" / "seed-0"))
+    os.kill(launched.workers()[1], signal.SIGTERM)
+    status, _, errors = launched.finish()
+    assert status != 0
+    assert errors.count("the same command with --resume goes on with the series of seeds") == 1, errors[-3000:]
+    assert not (tmp_path / "runs" / "seed-1").exists()
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_all(torchrun, runs, tmp_path):
     directory = tmp_path / "run"

@@ -14,7 +14,7 @@ from shike_fast.train import make_parser
 def test_a_run_leaves_all_its_files(finished):
     names = {entry.name for entry in finished.iterdir()}
     expected = {"config.json", "metrics.jsonl", "last.pt", "last.previous.pt", "best.pt"}
-    assert expected | {"curves.png", "accuracy_per_class.png", "per_class.csv"} <= names
+    assert expected | {"curves.png", "accuracy_per_class.png", "per_class.csv", "report.html"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any(name.endswith(".tmp") for name in names)
 

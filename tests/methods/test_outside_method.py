@@ -139,6 +139,17 @@ def assert_same_run(runs, one, other):
     assert runs.reproducible_metrics(one) == runs.reproducible_metrics(other)
 
 
+def test_its_average_is_tested_with_and_without_that_of_the_run(own, runs):
+    """It follows the weights by ``after_step``."""
+    assert runs.train(*RUN, "--output-dir", own / "plain") == 0
+    assert runs.train(*RUN, "--ema", 0.9, "--output-dir", own / "averaged") == 0
+    assert runs.reproducible_metrics(own / "plain") == runs.reproducible_metrics(own / "averaged")
+    first, second = (runs.checkpoint(own / name / "last.pt") for name in ("plain", "averaged"))
+    assert "average" in second and "average" not in first
+    for name, value in first["method_state"]["average"].items():
+        assert torch.equal(second["method_state"]["average"][name], value), name
+
+
 def test_its_flags(own, capsys):
     assert train([*PLUGIN, "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -35,11 +35,25 @@ def test_cross_entropy(batch):
     method = methods.create_method("ce", class_counts=COUNTS, num_experts=1)
     loss, terms = method.loss(*batch, epoch=3)
     assert torch.equal(loss, ops.expert_cross_entropy(*batch)) and terms == {}
+    logits, target = batch
+    target_b, lam = target.flip(0), torch.tensor(0.25)
+    mixed, terms = method.loss(logits, target, target_b=target_b, lam=lam)
+    other = ops.expert_cross_entropy(logits, target_b)
+    torch.testing.assert_close(mixed, 0.25 * loss + 0.75 * other)
+    assert terms == {}
 
 
 def test_the_prediction_is_that_of_the_mean_logits(batch):
     method = methods.create_method("shike", class_counts=COUNTS)
     assert torch.equal(method.scores(batch[0], stage=method.stages[0]), batch[0].mean(0))
+
+
+def test_what_prior_the_scores_are_for():
+    counts = torch.tensor([5, 2])
+    shike = methods.create_method("shike", class_counts=counts)
+    assert [shike.prior_of_scores(stage) for stage in shike.stages] == ["train", "uniform"]
+    plain = methods.create_method("ce", class_counts=counts, num_experts=1)
+    assert [plain.prior_of_scores(stage) for stage in plain.stages] == ["train"]
 
 
 def test_names_and_settings_that_are_not_there():
@@ -149,6 +163,34 @@ def test_a_loss_that_changes_with_the_epoch(outside, runs):
     arguments = ["--method", "own", "--model", "resnet8", "--batch-size", 400, "--epochs", 3]
     assert runs.train(*arguments, "--output-dir", outside / "run") == 0
     assert seen == [0, 1, 1]
+
+
+def test_a_switch_and_a_ramp_by_the_length_of_the_run(outside, runs):
+    """The loss changes after four fifths of the run and a weight climbs over it, wherever a stopped run goes on."""
+    seen = []
+
+    def post_init(self):
+        self.weight = self.class_counts.new_zeros((), dtype=torch.float32)
+
+    def loss(self, logits, target, *, stage=None, epoch=0):
+        seen.append((epoch, self.weight.item()))
+        return logits.logsumexp(-1).mean(), {}
+
+    def start_epoch(self, epoch, model, stage):
+        self.weight.fill_((epoch + 1) / self.epochs)
+
+    def phase(self, epoch):
+        return int(epoch >= 0.8 * self.epochs)
+
+    methods.register_method(define(loss=loss, phase=phase, start_epoch=start_epoch, __post_init__=post_init))
+    assert methods.create_method("own", class_counts=COUNTS).epochs == 200
+    assert methods.create_method("own", class_counts=COUNTS, epochs=50).phase(40) == 1
+    arguments = ["--method", "own", "--model", "resnet8", "--batch-size", 400, "--epochs", 5]
+    assert runs.train(*arguments, "--output-dir", outside / "run") == 0
+    expected = [(0, 0.2), (0, 0.4), (0, 0.6), (0, 0.8), (1, 1.0)]
+    assert seen == [pytest.approx(pair) for pair in expected]
+    assert runs.train("--resume", outside / "run" / "last.previous.pt", "--output-dir", outside / "again") == 0
+    assert seen[5:] == [pytest.approx((1, 1.0))]
 
 
 def test_modules_of_a_method_are_trained_saved_and_loaded(outside, runs):

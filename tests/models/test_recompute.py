@@ -18,6 +18,10 @@ NETWORKS = {
     "without fusion": lambda: models.MultiExpertResNet(
         models.BasicBlock, (1, 2, 2), large_stem=False, fusion=False, classifier="linear", **SMALL
     ),
+    "two stages each": lambda: models.create_model("resnet8", num_classes=5, expert_stages=2, shortcut="pad"),
+    "whole networks": lambda: models.create_model(
+        "resnet8", num_classes=5, expert_stages="all", fusion=False, num_experts=2
+    ),
 }
 
 
@@ -91,7 +95,7 @@ def two_steps(model, stage=1, amp=False):
     for _ in range(2):
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-            loss = model(some_images().to(model.conv1.weight.dtype), stage).square().sum()
+            loss = model(some_images().to(next(model.parameters()).dtype), stage).square().sum()
         loss.backward()
         results += [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
         results += [buffer.clone() for buffer in model.buffers()]
@@ -130,7 +134,7 @@ def stored_bytes(model, stage=1):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(some_images().to(model.conv1.weight.dtype), stage)
+        logits = model(some_images().to(next(model.parameters()).dtype), stage)
     assert logits.requires_grad
     return sum(t.nbytes for pointer, t in stored.items() if pointer not in parameters)
 
@@ -182,7 +186,9 @@ def test_two_backward_passes_through_one_graph():
     assert_same_bits(*results)
 
 
-@pytest.mark.parametrize(("name", "share"), [("resnet8", 0.6), ("resnet50", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("resnet8", 0.6), ("resnet50", 0.5), ("two stages each", 0.6), ("whole networks", 0.6)]
+)
 def test_less_is_stored(name, share):
     model = network(name)
     before = stored_bytes(model)
@@ -190,11 +196,15 @@ def test_less_is_stored(name, share):
     assert stored_bytes(model) < share * before
 
 
-def test_every_block_and_the_stem_are_computed_again(recomputations):
-    model = network("resnet50")
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("resnet50", 1 + 3 + 4 + 6 + 3 * 3), ("two stages each", 1 + 1 + 3 * 2), ("whole networks", 2 * (1 + 3))],
+)
+def test_every_block_and_the_stem_are_computed_again(recomputations, name, parts):
+    model = network(name)
     model.checkpoint_activations = True
     model(some_images())
-    assert len(recomputations) == 1 + 3 + 4 + 6 + 3 * 3
+    assert len(recomputations) == parts
     # the states of generators take time to keep, and a recorded CUDA graph has none
     assert not any(options["preserve_rng_state"] for options in recomputations)
 

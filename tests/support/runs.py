@@ -56,7 +56,12 @@ class Runs:
 
     @classmethod
     def assert_same_weights(cls, one: Path, other: Path) -> None:
-        first, second = cls.checkpoint(one)["model"], cls.checkpoint(other)["model"]
-        assert first.keys() == second.keys()
-        different = [name for name in first if not torch.equal(first[name], second[name])]
-        assert not different
+        """Of the model, and of their moving average where a run keeps one."""
+        first, second = cls.checkpoint(one), cls.checkpoint(other)
+        pairs = [(first["model"], second["model"])]
+        if "average" in first or "average" in second:
+            assert first["average"]["steps"] == second["average"]["steps"]
+            pairs.append((first["average"]["model"], second["average"]["model"]))
+        for mine, theirs in pairs:
+            assert mine.keys() == theirs.keys()
+            assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]

@@ -47,7 +47,6 @@ class ArrayDataset(AugmentedDataset):
 
     @property
     def wants_workers(self) -> bool:
-        """Whether worker processes pay off, because the augmentation is slow."""
         return self.augment.slow
 
     def batch(
@@ -56,6 +55,10 @@ class ArrayDataset(AugmentedDataset):
         words = self.augment.draw(indices, seed=seed, epoch=epoch, repeats=repeats)
         images = self.augmentation_on(_CPU)(torch.from_numpy(self.images[indices]), words)
         return images, torch.from_numpy(self.labels[indices])
+
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        super()._keep(indices)
+        self.images = self.images[indices]
 
 
 def build_arrays(

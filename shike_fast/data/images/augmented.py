@@ -80,6 +80,20 @@ class AugmentedDataset(Dataset[tuple[Tensor, int]], ABC):
         images, labels = self.batch(np.array([range(len(self))[index]]), seed=self.seed, epoch=0)
         return images[0], int(labels[0])
 
+    def selected(self, indices: NDArray[np.int64]) -> Self:
+        """Some of the samples, in the order of ``indices``: a data set as if there were no others."""
+        chosen = copy.copy(self)
+        chosen._keep(indices)
+        return chosen
+
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        self.labels = self.labels[indices]
+
+    @property
+    @abstractmethod
+    def wants_workers(self) -> bool:
+        """Whether worker processes pay off, because decoding or the augmentation is slow."""
+
     @abstractmethod
     def batch(
         self, indices: NDArray[np.int64], *, seed: int, epoch: int, repeats: NDArray[np.int64] | None = None

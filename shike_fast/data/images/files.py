@@ -95,6 +95,11 @@ class ImageDataset(AugmentedDataset):
         self._mean = mean
         self._broken = BrokenImages(len(labels), self.stand_in, most=len(labels))  # used where there is no loader
 
+    def _keep(self, indices: NDArray[np.int64]) -> None:
+        super()._keep(indices)
+        self.store = Subset(self.store, indices)
+        self._broken = BrokenImages(len(indices), self.stand_in, most=len(indices))
+
     @property
     def stand_in(self) -> str:
         """What a message says of an image that cannot be read."""

@@ -1,0 +1,1 @@
+"""The HTML report of a test: one file, which needs nothing else."""
