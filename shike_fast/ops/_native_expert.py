@@ -176,7 +176,7 @@ def cuda_expert_forward(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, T
         loss.zero_()
         terms.zero_()
         return loss, terms, rows, saved
-    call = _cuda_call(logits, tensors, options)
+    call = _call(logits, tensors, options)
     queue = queue_of(logits[0])
     size = native().cuda_expert_workspace(call["dtype"], *shape, options.teacher != NO_TEACHER, queue["device"])
     native().cuda_expert_forward(
@@ -200,20 +200,13 @@ def cuda_expert_backward(
     gradient = gradient_like(logits)
     if gradient.numel() > 0:
         native().cuda_expert_backward(
-            **_cuda_call(logits, tensors, options),
+            **_call(logits, tensors, options),
             saved=saved,
             gradient=[gradient],
             grad_output=grad_output.contiguous(),
             **queue_of(logits[0]),
         )
     return gradient
-
-
-def _cuda_call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
-    """The call with a share of the first label for each row."""
-    if tensors.lam is not None:
-        tensors = tensors._replace(lam=tensors.lam.expand(shape_of(logits)[1]).contiguous())
-    return _call(logits, tensors, options)
 
 
 def _row_weights(

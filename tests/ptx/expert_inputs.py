@@ -207,7 +207,8 @@ def compare(
         outcome.within(f"{name}, not finite", float((torch.isfinite(one) & infinite).sum()), 0.0)
         size = expected[~infinite].abs().max().clamp_min(1e-3).item() if (~infinite).any() else 1.0
         error, usual = (
-            torch.where(infinite, 0.0, (values.double() - expected).abs()).max().item() / size for values in (one, other)
+            torch.where(infinite, 0.0, (values.double() - expected).abs()).max().item() / size
+            for values in (one, other)
         )
         outcome.within(f"{name}, {case.op}", error, max(1e-5, 4 * usual, cancelled / size))
     if exact.correct is not None:
