@@ -84,7 +84,9 @@ struct ExpertTotals {
             __syncwarp();
             add(other);
         }
-        settle(call, own >= 0);
+        if (call.teacher != Teacher::kMean) return;
+#pragma unroll
+        for (int s = 0; s < 2; ++s) teacher_at[s] = sum_of_experts(own >= 0 ? d_at[s] * call.share : 0);
     }
 
 private:
@@ -109,21 +111,6 @@ private:
 
     __device__ __forceinline__ static void move(DivergenceStream<1>& of, const float (&next)[1], float teacher) {
         of.move_pivots(next, teacher, sum_of_experts(of.weighted_moves(next)));
-    }
-
-    // A row without classes but the labels takes the pivot from these: differences to it are logarithms.
-    __device__ __forceinline__ void settle(const ExpertArguments& call, bool present) {
-        const auto settled = [](float pivot, const float(&labels)[2]) {
-            return pivot == kFloor ? larger(kFloor, larger(labels[0], labels[1])) : pivot;
-        };
-        const float next[1] = {settled(stream.pivot[0], at)};
-        stream.move_pivots(next);
-        if (call.teacher == Teacher::kMean) {
-#pragma unroll
-            for (int s = 0; s < 2; ++s) teacher_at[s] = sum_of_experts(present ? d_at[s] * call.share : 0);
-        }
-        const float of_divergence[1] = {settled(divergence.pivot[0], d_at)};
-        move(divergence, of_divergence, settled(divergence.teacher_pivot, teacher_at));
     }
 };
 

@@ -74,11 +74,13 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
     const V shared = V{} + smoothing / classes;
     CrossEntropyEnd<V> end;
     const auto second = row.x_b > all<V>(kAbsent);
-    const V beside_b = second ? row.x_b - sums.pivot : V{};
+    // Where there is no class but the labels any pivot does, and one near their logits keeps differences to it exact.
+    const V pivot = sums.pivot == all<V>(kFloor) ? larger(row.x_a, row.x_b) : sums.pivot;
+    const V beside_b = second ? row.x_b - pivot : V{};
     end.loss_a = a.loss;
     if (smoothing != 0) {
-        const V mean = (sums.linear + (own_a - sums.pivot) + beside_b) / classes;
-        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_total + (a.top - sums.pivot) - mean);
+        const V mean = (sums.linear + (own_a - pivot) + beside_b) / classes;
+        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_total + (a.top - pivot) - mean);
     }
     end.p_scale = row.weight_a * a.of_rest;
     end.everywhere = row.weight_a * shared;
@@ -90,8 +92,8 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
         const LabelEnd<V> b = end_label(sums, own_b, row.x_a);
         V loss_b = b.loss;
         if (smoothing != 0) {
-            const V mean = (sums.linear + (row.x_a - sums.pivot) + (own_b - sums.pivot)) / classes;
-            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_total + (b.top - sums.pivot) - mean);
+            const V mean = (sums.linear + (row.x_a - pivot) + (own_b - pivot)) / classes;
+            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_total + (b.top - pivot) - mean);
         }
         end.loss_b = second ? loss_b : end.loss_a;
         end.p_scale += row.weight_b * b.of_rest;

@@ -93,7 +93,8 @@ class Draw:
             options["masked"] = self.random.choice(["zero", "exclude"])
         if self.chance(0.4) and "class_mask" not in options and not torch.isinf(options.get("bias", target)).any():
             same = torch.rand(self.rows) < 0.3
-            other = self.labels(self.rows) if divergence or self.chance() else self.labels(self.experts, self.rows)
+            each = target.dim() == 2 or (not divergence and self.chance())
+            other = self.labels(self.experts, self.rows) if each else self.labels(self.rows)
             options["target_b"] = other.copy_(torch.where(same, target, other))
             options["lam"] = self.random.choice([0.3, self.numbers(high=0.9), self.numbers(self.rows, high=0.9)])
         if self.chance(0.4):
@@ -195,10 +196,10 @@ def check(outcome: Outcome, case: LossCase, place: Place, on_device: OnDevice) -
 def compare(
     outcome: Outcome, case: LossCase, z: Tensor, scale: float, mine: Results, exact: Results, eager: Results
 ) -> None:
-    # What one pass over a row may cost: V x_k minus the sum of all v x cancels.
+    # What one pass over a row may cost, of all pairs: V x_k minus the sum of all v x cancels.
     spread = (z.double().amax(2) - z.double().amin(2)).max().item()
     divergence = case.op not in ("plain", "cross-entropy")
-    cancelled = 16 * 2.0**-24 * case.experts * (1 + spread) if divergence else 0.0
+    cancelled = 16 * 2.0**-24 * case.experts**2 * (1 + spread) if divergence else 0.0
     for name in ("loss", "terms", "rows"):
         one, expected, other = (getattr(results, name) for results in (mine, exact, eager))
         if expected is None:
