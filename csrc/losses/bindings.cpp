@@ -127,7 +127,8 @@ void define_for_cuda(pybind11::module_& module) {
     module.def("cuda_cross_entropy_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, bool biased, int device) {
         return cuda_cross_entropy_workspace(logits_like(dtype, experts, batch, classes), biased, device);
     });
-    module.def("cuda_expert_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, bool divergence, int device) {
+    module.def("cuda_expert_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes,
+                                           bool divergence, int device) {
         return cuda_expert_workspace(logits_like(dtype, experts, batch, classes), divergence, device);
     });
     define(module, "cuda_expert_forward", "Fills loss, terms, rows and saved.", [](Arguments& in) {

@@ -89,16 +89,7 @@ void end_divergence(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, std:
     if (call.teacher == Teacher::kOthers) {
         const V *teacher = call.by_student ? one : weight, *student = call.by_student ? weight : one;
         OthersSums<V> sums{};
-        for (int k = 0; k < experts; ++k) {
-            const OthersSums<V> own = of_others(softmax[k], teacher[k], student[k]);
-            sums.students += own.students;
-            sums.teachers += own.teachers;
-            sums.log_sums += own.log_sums;
-            for (int s = 0; s < 2; ++s) {
-                sums.log_p[s] += own.log_p[s];
-                sums.left[s] += own.left[s];
-            }
-        }
+        for (int k = 0; k < experts; ++k) add(sums, of_others(softmax[k], teacher[k], student[k]));
         for (int k = 0; k < experts; ++k) {
             ends[k] = end_others(sums, softmax[k], block.cross[k], teacher[k], student[k], !call.detach, present);
         }

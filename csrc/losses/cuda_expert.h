@@ -1,9 +1,9 @@
-// The CUDA kernels of the generalised expert loss: what streams rows. A group of threads serves K experts of a sample: all
+// The CUDA kernels of the generalised expert loss that stream rows. A group of threads serves K experts of a sample: all
 // of them, or a part of them where nothing connects them. The labels' classes are left out, and join in at the end
 // (expert_row.h).
 //
-//   forward    streams every row once and leaves an ExpertPart of it, and a DivergencePart, for each of the row's blocks
-//   end        a thread a sample (cuda_expert_end.h)
+//   forward    streams every row once; leaves an ExpertPart of it, and a DivergencePart, for each of the row's blocks
+//   end        a thread an expert and sample (cuda_expert_end.h)
 //   backward   streams every row again and writes the gradient
 #pragma once
 
@@ -27,7 +27,7 @@ struct alignas(16) ExpertPart {
 };
 
 struct alignas(16) DivergencePart {
-    static constexpr int kWords = 12, kUsed = 9;
+    static constexpr int kWords = 12;
 
     float pivot, sum, cross;
     float at_label, at_label_b;  // logits of the divergence
@@ -206,8 +206,9 @@ __global__ void __launch_bounds__(expert_forward_threads(K, kDivergence))
     const std::int64_t at = end.split * call.logits.count * call.logits.batch + sample.first_place() + k;
     if constexpr (kDivergence) {
         const DivergenceStream<K>& divergence = streams.divergence;
-        DivergencePart other{of_expert(k, divergence.pivot), of_expert(k, divergence.sum), of_expert(k, divergence.cross),
-                             kAbsent, kAbsent, divergence.teacher_pivot, divergence.teacher_sum, kAbsent, kAbsent, {}};
+        DivergencePart other{of_expert(k, divergence.pivot), of_expert(k, divergence.sum),
+                             of_expert(k, divergence.cross), kAbsent, kAbsent, divergence.teacher_pivot,
+                             divergence.teacher_sum, kAbsent, kAbsent, {}};
         if (!call.separate) {
             part.pivot = other.pivot;
             part.sum = other.sum;

@@ -68,7 +68,7 @@ struct ExpertTotals {
             DivergenceStream<1> other = divergence;
             other.pivot[0] = other.teacher_pivot = kFloor;
             other.sum[0] = other.cross[0] = other.teacher_sum = 0;
-            Divergences::load<DivergencePart::kUsed>(stage, divergences + from, count);
+            Divergences::load<DivergencePart::kWords>(stage, divergences + from, count);
             if (own >= 0) {
                 const auto word = [&](int i) { return stage[Divergences::place(own, i)]; };
                 other.pivot[0] = word(0);
@@ -193,7 +193,8 @@ __global__ void __launch_bounds__(kWarp) expert_end_kernel(const __grid_constant
     const float kl_weight = present && divergence ? call.kl_weight_of(k, b) : 0, one = present ? 1 : 0;
 
     ExpertTotals totals;
-    totals.load(call, stage, parts, divergences, first * experts, samples * experts, own, call.by_student ? kl_weight : one);
+    totals.load(call, stage, parts, divergences, first * experts, samples * experts, own,
+                call.by_student ? kl_weight : one);
     const float counted = call.gated && totals.wrong != 0 ? 0 : kl_weight;
     DivergenceEnd<float> of_divergence{};
     const bool taught = present && divergence && call.taught_row(b) >= 0;
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(kWarp) expert_end_kernel(const __grid_constant
     double of_lane[2] = {0, 0};
     if (present) {
         const int label[2] = {call.label(call.target, k, b), call.label(call.target_b, k, b)};
-        float scale[2] = {1, 1}, of_logits[2] = {1, 1};  // what a logit's change does to a row logit, and a divergence's
+        // What a logit's change does to a row logit, and to one of the divergence.
+        float scale[2] = {1, 1}, of_logits[2] = {1, 1};
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
             if (label[s] < 0) continue;

@@ -47,8 +47,8 @@ ExpertArguments arguments_of(const ExpertCall& call, int together, const BlockPl
     return arguments;
 }
 
-// Calls run(count, wide, divergence), constants: experts that the kernel serves, whether logits are float32, and whether
-// there is a divergence.
+// Calls run(count, wide, divergence), constants: experts that the kernel serves, whether logits are float32, and
+// whether there is a divergence.
 template <class Run>
 void with_kernel(const ExpertCall& call, int together, const Run& run) {
     const auto with_dtype = [&](auto count, auto divergence) {
@@ -83,8 +83,8 @@ struct ExpertMemory {
 
     ExpertMemory(const Experts& logits, int splits, bool divergence)
         : parts(logits.count * logits.batch * splits),
-          workspace(parts * std::int64_t(sizeof(ExpertPart) + (divergence ? sizeof(DivergencePart) : 0)), 2, logits.batch,
-                    kSamplesOfEnd) {}
+          workspace(parts * std::int64_t(sizeof(ExpertPart) + (divergence ? sizeof(DivergencePart) : 0)), 2,
+                    logits.batch, kSamplesOfEnd) {}
     std::size_t floats() const { return workspace.floats() + 1; }
     ExpertPart* parts_in(float* memory) const { return reinterpret_cast<ExpertPart*>(memory); }
     DivergencePart* divergences_in(float* memory) const {
@@ -120,7 +120,8 @@ void cuda_expert_forward(const ExpertCall& call, float* memory, float* loss, flo
             <<<unsigned(blocks), plan.threads(), 0, stream>>>(arguments, parts, divergences, ticket);
     });
     check_launch("expert_loss forward", logits, blocks, plan.threads());
-    const ExpertResults results{call.of_rows ? memory_of.spare_in(memory) : loss, call.of_rows ? loss : nullptr, terms, rows};
+    const ExpertResults results{call.of_rows ? memory_of.spare_in(memory) : loss, call.of_rows ? loss : nullptr, terms,
+                                rows};
     const std::int64_t blocks_of_end = Workspace::blocks_of_end(logits.batch, kSamplesOfEnd);
     expert_end_kernel<<<unsigned(blocks_of_end), kWarp, 0, stream>>>(
         arguments, parts, divergences, memory_of.workspace.sums_in(memory), ticket, results);

@@ -32,7 +32,8 @@ struct ExpertSample {
     __device__ std::int64_t first_place() const { return std::int64_t(b) * call.logits.count + first_expert; }
 
     __device__ float one(int k, int c) const {
-        return load_one(row_of(call.logits, k, b), call.logits.dtype, call.logits.expert[first_expert + k].class_stride, c);
+        const std::int64_t stride = call.logits.expert[first_expert + k].class_stride;
+        return load_one(row_of(call.logits, k, b), call.logits.dtype, stride, c);
     }
     // scale z + bias, or z if not `adjusted`, or what a masked class has.
     __device__ float row_logit(int k, int c, float z, bool adjusted) const {

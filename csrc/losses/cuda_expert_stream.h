@@ -1,8 +1,8 @@
 // What one CUDA thread learns of the rows of K experts from its chunks of classes, for the generalised expert loss, and
 // what the rows' threads make of it together. The labels' classes are left out: their logits are kAbsent.
 //
-// Every expert has its own pivot: no more than a few powers of e below the largest logit, raised only where a chunk lies
-// above it. So nothing is lost, however far apart experts are, and a pivot moves a few times a row.
+// Every expert has its own pivot: no more than a few powers of e below the largest logit, raised only where a chunk
+// lies above it. So nothing is lost, however far apart experts are, and a pivot moves a few times a row.
 #pragma once
 
 #include "losses/cuda_merge.h"
@@ -76,9 +76,9 @@ struct ExpertStream {
     }
 };
 
-// Of the divergence. With x_k = d_k - pivot_k and f_k = exp(x_k), a class adds to `cross` of the experts as each other's
-// teachers f_k (V x_k - sum_i v_i x_i); of a teacher beside them f (x - x_k), of its x and f = exp(x). Both are a weight
-// times (V x_k - X), with V = -1 and X = -x for the latter. A single expert has a teacher beside it.
+// Of the divergence. With x_k = d_k - pivot_k and f_k = exp(x_k), a class adds to `cross` of experts as each other's
+// teachers f_k (V x_k - sum_i v_i x_i); of a teacher beside them f (x - x_k), of its x and f = exp(x). Both are a
+// weight times (V x_k - X), with V = -1 and X = -x for the latter. A single expert has a teacher beside it.
 template <int K>
 struct DivergenceStream {
     float pivot[K];

@@ -165,6 +165,18 @@ SHIKE_HD OthersSums<V> of_others(const SoftmaxEnd<V>& softmax, V of_teacher, V o
             {of_teacher * softmax.left[0], of_teacher * softmax.left[1]}};
 }
 
+template <class V>
+SHIKE_HD void add(OthersSums<V>& sums, const OthersSums<V>& other) {
+    sums.students += other.students;
+    sums.teachers += other.teachers;
+    sums.log_sums += other.log_sums;
+    SHIKE_UNROLL
+    for (int s = 0; s < 2; ++s) {
+        sums.log_p[s] += other.log_p[s];
+        sums.left[s] += other.left[s];
+    }
+}
+
 // One of the experts that teach each other. `cross`: sum over classes of f_k (V xr_k - X).
 template <class V>
 SHIKE_HD DivergenceEnd<V> end_others(const OthersSums<V>& all_of, const SoftmaxEnd<V>& own, V cross, V of_teacher,
