@@ -87,8 +87,12 @@ void end_divergence(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, std:
         }
     }
     if (call.teacher == Teacher::kOthers) {
-        end_others(experts, softmax, block.cross, call.by_student ? one : weight, call.by_student ? weight : one,
-                   !call.detach, present, ends);
+        const V *teacher = call.by_student ? one : weight, *student = call.by_student ? weight : one;
+        OthersSums<V> sums{};
+        for (int k = 0; k < experts; ++k) add(sums, of_others(softmax[k], teacher[k], student[k]));
+        for (int k = 0; k < experts; ++k) {
+            ends[k] = end_others(sums, softmax[k], block.cross[k], teacher[k], student[k], !call.detach, present);
+        }
         return;
     }
     for (int k = 0; k < experts; ++k) {
