@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from shike_fast.ops import _native_expert, _triton_expert
 from shike_fast.ops._checks import accumulation_dtype, as_list
@@ -63,7 +62,7 @@ def fused_expert_loss(
             and not value.requires_grad
             and value.dim() > 0
             and value.is_contiguous()
-            and (is_compiling() or not value.is_neg())
+            and materialised(value) is value
         ):
             continue
         value = value.detach().to(dtype)
@@ -71,6 +70,8 @@ def fused_expert_loss(
             halves = 2 if name == "kl_weight" and options.teacher == VIEW else 1
             value = value.expand(experts[0].shape[-2] // halves)
         ready[name] = materialised(value).contiguous()
+    if tensors.class_mask is not None:
+        ready["class_mask"] = materialised(tensors.class_mask).contiguous()
     if tensors.teacher is not None:
         teacher = tensors.teacher.detach()
         ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher
