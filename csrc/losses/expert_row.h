@@ -52,8 +52,8 @@ SHIKE_HD LabelEnd<V> end_label(const ExpertSums<V>& sums, V own, V other) {
     const V total = others + e, inverse = 1 / total;
     const auto leads = own >= top;
     LabelEnd<V> end;
-    // Where the label leads, e is 1: the logarithm takes what is beside it.
-    const V log_rest = logarithm_1p(leads ? others : total - 1);
+    // Where the label leads, e is 1, or NaN where the label's logit is infinite: the logarithm takes what is beside it.
+    const V log_rest = logarithm_1p(leads ? others + (e - 1) : total - 1);
     const V log_small = logarithm(total);  // a margin may leave all of it far below 1
     const V log_total = total > 0.5f ? log_rest : log_small;
     end.loss = leads ? log_rest : log_total + (top - own);

@@ -44,7 +44,7 @@ def new_expert_results(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Te
     first, dtype = logits[0], accumulation_dtype(logits[0].dtype)
     loss = first.new_empty((experts, batch) if options.reduction == "none" else (), dtype=dtype)
     terms = first.new_empty(2, dtype=torch.float32)
-    rows = first.new_empty((4, experts, batch), dtype=dtype)
+    rows = first.new_empty((4, experts, batch if options.rows else 0), dtype=dtype)
     return loss, terms, rows, first.new_empty((batch, experts, SAVED), dtype=dtype)
 
 
