@@ -22,7 +22,7 @@ from typing import Any
 
 import results_page
 import run_queue
-from run_queue import MEASURES, ROOT, Row, Run
+from run_queue import MEASURES, ROOT, Row, Run, joined
 
 from shike_fast._util.cli import run_command
 
@@ -133,11 +133,11 @@ def record(run: Run) -> Path:
         "best": _accuracies(best) | {"epoch": best["epoch"]},
         "stage1": _accuracies(before[-1]) if before else None,
         "hours": round(sum(row["seconds"] for row in history) / 3600, 2),
-        "hardware": _joined(sittings, "hardware"),
-        "commit": _joined(sittings, "commit"),
-        "torch": _joined(sittings, "torch"),
+        "hardware": joined(sittings, "hardware"),
+        "commit": joined(sittings, "commit"),
+        "torch": joined(sittings, "torch"),
         "finished": datetime.date.today().isoformat(),
-        "command": _joined(sittings, "command"),
+        "command": joined(sittings, "command"),
         "curve": {
             "top1": [round(row["top1"], 2) for row in history],
             "train_loss": [round(row["train_loss"], 4) for row in history],
@@ -155,11 +155,6 @@ def record(run: Run) -> Path:
 
 def _accuracies(row: dict[str, Any]) -> dict[str, float | None]:
     return {name: None if row[name] is None else round(row[name], 2) for name in MEASURES}
-
-
-def _joined(sittings: Sequence[dict[str, Any]], name: str) -> str:
-    """The values of all sittings, each once, in order."""
-    return ", then ".join(dict.fromkeys(sitting[name] or "unknown" for sitting in sittings))
 
 
 def _compact(result: dict[str, Any]) -> str:

@@ -82,17 +82,17 @@ def summary_table(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> Ite
             yield f"| `{row.name}` | {published} | not run to its end yet | | | | | | {row.source} |"
             continue
         subsets = dict.fromkeys(result["subset"] for result in own)
-        shots = " / ".join(_spread([result["last"][shot] for result in own]) for shot in SHOTS)
+        shots = " / ".join(spread([result["last"][shot] for result in own]) for shot in SHOTS)
         before = [result["stage1"]["top1"] for result in own if result["stage1"] is not None]
-        stage1 = _spread(before) if before else ""
+        stage1 = spread(before) if before else ""
         if before and "stage1" in row.published:
             stage1 += f" (published {row.published['stage1']:g})"
         cells = [
             f"`{row.name}`",
             published,
-            f"**{_spread([result['last']['top1'] for result in own])}**",
+            f"**{spread([result['last']['top1'] for result in own])}**",
             shots,
-            _spread([result["best"]["top1"] for result in own]),
+            spread([result["best"]["top1"] for result in own]),
             stage1,
             ", ".join(subsets),
             ", ".join(str(result["seed"]) for result in own),
@@ -132,7 +132,8 @@ def _runs(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> Iterator[st
     yield ""
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def spread(values: Sequence[float | None]) -> str:
+    """Mean ± sample standard deviation of what is known."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"

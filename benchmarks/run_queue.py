@@ -195,6 +195,11 @@ def _sitting(run: Run, data_dir: str) -> dict[str, Any]:
     }
 
 
+def joined(sittings: Sequence[dict[str, Any]], name: str) -> str:
+    """The values of all sittings, each once, in order."""
+    return ", then ".join(dict.fromkeys(sitting[name] or "unknown" for sitting in sittings))
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that is being appended to: its last line may be there in part."""
     if not path.exists():

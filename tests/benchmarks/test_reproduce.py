@@ -275,7 +275,7 @@ def test_the_table_gives_mean_and_deviation_over_seeds(reproduce):
 
 def test_sittings_on_other_machines_and_commits_are_all_named(reproduce):
     sittings = [{"commit": commit} for commit in ("a", "a", "b", None, "a")]
-    assert reproduce._joined(sittings, "commit") == "a, then b, then unknown"
+    assert reproduce.joined(sittings, "commit") == "a, then b, then unknown"
 
 
 def test_sources_that_are_no_checkout_have_no_commit(reproduce, tmp_path, monkeypatch):
