@@ -1,7 +1,7 @@
 """The peers of the methods' networks, in plain eager PyTorch: a loop over experts that have one stage or more alone.
 
-``peer.py`` has the network with knowledge fusion, and the blocks. Names of parameters are those of this package, but for
-classifiers, each of which is a module, and shortcuts.
+``peer.py`` has the network with knowledge fusion, and the blocks. Names of parameters are those of this package, but
+for classifiers, each of which is a module, and shortcuts.
 """
 
 import math
