@@ -72,6 +72,15 @@ def test_a_recorded_run(programs, tmp_path, report, monkeypatch):
     assert times == sorted(times) and rows[0][3] == "1.00"
 
 
+@pytest.mark.slow
+def test_a_quick_round_of_a_methods_loss(programs, tmp_path):
+    """Both contenders have the same value, also compiled; nothing is recorded."""
+    bench = ROOT / "benchmarks" / "bench_method_loss.py"
+    command = [sys.executable, "-m", "pytest", str(bench), "-k", "focal and 128", "--benchmark-disable", "-q"]
+    done = programs.run([*command, "-p", "no:cacheprovider", "-p", "no:cov"], cwd=tmp_path)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.fixture
 def bench_train(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its peer

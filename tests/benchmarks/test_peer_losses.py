@@ -79,3 +79,14 @@ def test_peers_in_single_precision(peer_losses):
     for name, make in peer_losses.PEERS.items():
         loss, gradient = theirs(make(COUNTS.double(), EXPERTS).float(), logits.float(), target)
         assert (loss.dtype, gradient.dtype) == (torch.float32, torch.float32), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods.list_methods())
+def test_a_peer_compiles_as_one_graph(peer_losses, name):
+    """So that torch.compile, which it is timed under, has all of it."""
+    logits, target = inputs(5, 0.1)
+    torch._dynamo.reset()
+    make = peer_losses.PEERS[name]
+    compiled = torch.compile(make(COUNTS.double(), EXPERTS), backend="eager", fullgraph=True)
+    assert_same(theirs(compiled, logits, target), theirs(make(COUNTS.double(), EXPERTS), logits, target))
