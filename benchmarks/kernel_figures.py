@@ -45,9 +45,10 @@ STATIC = """\
 
 A thread's registers as ptxas gives them, and **spills**, the instructions that store to or load from a thread's own
 memory. Template arguments of the CUDA kernels: the number of experts and whether logits are float32 (dkt), whether
-they are float32, there is a bias, and labels are smoothed (cross-entropy); the dtype (0 float32, 2 bfloat16, 3
-float16), the channels that a thread loads at once, and whether the deep branch has a residual end (fusion). The Triton
-kernels are those of the calls above.
+they are float32, there is a bias, and labels are smoothed (cross-entropy); the number of experts, whether logits are
+float32, and whether there is a divergence (expert); the dtype (0 float32, 2 bfloat16, 3 float16), the channels that a
+thread loads at once, and whether the deep branch has a residual end (fusion). The Triton kernels are those of the calls
+above.
 """
 COLUMNS = ("", "kernel", "grid", "threads", "instructions", "moves", "lanes (%)", "read", "least", "written", "least")
 

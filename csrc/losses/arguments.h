@@ -153,4 +153,17 @@ inline ExpertWeights expert_weights(Arguments& in, const ExpertCall& call) {
     return weights;
 }
 
+// With the weights of rows, as the CUDA kernels take them.
+inline ExpertCall weighted_expert_call(Arguments& in) {
+    ExpertCall call = expert_call(in, true);
+    call.rows = in["wants_rows"].flag();
+    call.weight_a = of_experts(in["weight_a"]);
+    call.weight_b = of_experts(in["weight_b"]);
+    call.kl_weight = of_experts(in["kl_weight"]);
+    call.weight_number = in["weight_number"].number();
+    call.weight_b_number = in["weight_b_number"].number();
+    call.kl_number = in["kl_number"].number();
+    return call;
+}
+
 }  // namespace shike

@@ -127,6 +127,26 @@ void define_for_cuda(pybind11::module_& module) {
     module.def("cuda_cross_entropy_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, bool biased, int device) {
         return cuda_cross_entropy_workspace(logits_like(dtype, experts, batch, classes), biased, device);
     });
+    module.def("cuda_expert_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes,
+                                           bool divergence, int device) {
+        return cuda_expert_workspace(logits_like(dtype, experts, batch, classes), divergence, device);
+    });
+    define(module, "cuda_expert_forward", "Fills loss, terms, rows and saved.", [](Arguments& in) {
+        const ExpertCall call = weighted_expert_call(in);
+        float* loss = floats(in["loss"], call.of_rows ? 2 : 0);
+        float* terms = floats(in["terms"], 1);
+        auto* rows = static_cast<float*>(rows_of(in));
+        float* workspace = floats(in["workspace"], 1);
+        const CudaQueue queue = queue_of(in);
+        return [=] { cuda_expert_forward(call, workspace, loss, terms, rows, queue); };
+    });
+    define(module, "cuda_expert_backward", "Fills gradient.", [](Arguments& in) {
+        const ExpertCall call = expert_call(in, true);
+        const Experts gradient = gradient_of(in, call.logits);
+        const float* grad_output = floats(in["grad_output"], call.of_rows ? 2 : 0);
+        const CudaQueue queue = queue_of(in);
+        return [=] { cuda_expert_backward(call, gradient, grad_output, queue); };
+    });
     define(module, "cuda_dkt_forward", "Fills loss, terms and saved.", [](Arguments& in) {
         const DktCall call = dkt_call(in, true);
         float* loss = floats(in["loss"], 0);

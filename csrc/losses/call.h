@@ -81,7 +81,7 @@ struct ExpertCall {
     double label_smoothing;
     // What multiplies the rows, reductions included; [K, B], of images for kView. Without an array the number does.
     OfExperts weight_a, weight_b, kl_weight;
-    double weight_number, kl_number;
+    double weight_number, weight_b_number, kl_number;
     OfExperts lam;  // [B], the first label's share in the rows' results
     double lam_number;
     bool cross_entropy;  // false: the divergence alone

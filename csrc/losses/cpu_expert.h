@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include "common/grid.h"
 #include "common/simd.h"  // before expert_row.h
@@ -56,6 +57,7 @@ struct ExpertPlan {
     }
 
     int experts() const { return call.logits.count; }
+    // -1 without one, and out of range, where nothing may be read: a compiled graph does not check its values.
     std::int64_t target(int k, std::int64_t b) const { return label(call.target, k, b); }
     // The second label, -1 where it is the first.
     std::int64_t second(int k, std::int64_t b) const {
@@ -82,8 +84,9 @@ private:
         const bool adjusts = call.adjusted && (call.bias.expert_stride != 0 || call.scale.expert_stride != 0);
         return adjusts || given.expert[0].data != given.expert[given.count - 1].data;
     }
-    static std::int64_t label(const LabelsOfExperts& labels, int k, std::int64_t b) {
-        return labels.data == nullptr ? -1 : labels.data[k * labels.expert_stride + b * labels.stride];
+    std::int64_t label(const LabelsOfExperts& labels, int k, std::int64_t b) const {
+        const std::int64_t y = labels.data == nullptr ? -1 : labels.data[k * labels.expert_stride + b * labels.stride];
+        return y < classes ? std::max<std::int64_t>(y, -1) : -1;
     }
 };
 
@@ -116,6 +119,30 @@ struct ExpertArrays {
     V* u(int t) const { return memory + (plan.arrays_of_expert() * plan.experts() + 2 * t) * length; }
     V* g(int t) const { return u(t) + length; }  // the teacher's exponentials
 };
+
+// Which of a vector's first `count` classes a mask keeps.
+template <class T>
+SHIKE_SIMD Mask<T> kept(const std::uint8_t* mask, int count) {
+    using Bits = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+    std::uint8_t bytes[kLanes<T>] = {};
+    if (count >= kLanes<T>) {
+        std::memcpy(bytes, mask, sizeof(bytes));
+    } else {
+        for (int lane = 0; lane < count; ++lane) bytes[lane] = mask[lane];
+    }
+    Bits lanes[kLanes<T>];
+    for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = bytes[lane] != 0 ? Bits(-1) : Bits(0);
+    Mask<T> result;
+    std::memcpy(&result, lanes, sizeof(result));
+    return result;
+}
+// The classes of a tile that a mask does not keep become `otherwise`.
+template <class T>
+SHIKE_SIMD void mask_tile(const std::uint8_t* mask, int count, Vector<T>* tile, T otherwise) {
+    for (int i = 0; i * kLanes<T> < count; ++i) {
+        tile[i] = kept<T>(mask + i * kLanes<T>, count - i * kLanes<T>) ? tile[i] : Vector<T>{} + otherwise;
+    }
+}
 
 template <class T>
 SHIKE_SIMD void take_out(Vector<T>* tile, std::int64_t label, std::int64_t c, int count, T& value) {
@@ -162,10 +189,7 @@ void load_row_logits(const ExpertPlan<T>& plan, const Experts& from, int k, std:
     }
     if (call.mask == nullptr || call.masked == Masked::kPartial) return;
     const T masked = call.masked == Masked::kZero ? T(0) : T(kAbsent);
-    const std::uint8_t* mask = call.mask + sample * plan.classes + c;
-    for (int i = 0; i < count; ++i) {
-        if (mask[i] == 0) tile[i / kLanes<T>][i % kLanes<T>] = masked;
-    }
+    mask_tile<T>(call.mask + sample * plan.classes + c, count, tile, masked);
 }
 
 // An array of logits, the labels taken out; and its largest.

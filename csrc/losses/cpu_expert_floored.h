@@ -69,13 +69,11 @@ FlooredClass<T> floored_label(const ExpertPlan<T>& plan, const FlooredRow<T>* ro
 // 1 where a class counts, else 0.
 template <class T>
 SHIKE_SIMD Vector<T> counted(const ExpertPlan<T>& plan, std::int64_t b, std::int64_t i) {
-    Vector<T> result{};
-    const std::int64_t first = i * kLanes<T>, last = std::min(plan.classes, first + kLanes<T>);
-    const bool partial = plan.call.masked == Masked::kPartial;
-    for (std::int64_t c = first; c < last; ++c) {
-        result[c - first] = !partial || plan.call.mask[b * plan.classes + c] != 0 ? T(1) : T(0);
-    }
-    return result;
+    const Vector<T> one = Vector<T>{} + T(1);
+    if (plan.call.masked != Masked::kPartial) return one;  // beyond the row p is 0
+    const std::int64_t first = i * kLanes<T>;
+    const Mask<T> in = kept<T>(plan.call.mask + b * plan.classes + first, smaller(plan.classes - first, kLanes<T>));
+    return in ? one : Vector<T>{};
 }
 template <class T>
 T counts(const ExpertPlan<T>& plan, std::int64_t b, std::int64_t c) {

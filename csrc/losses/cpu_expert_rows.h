@@ -87,8 +87,12 @@ void end_divergence(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, std:
         }
     }
     if (call.teacher == Teacher::kOthers) {
-        end_others(experts, softmax, block.cross, call.by_student ? one : weight, call.by_student ? weight : one,
-                   !call.detach, present, ends);
+        const V *teacher = call.by_student ? one : weight, *student = call.by_student ? weight : one;
+        OthersSums<V> sums{};
+        for (int k = 0; k < experts; ++k) add(sums, of_others(softmax[k], teacher[k], student[k]));
+        for (int k = 0; k < experts; ++k) {
+            ends[k] = end_others(sums, softmax[k], block.cross[k], teacher[k], student[k], !call.detach, present);
+        }
         return;
     }
     for (int k = 0; k < experts; ++k) {
@@ -164,7 +168,7 @@ void end_block(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, int first
                 row.weight_a[lane] = number_of<T>(call.weight_a, k, b, T(call.weight_number));
                 const T second = present[1] ? number_of<T>(call.weight_b, k, b, T(0)) : T(0);
                 (label[1] < 0 ? row.weight_a : row.weight_b)[lane] += second;
-                row.margin_a[lane] = number_of<T>(call.margin, k, label[0], T(0));
+                if (label[0] >= 0) row.margin_a[lane] = number_of<T>(call.margin, k, label[0], T(0));
                 if (label[1] >= 0) row.margin_b[lane] = number_of<T>(call.margin, k, label[1], T(0));
             }
             for (int s = 0; s < 2; ++s) {
@@ -328,10 +332,7 @@ void gradient_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, i
                 for (int i = 0; i < n; ++i) result[i] += of_divergence[i];
             }
             if (call.mask != nullptr && call.masked != Masked::kPartial) {
-                const std::uint8_t* mask = call.mask + b * plan.classes + c;
-                for (int i = 0; i < count; ++i) {
-                    if (mask[i] == 0) result[i / kLanes<T>][i % kLanes<T>] = 0;
-                }
+                mask_tile<T>(call.mask + b * plan.classes + c, count, result, T(0));
             }
             const std::int64_t label[2] = {plan.target(k, b), plan.second(k, b)};
             for (int s = 0; s < 2; ++s) {

@@ -40,7 +40,8 @@ void add_label_weights(const ExpertCall& call, const ExpertWeights& given, const
         for (std::int64_t b = 0; b < batch; ++b) {
             double& weight = weights[std::size_t(k * batch + b)];
             const std::int64_t label = labels.data[k * labels.expert_stride + b * labels.stride];
-            weight = of_or<T>(given.class_weight, k, label, 1) * of_or<T>(given.sample_weight, k, b, 1);
+            weight = of_or<T>(given.sample_weight, k, b, 1);
+            if (label >= 0 && label < call.logits.classes) weight *= of_or<T>(given.class_weight, k, label, 1);
             if (reduction == Reduction::kGlobalWeightedMean) weight *= of_expert;
         }
     }

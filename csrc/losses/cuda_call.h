@@ -68,6 +68,45 @@ struct CrossEntropyArguments {
     BlockPlan plan;
 };
 
+// An ExpertCall as the kernels take it.
+struct ExpertArguments : ExpertCall {
+    BlockPlan plan;
+    int together;  // experts that a group of threads serves
+    float share;   // 1 / K
+    float scale_of_all, inverse_temperature, smoothing, masked_logit;
+    bool separate;  // the divergence's logits are not those of the cross-entropy
+    bool asks;      // whether answers are right
+
+    ExpertArguments(const ExpertCall& call, const BlockPlan& of_blocks) : ExpertCall(call), plan(of_blocks) {}
+
+    __device__ int label(const LabelsOfExperts& labels, int k, std::int64_t b) const {
+        if (labels.data == nullptr) return -1;
+        const std::int64_t found = labels.data[b * labels.stride + k * labels.expert_stride];
+        return found < 0 || found >= logits.classes ? -1 : int(found);
+    }
+    // Where the weight of a row's divergence is, and what teaches it; -1: nothing.
+    __device__ std::int64_t taught_row(std::int64_t b) const {
+        if (teacher != Teacher::kView) return b;
+        const std::int64_t images = logits.batch / 2;
+        return b < images ? -1 : b - images;
+    }
+    __device__ float kl_weight_of(int k, std::int64_t b) const {
+        const std::int64_t row = taught_row(b);
+        return row < 0 ? 0 : number_of(kl_weight, k, row, float(kl_number));
+    }
+
+    __device__ float inverse_temperature_of(int c) const {
+        return temperature.data == nullptr ? inverse_temperature : 1 / __ldg(floats_of(temperature, 0) + c);
+    }
+
+    __device__ static const float* floats_of(const OfExperts& of, int k) {
+        return static_cast<const float*>(of.data) + k * of.expert_stride;
+    }
+    __device__ static float number_of(const OfExperts& of, int k, std::int64_t i, float otherwise) {
+        return of.data == nullptr ? otherwise : __ldg(floats_of(of, k) + i);
+    }
+};
+
 template <int N>
 __device__ __forceinline__ bool holds(int c, int number) {
     return unsigned(number - c) < unsigned(N);

@@ -115,6 +115,15 @@ SHIKE_DEVICE void exchange_if(bool condition, float& a, float& b) {
 }
 
 template <int N, int K>
+SHIKE_DEVICE void copy(const float (&from)[N][K], float (&to)[N][K]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) to[i][k] = from[i][k];
+    }
+}
+
+template <int N, int K>
 SHIKE_DEVICE float largest(const float (&z)[N][K]) {
     float result = z[0][0];
 #pragma unroll

@@ -52,8 +52,8 @@ SHIKE_HD LabelEnd<V> end_label(const ExpertSums<V>& sums, V own, V other) {
     const V total = others + e, inverse = 1 / total;
     const auto leads = own >= top;
     LabelEnd<V> end;
-    // Where the label leads, e is 1: the logarithm takes what is beside it.
-    const V log_rest = logarithm_1p(leads ? others : total - 1);
+    // Where the label leads, e is 1, or NaN where the label's logit is infinite: the logarithm takes what is beside it.
+    const V log_rest = logarithm_1p(leads ? others + (e - 1) : total - 1);
     const V log_small = logarithm(total);  // a margin may leave all of it far below 1
     const V log_total = total > 0.5f ? log_rest : log_small;
     end.loss = leads ? log_rest : log_total + (top - own);
@@ -74,11 +74,13 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
     const V shared = V{} + smoothing / classes;
     CrossEntropyEnd<V> end;
     const auto second = row.x_b > all<V>(kAbsent);
-    const V beside_b = second ? row.x_b - sums.pivot : V{};
+    // Where there is no class but the labels any pivot does, and one near their logits keeps differences to it exact.
+    const V pivot = sums.pivot == all<V>(kFloor) ? larger(row.x_a, row.x_b) : sums.pivot;
+    const V beside_b = second ? row.x_b - pivot : V{};
     end.loss_a = a.loss;
     if (smoothing != 0) {
-        const V mean = (sums.linear + (own_a - sums.pivot) + beside_b) / classes;
-        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_total + (a.top - sums.pivot) - mean);
+        const V mean = (sums.linear + (own_a - pivot) + beside_b) / classes;
+        end.loss_a = (1 - smoothing) * a.loss + smoothing * (a.log_total + (a.top - pivot) - mean);
     }
     end.p_scale = row.weight_a * a.of_rest;
     end.everywhere = row.weight_a * shared;
@@ -90,8 +92,8 @@ SHIKE_HD CrossEntropyEnd<V> end_cross_entropy(const ExpertSums<V>& sums, const L
         const LabelEnd<V> b = end_label(sums, own_b, row.x_a);
         V loss_b = b.loss;
         if (smoothing != 0) {
-            const V mean = (sums.linear + (row.x_a - sums.pivot) + (own_b - sums.pivot)) / classes;
-            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_total + (b.top - sums.pivot) - mean);
+            const V mean = (sums.linear + (row.x_a - pivot) + (own_b - pivot)) / classes;
+            loss_b = (1 - smoothing) * b.loss + smoothing * (b.log_total + (b.top - pivot) - mean);
         }
         end.loss_b = second ? loss_b : end.loss_a;
         end.p_scale += row.weight_b * b.of_rest;
@@ -121,16 +123,17 @@ SHIKE_HD SoftmaxEnd<V> end_softmax(V pivot, V sum, V d_a, V d_b) {
     const V top = larger(larger(pivot, d_a), d_b);
     const V of_rest = exponential(pivot - top), e_a = exponential(d_a - top), e_b = exponential(d_b - top);
     const V rest = sum * of_rest, total = rest + e_a + e_b, inverse = 1 / total;
+    const V log_total = logarithm(total);  // not by way of the pivot, which is far away where there is no other class
     SoftmaxEnd<V> end;
     end.scale = of_rest * inverse;
-    end.log_sum = logarithm(total) + (top - pivot);
+    end.log_sum = log_total + (top - pivot);
     end.rest = rest * inverse;
     end.p[0] = e_a * inverse;
     end.p[1] = e_b * inverse;
     end.left[0] = (rest + e_b) * inverse;
     end.left[1] = (rest + e_a) * inverse;
-    end.log_p[0] = (d_a - pivot) - end.log_sum;
-    end.log_p[1] = (d_b - pivot) - end.log_sum;
+    end.log_p[0] = (d_a - top) - log_total;
+    end.log_p[1] = (d_b - top) - log_total;
     return end;
 }
 
@@ -144,46 +147,65 @@ struct DivergenceEnd {
     V of_row;   // the divergence, weighted
 };
 
-// Experts as teachers of each other. `cross`: sum over classes of f_k (V xr_k - X). `count`: experts.
+// What all experts have in common where they teach each other.
 template <class V>
-SHIKE_HD void end_others(int count, const SoftmaxEnd<V>* softmax, const V* cross, const V* of_teacher, const V* of_student,
-                         bool teacher_gradient, const bool* present, DivergenceEnd<V>* ends) {
-    V students = V{}, teachers = V{}, log_sums = V{}, log_p[2] = {V{}, V{}}, left[2] = {V{}, V{}};
-    for (int k = 0; k < count; ++k) {
-        students += of_student[k];
-        teachers += of_teacher[k];
-        log_sums += of_student[k] * softmax[k].log_sum;
-        for (int s = 0; s < 2; ++s) {
-            if (!present[s]) continue;
-            log_p[s] += of_student[k] * softmax[k].log_p[s];
-            left[s] += of_teacher[k] * softmax[k].left[s];
-        }
+struct OthersSums {
+    V students, teachers;  // weights
+    V log_sums;
+    V log_p[2], left[2];   // at the labels
+};
+
+// What one expert adds to them.
+template <class V>
+SHIKE_HD OthersSums<V> of_others(const SoftmaxEnd<V>& softmax, V of_teacher, V of_student) {
+    return {of_student,
+            of_teacher,
+            of_student * softmax.log_sum,
+            {of_student * softmax.log_p[0], of_student * softmax.log_p[1]},
+            {of_teacher * softmax.left[0], of_teacher * softmax.left[1]}};
+}
+
+template <class V>
+SHIKE_HD void add(OthersSums<V>& sums, const OthersSums<V>& other) {
+    sums.students += other.students;
+    sums.teachers += other.teachers;
+    sums.log_sums += other.log_sums;
+    SHIKE_UNROLL
+    for (int s = 0; s < 2; ++s) {
+        sums.log_p[s] += other.log_p[s];
+        sums.left[s] += other.left[s];
     }
-    for (int k = 0; k < count; ++k) {
-        const SoftmaxEnd<V>& own = softmax[k];
-        DivergenceEnd<V>& end = ends[k];
-        const V offset = students * own.log_sum - log_sums;
-        V divergence = own.scale * cross[k] - own.rest * offset;
-        V apart[2] = {V{}, V{}};
-        for (int s = 0; s < 2; ++s) {
-            if (!present[s]) continue;
-            // 0 where p is 0: a label that is absent has a logarithm without meaning
-            apart[s] = own.p[s] > V{} ? students * own.log_p[s] - log_p[s] : V{};
-            divergence += own.p[s] * apart[s];
-        }
-        const V bend = teacher_gradient ? of_teacher[k] : V{};
-        end.slope = own.scale * (of_student[k] * teachers - bend * (offset + divergence));
-        end.bend = own.scale * bend;
-        end.share = own.scale * of_teacher[k];
-        end.out = of_student[k];
-        end.of_row = of_teacher[k] * divergence;
-        for (int s = 0; s < 2; ++s) {
-            end.at[s] = V{};
-            if (!present[s]) continue;
-            end.at[s] = of_student[k] * (left[s] - teachers * own.left[s]) +
-                        bend * own.p[s] * (apart[s] - divergence);
-        }
+}
+
+// One of the experts that teach each other. `cross`: sum over classes of f_k (V xr_k - X).
+template <class V>
+SHIKE_HD DivergenceEnd<V> end_others(const OthersSums<V>& all_of, const SoftmaxEnd<V>& own, V cross, V of_teacher,
+                                     V of_student, bool teacher_gradient, const bool* present) {
+    DivergenceEnd<V> end;
+    const V offset = all_of.students * own.log_sum - all_of.log_sums;
+    V divergence = own.scale * cross - own.rest * offset;
+    V apart[2] = {V{}, V{}};
+    SHIKE_UNROLL
+    for (int s = 0; s < 2; ++s) {
+        if (!present[s]) continue;
+        // 0 where p is 0: a label that is absent has a logarithm without meaning
+        apart[s] = own.p[s] > V{} ? all_of.students * own.log_p[s] - all_of.log_p[s] : V{};
+        divergence += own.p[s] * apart[s];
     }
+    const V bend = teacher_gradient ? of_teacher : V{};
+    end.slope = own.scale * (of_student * all_of.teachers - bend * (offset + divergence));
+    end.bend = own.scale * bend;
+    end.share = own.scale * of_teacher;
+    end.out = of_student;
+    end.of_row = of_teacher * divergence;
+    SHIKE_UNROLL
+    for (int s = 0; s < 2; ++s) {
+        end.at[s] = V{};
+        if (!present[s]) continue;
+        end.at[s] = of_student * (all_of.left[s] - all_of.teachers * own.left[s]) +
+                    bend * own.p[s] * (apart[s] - divergence);
+    }
+    return end;
 }
 
 // A teacher of one expert; `cross`: sum over classes of f_t ((u - M_t) - xr).
@@ -192,6 +214,7 @@ SHIKE_HD DivergenceEnd<V> end_teacher(const SoftmaxEnd<V>& teacher, const Softma
                                       const bool* present) {
     DivergenceEnd<V> end;
     V divergence = teacher.scale * cross - teacher.rest * (teacher.log_sum - student.log_sum);
+    SHIKE_UNROLL
     for (int s = 0; s < 2; ++s) {
         end.at[s] = V{};
         if (!present[s]) continue;

@@ -51,6 +51,8 @@ std::size_t cuda_dkt_workspace(const Experts& logits, int device);
 std::size_t cuda_dkt_both_workspace(const Experts& logits, int device);
 std::size_t cuda_cross_entropy_workspace(const Experts& logits, bool biased, int device);
 
+std::size_t cuda_expert_workspace(const Experts& logits, bool divergence, int device);
+
 // Call them with batch >= 1 only.
 void cuda_dkt_forward(const DktCall& call, float* workspace, float* loss, float* terms, const CudaQueue& queue);
 void cuda_cross_entropy_forward(const CrossEntropyCall& call, float* workspace, float* loss, const CudaQueue& queue);
@@ -65,5 +67,11 @@ void cuda_dkt_backward(const DktCall& call, const Experts& gradient, const float
                        float* expected, const CudaQueue& queue);
 void cuda_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const float* grad_output,
                                  const CudaQueue& queue);
+
+// loss: [] or [K, B]; terms: [2]; rows: [4, K, B] or null. `grad_output` has the shape of the loss.
+void cuda_expert_forward(const ExpertCall& call, float* workspace, float* loss, float* terms, float* rows,
+                         const CudaQueue& queue);
+void cuda_expert_backward(const ExpertCall& call, const Experts& gradient, const float* grad_output,
+                          const CudaQueue& queue);
 
 }  // namespace shike

@@ -23,16 +23,20 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SECTOR = tl.constexpr(32)  # bytes of global memory that are read at once
 
 # Specialising on the values of these would compile a kernel for every combination of them; the kernels are told what
 # they need to know by VECTOR, and by a class stride of None for 1.
 UNSPECIALIZED = [
     *("offsets", "row_stride", "class_stride", "target_stride", "bias_expert_stride", "bias_class_stride"),
-    *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows", "experts"),
+    *("out_expert_stride", "out_row_stride", "out_class_stride", "classes", "rows", "experts", "images"),
+    *("target_expert_stride", "second_expert_stride", "second_stride", "scale_expert_stride", "margin_expert_stride"),
+    *("teacher_expert_stride", "teacher_row_stride", "teacher_class_stride", "grad_expert_stride", "grad_row_stride"),
 ]
 POINTERS = [
     *("logits", "target", "bias", "saved", "labels", "ticket", "partials", "factors", "loss", "terms"),
-    *("gradient", "grad_output"),
+    *("gradient", "grad_output", "second", "scales", "mask", "inverse_temperatures", "teacher", "students", "left"),
+    *("margin", "lams", "first_weights", "second_weights", "divergence_weights", "outputs"),
 ]
 
 # How a kernel is given an offset: as an int64 whatever its value, and as no multiple of 16. Triton compiles a kernel
@@ -89,6 +93,22 @@ def first_chunk(row, offset, VECTOR: tl.constexpr):
     """The pointer row + offset, which is a multiple of VECTOR elements, in a form that tells the compiler so."""
     itemsize: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(row + offset, VECTOR * itemsize)
+
+
+@triton.jit
+def ahead_of_chunks(chunk, VECTOR: tl.constexpr):
+    """How many chunks lie between the beginning of the first one's sector, where the first lane starts, and it."""
+    itemsize: tl.constexpr = chunk.dtype.element_ty.primitive_bitwidth // 8
+    return ((chunk.to(tl.int64) & (SECTOR - 1)) // (VECTOR * itemsize)).to(tl.int32)
+
+
+@triton.jit
+def loaded(rows, c, valid, class_stride):
+    """The entries of one class, or of some classes, from n pointers to class 0, as n numbers or blocks of float32."""
+    values = ()
+    for k in tl.static_range(len(rows)):
+        values += (tl.load(rows[k] + class_offset(c, class_stride), mask=valid).to(tl.float32),)
+    return values
 
 
 @triton.jit
@@ -180,12 +200,17 @@ class Layout(NamedTuple):
     def arguments(self, target: Tensor) -> tuple[Any, ...]:
         """What every kernel's parameters begin with: logits and target, and how to address them."""
         strides = (self.row_stride, none_if_unit(self.class_stride), target.stride(0))
-        return self.first, target, tuple(16 * offset + FAR.value for offset in self.offsets), *strides, self.classes
+        return self.first, target, self.far_offsets, *strides, self.classes
 
-    def tile(self, gradient: Tensor | None = None, agree: int = 16) -> Tile:
+    @property
+    def far_offsets(self) -> tuple[int, ...]:
+        """The offsets as kernels take them, see FAR."""
+        return tuple(16 * offset + FAR.value for offset in self.offsets)
+
+    def tile(self, gradient: Tensor | None = None, agree: int = 16, streams: int | None = None) -> Tile:
         """The tile of a program; chunks start at multiples of their size in all experts' rows, and in the gradient's.
 
-        ``agree``: what else is a multiple of them.
+        ``agree``: what else is a multiple of them. ``streams``: how many logits a class has, if not one an expert.
         """
         itemsize = self.first.element_size()
         agree = math.gcd(16 // itemsize, agree, *self.offsets)
@@ -193,7 +218,12 @@ class Layout(NamedTuple):
             apart = (gradient.data_ptr() - self.first.data_ptr()) // itemsize
             agree = math.gcd(agree, apart, gradient.stride(0), gradient.stride(1) - self.row_stride)
         neighbours = self.class_stride == 1 and (gradient is None or gradient.stride(2) == 1)
-        return choose_tile(self.classes, self.experts, agree if neighbours else 1)
+        return choose_tile(self.classes, streams or self.experts, agree if neighbours else 1)
+
+    def has_room(self, tile: Tile, tiles: int) -> bool:
+        """Whether so many tiles can begin with the sector in which a row's first chunk lies."""
+        ahead = SECTOR.value // (tile.vector * self.first.element_size()) - 1
+        return self.classes // tile.vector + ahead <= tiles * tile.lanes
 
     def new_floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.first.device)

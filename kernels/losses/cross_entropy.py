@@ -13,6 +13,7 @@ from shike_fast.kernels.losses._rows import (
     LOGITS_OF_A_LANE,
     Layout,
     Tile,
+    ahead_of_chunks,
     before_chunks,
     class_offset,
     edge_classes,
@@ -22,6 +23,7 @@ from shike_fast.kernels.losses._rows import (
     gradient_arguments,
     kernel,
     layout_of,
+    loaded,
     none_if_unit,
     reduced,
     times,
@@ -29,15 +31,7 @@ from shike_fast.kernels.losses._rows import (
 
 # Where the pivots start: the lowest finite float, so that no −∞ − −∞ arises from a class that is masked out.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-_SECTOR = tl.constexpr(32)  # bytes of global memory that are read at once
 _CLASSES_OF_A_LANE = 8
-
-
-@triton.jit
-def _ahead_of_chunks(chunk, VECTOR: tl.constexpr):
-    """How many chunks lie between the beginning of the first one's sector, where the first lane starts, and it."""
-    itemsize: tl.constexpr = chunk.dtype.element_ty.primitive_bitwidth // 8
-    return ((chunk.to(tl.int64) & (_SECTOR - 1)) // (VECTOR * itemsize)).to(tl.int32)
 
 
 @triton.jit
@@ -51,20 +45,12 @@ def _bias_rows(bias, bias_expert_stride, offset, SHARED: tl.constexpr, K: tl.con
 
 
 @triton.jit
-def _loaded(rows, c, valid, class_stride):
-    values = ()
-    for k in tl.static_range(len(rows)):
-        values += (tl.load(rows[k] + class_offset(c, class_stride), mask=valid).to(tl.float32),)
-    return values
-
-
-@triton.jit
 def _biased(rows, biases, c, valid, class_stride, bias_class_stride, other):  # z_k[c] + bias_k[c]
-    loaded = _loaded(rows, c, valid, class_stride)
-    added = _loaded(biases, c, valid, bias_class_stride)
+    values = loaded(rows, c, valid, class_stride)
+    added = loaded(biases, c, valid, bias_class_stride)
     z = ()
     for k in tl.static_range(len(rows)):
-        value = loaded[k] + added[k % len(biases)] if len(biases) > 0 else loaded[k]
+        value = values[k] + added[k % len(biases)] if len(biases) > 0 else values[k]
         z += (value if valid is None else tl.where(valid, value, other),)
     return z
 
@@ -131,7 +117,7 @@ def _forward_kernel(
         chunks += (first_chunk(rows[k], class_offset(before, class_stride), VECTOR),)
     aligned: tl.constexpr = VECTOR if bias_class_stride is None else 1
     bias_chunks = _bias_rows(bias, bias_expert_stride, class_offset(before, bias_class_stride), SHARED, K, aligned)
-    ahead = _ahead_of_chunks(rows[0] + class_offset(before, class_stride), VECTOR) if AHEAD else 0
+    ahead = ahead_of_chunks(rows[0] + class_offset(before, class_stride), VECTOR) if AHEAD else 0
 
     edge_c = edge_classes(lane, before, count, VECTOR)
     edge = _biased(rows, biases, edge_c, edge_c < classes, class_stride, bias_class_stride, -float("inf"))
@@ -235,7 +221,7 @@ def _backward_kernel(
         out_chunks += (first_chunk(outs[k], class_offset(before, out_class_stride), VECTOR),)
     aligned: tl.constexpr = VECTOR if bias_class_stride is None else 1
     bias_chunks = _bias_rows(bias, bias_expert_stride, class_offset(before, bias_class_stride), SHARED, K, aligned)
-    ahead = _ahead_of_chunks(rows[0] + class_offset(before, class_stride), VECTOR) if AHEAD else 0
+    ahead = ahead_of_chunks(rows[0] + class_offset(before, class_stride), VECTOR) if AHEAD else 0
     y = tl.load(target + row * target_stride)
     g = tl.load(grad_output).to(tl.float32) * inverse_batch
     pivots = ()
@@ -285,12 +271,6 @@ def _tile(layout: Layout, bias: Tensor | None, gradient: Tensor | None = None) -
     return layout.tile(gradient, agree)
 
 
-def _has_room(layout: Layout, tile: Tile, tiles: int) -> bool:
-    """Whether so many tiles can begin with the sector in which a row's first chunk lies."""
-    ahead = _SECTOR.value // (tile.vector * layout.first.element_size()) - 1
-    return layout.classes // tile.vector + ahead <= tiles * tile.lanes
-
-
 def _bias_arguments(bias: Tensor | None) -> tuple[Tensor | None, int, int | None]:
     if bias is None:
         return None, 0, None
@@ -336,7 +316,7 @@ def cross_entropy_forward(
             LANES=tile.lanes,
             UNROLL=unroll,
             STEPS=steps,
-            AHEAD=_has_room(layout, tile, unroll * steps),
+            AHEAD=layout.has_room(tile, unroll * steps),
             num_warps=tile.warps,
         )
         _end_kernel[(end.programs,)](
@@ -385,7 +365,7 @@ def cross_entropy_backward(
             VECTOR=tile.vector,
             LANES=tile.lanes,
             UNROLL=unroll,
-            AHEAD=_has_room(layout, tile, unroll * programs),
+            AHEAD=layout.has_room(tile, unroll * programs),
             num_warps=tile.warps,
         )
     return gradient

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from shike_fast.methods.base import Stage
 from shike_fast.methods.decoupling import IMAGENET_LT, RETRAINING, TRAINING, Decoupled
 from shike_fast.methods.registry import register_method
 
@@ -25,6 +24,3 @@ class ClassifierRetraining(Decoupled):
         "imagenet-lt": IMAGENET_LT | {"epochs": 100, "stage2_epochs": 10},
         "inat18": {"epochs": 120, "stage2_epochs": 30},
     }
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "train" if stage is TRAINING else "uniform"

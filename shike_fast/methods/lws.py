@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
-from shike_fast.methods.base import Stage
 from shike_fast.methods.decoupling import IMAGENET_LT, RETRAINING, TRAINING, Decoupled
 from shike_fast.methods.families import linear_heads
 from shike_fast.methods.registry import register_method
@@ -29,6 +28,3 @@ class LearnableWeightScaling(Decoupled):
     @classmethod
     def extend_model(cls, model: nn.Module, settings: Any) -> None:
         model.rt_classifiers = ScaledClassifier(linear_heads(model, cls.name))
-
-    def prior_of_scores(self, stage: Stage) -> Literal["train", "uniform"]:
-        return "train" if stage is TRAINING else "uniform"

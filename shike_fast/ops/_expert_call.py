@@ -56,9 +56,9 @@ class ExpertOptions(NamedTuple):
 
 TENSORS = "Tensor? target, " + ", ".join(f"Tensor? {name}" for name in ExpertTensors._fields[1:])
 OPTIONS = (
-    "bool cross_entropy, float lam, float scale, float label_smoothing, str reduction, str masked, str teacher_kind, "
-    "float temperature_number, float kl_factor, str kl_reduction, bool by_student, bool gated, bool detach, "
-    "bool adjusted, float eps, bool rows"
+    "bool cross_entropy, float lam_number, float scale_number, float label_smoothing, str reduction, str masked, "
+    "str teacher_kind, float temperature_number, float kl_factor, str kl_reduction, bool by_student, bool gated, "
+    "bool detach, bool adjusted, float eps, bool rows"
 )
 
 

@@ -113,7 +113,13 @@ def check_choice(op: str, name: str, value: object, known: Sequence[str]) -> Non
 
 
 def check_labels(op: str, name: str, target: object, first: Tensor, shape: tuple[int, int, int]) -> None:
-    if isinstance(target, Tensor) and target.dim() == 2 and target.shape == shape[:2]:
+    if (
+        isinstance(target, Tensor)
+        and target.layout is torch.strided
+        and not target.is_nested
+        and target.dtype == torch.int64
+        and target.shape == shape[:2]
+    ):
         check_target(
             op,
             target.flatten() if target.is_contiguous() else target.reshape(-1),
@@ -181,7 +187,9 @@ def checked_mask(op: str, mask: object, first: Tensor, shape: tuple[int, int, in
 def checked_teacher(op: str, teacher: object, first: Tensor, shape: tuple[int, int, int]) -> Tensor:
     experts, batch, classes = shape
     expected = f"[B={batch}, C={classes}], [K={experts}, B, C] or K tensors [B, C]"
-    if isinstance(teacher, list | tuple) and all(isinstance(one, Tensor) and one.dim() == 2 for one in teacher):
+    if isinstance(teacher, list | tuple) and teacher and all(isinstance(one, Tensor) for one in teacher):
+        if any(one.shape != teacher[0].shape or one.dim() != 2 for one in teacher):
+            raise ValueError(f"{op}: teacher must be {expected}, got {', '.join(map(describe, teacher))}")
         teacher = torch.stack(list(teacher))
     if not isinstance(teacher, Tensor):
         raise TypeError(

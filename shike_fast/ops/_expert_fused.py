@@ -56,7 +56,7 @@ def fused_expert_loss(
             and not value.requires_grad
             and value.dim() > 0
             and value.is_contiguous()
-            and not value.is_neg()
+            and materialised(value) is value
         ):
             continue
         value = value.detach().to(dtype)
@@ -64,6 +64,8 @@ def fused_expert_loss(
             halves = 2 if name == "kl_weight" and options.teacher == VIEW else 1
             value = value.expand(experts[0].shape[-2] // halves)
         ready[name] = materialised(value).contiguous()
+    if tensors.class_mask is not None:
+        ready["class_mask"] = materialised(tensors.class_mask).contiguous()
     if tensors.teacher is not None:
         teacher = tensors.teacher.detach()
         ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher

@@ -131,10 +131,10 @@ def _divergence(x: Tensor, target: Tensor | None, tensors: ExpertTensors, option
     if options.eps != 0.0:
         log_s = (log_s.exp() + options.eps).log()
     t = log_t.exp()
-    counts = t > 0
+    counts = t != 0  # NaN counts
     if options.masked == "partial":
         assert tensors.class_mask is not None
-        counts = counts & tensors.class_mask
+        counts = counts & (tensors.class_mask[:images] if options.teacher == VIEW else tensors.class_mask)
     t = torch.where(counts, t, 0.0)
     log_t = torch.where(counts, log_t, 0.0)  # 0 log 0 = 0
     if options.teacher != OTHERS:

@@ -21,10 +21,12 @@ from shike_fast.ops._expert_call import (
     VIEW,
     ExpertOptions,
     ExpertTensors,
+    kl_row_weights,
+    row_weights,
     split,
 )
 from shike_fast.ops._native import native
-from shike_fast.ops._native_loss import DTYPES, shape_of
+from shike_fast.ops._native_loss import DTYPES, queue_of, shape_of, workspace_of
 
 SAVED = 12  # numbers an expert and row: ExpertSaved of csrc/losses/expert_row.h
 
@@ -42,12 +44,14 @@ def new_expert_results(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Te
     first, dtype = logits[0], accumulation_dtype(logits[0].dtype)
     loss = first.new_empty((experts, batch) if options.reduction == "none" else (), dtype=dtype)
     terms = first.new_empty(2, dtype=torch.float32)
-    rows = first.new_empty((4, experts, batch), dtype=dtype)
+    rows = first.new_empty((4, experts, batch if options.rows else 0), dtype=dtype)
     return loss, terms, rows, first.new_empty((batch, experts, SAVED), dtype=dtype)
 
 
 def expert_forward(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, terms [2], rows [4, K, B] and what is saved for the backward."""
+    if logits[0].is_cuda:
+        return cuda_expert_forward(logits, *args)
     loss, terms, rows, saved = new_expert_results(logits, *args)
     tensors, options = split(args)
     call = _call(logits, tensors, options)
@@ -68,6 +72,8 @@ def expert_backward(grad_output: Tensor, logits: Sequence[Tensor], *args: Any) -
     count = len(ExpertTensors._fields)
     saved = args[count]
     tensors, options = split((*args[:count], *args[count + 1 :]))
+    if logits[0].is_cuda:
+        return cuda_expert_backward(grad_output, logits, tensors, options, saved)
     gradient = gradient_like(logits)
     native().cpu_expert_backward(
         **_call(logits, tensors, options),
@@ -156,3 +162,76 @@ def _weights(tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
         "kl_factor": options.kl_weight,
         "kl_reduction": _KL_REDUCTIONS[options.kl_reduction],
     }
+
+
+# ---- on CUDA devices
+
+
+def cuda_expert_forward(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``expert_forward``; the weights of rows are numbers, or small tensors where the caller gave any."""
+    loss, terms, rows, saved = new_expert_results(logits, *args)
+    tensors, options = split(args)
+    shape = shape_of(logits)
+    if shape[1] == 0:
+        loss.zero_()
+        terms.zero_()
+        return loss, terms, rows, saved
+    call = _call(logits, tensors, options)
+    queue = queue_of(logits[0])
+    size = native().cuda_expert_workspace(call["dtype"], *shape, options.teacher != NO_TEACHER, queue["device"])
+    native().cuda_expert_forward(
+        **call,
+        **_row_weights(tensors, options, shape, terms),
+        wants_rows=options.rows,
+        saved=saved,
+        loss=loss,
+        terms=terms,
+        rows=rows if options.rows else None,
+        workspace=workspace_of(loss, size),
+        **queue,
+    )
+    return loss, terms, rows, saved
+
+
+def cuda_expert_backward(
+    grad_output: Tensor, logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptions, saved: Tensor
+) -> Tensor:
+    """As ``expert_backward``."""
+    gradient = gradient_like(logits)
+    if gradient.numel() > 0:
+        native().cuda_expert_backward(
+            **_call(logits, tensors, options),
+            saved=saved,
+            gradient=[gradient],
+            grad_output=grad_output.contiguous(),
+            **queue_of(logits[0]),
+        )
+    return gradient
+
+
+def _row_weights(
+    tensors: ExpertTensors, options: ExpertOptions, shape: tuple[int, int, int], like: Tensor
+) -> dict[str, Any]:
+    """What rows are multiplied by: numbers where nothing was given, which costs no launch; else [K, B] by PyTorch."""
+    experts, batch, classes = shape
+    found: dict[str, Any] = dict.fromkeys(("weight_a", "weight_b", "kl_weight"))
+    found |= dict.fromkeys(("weight_number", "weight_b_number", "kl_number"), 1.0)
+    of_rows = (tensors.lam, tensors.class_weight, tensors.sample_weight, tensors.expert_weight)
+    if options.cross_entropy and all(value is None for value in of_rows):
+        over_experts = experts if options.reduction in ("mean/K", "global_weighted_mean") else 1
+        share = 1.0 if options.reduction == "none" else 1.0 / (batch * over_experts)
+        lam = 1.0 if tensors.target_b is None else options.lam
+        found["weight_number"], found["weight_b_number"] = share * lam, share * (1.0 - lam)
+    elif options.cross_entropy:
+        weight_a, weight_b = row_weights(tensors, options, shape, torch.float32)
+        found["weight_a"] = weight_a.contiguous()
+        found["weight_b"] = None if weight_b is None else weight_b.contiguous()
+    if options.teacher == NO_TEACHER:
+        return found
+    if tensors.kl_weight is None and tensors.gate is None and tensors.temperature is None:
+        rows = max(batch // 2, 1) if options.teacher == VIEW else batch
+        divisor = rows * (classes if options.kl_reduction == "mean" else 1)
+        found["kl_number"] = options.kl_weight * options.temperature**2 / divisor
+    else:
+        found["kl_weight"] = kl_row_weights(tensors, options, like[0].expand(shape), None).contiguous()
+    return found

@@ -1,7 +1,7 @@
 """The inputs on which a backend is tried, by operator, and those on which it is timed."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,70 @@ def _cross_entropy(target: Tensor, classes: int) -> Callable[..., Tensor]:
 def _balanced(target: Tensor, classes: int) -> Callable[..., Tensor]:
     counts = torch.arange(classes, 0, -1, device=target.device)
     return lambda logits, backend: ops.balanced_softmax_loss(logits, target, counts, backend=backend)
+
+
+def _expert_loss(target: Tensor, classes: int) -> Callable[..., Tensor]:
+    bias, kl = _ramp(target, classes), ops.ExpertKL()
+    return lambda logits, backend: ops.expert_loss(logits, target, bias=bias, kl=kl, backend=backend)
+
+
+def _expert_kl(target: Tensor, classes: int) -> Callable[..., Tensor]:
+    return lambda logits, backend: ops.expert_kl(logits, temperature=2.0, backend=backend)
+
+
+def _ramp(like: Tensor, *shape: int) -> Tensor:
+    """Positive numbers below 2, exact in all dtypes."""
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count, device=like.device) % 13 + 1) / 8).view(shape)
+
+
+def _expert_loss_cases(device: torch.device) -> Iterator[Case]:
+    """Few calls with many options each: Triton compiles for each."""
+    low = _dtypes(device)[-2:]
+
+    def case(what: str, dtypes: Sequence[torch.dtype], *shape: int, **options: Any) -> Iterator[Case]:
+        def call(logits: Tensor, backend: str) -> Tensor:
+            loss: Tensor = ops.expert_loss(logits, target, **options, backend=backend)
+            return loss
+
+        target = _targets(device, shape[1], shape[2])
+        for dtype in _dtypes(device) if device.type == "cpu" else dtypes:
+            yield Case(f"{name_of(dtype)} {what}", call, (_random(device, *shape, scale=3.0).to(dtype),))
+
+    target = _targets(device, 6, 19)
+    second = torch.cat([target[:2], (target[2:] + 1) % 19])
+    of_class, of_expert, of_row = _ramp(target, 19), _ramp(target, 3, 19), _ramp(target, 6)
+    yield from case(
+        "of two labels",
+        [torch.float32],
+        *(3, 6, 19),
+        **{"bias": of_expert, "margin": of_class, "scale": of_class, "target_b": second, "lam": of_row / 2},
+        **{"label_smoothing": 0.1, "class_weight": of_class, "sample_weight": of_row, "reduction": "weighted_mean"},
+    )
+    mask = torch.arange(33 * 100, device=device).view(33, 100) % 3 != 0
+    mask.scatter_(1, _targets(device, 33, 100)[:, None], True)
+    kl = ops.ExpertKL(gate="teacher_correct")
+    yield from case("of masked classes", low[:1], 3, 33, 100, class_mask=mask, kl=kl)
+    kl = ops.ExpertKL("view", temperature=2.0, weight=_ramp(target, 2, 2), adjusted=False)
+    yield from case("of two views", low[1:], 2, 4, 1003, bias=_ramp(target, 1003), kl=kl)
+    broken = _random(device, 3, 6, 19)
+    broken[1, 2, 3] = float("nan")
+    yield Case("float32 with nan", _one(_expert_loss(target, 19)), (broken,), values=False)
+
+
+def _expert_kl_cases(device: torch.device) -> Iterator[Case]:
+    target = _targets(device, 5, 19)
+
+    def by_student(*logits: Tensor, backend: str) -> Tensor:
+        weight = _ramp(target, 3, 5) - 1
+        return ops.expert_kl(list(logits), weight=weight, weight_of="student", backend=backend)
+
+    def from_a_mean(logits: Tensor, backend: str) -> Tensor:
+        return ops.expert_kl(logits, "mean", temperature=_ramp(target, 20011), backend=backend)
+
+    apart = tuple(_random(device, 5, 20, seed=k)[:, 1:] - 100.0 * k for k in range(3))
+    yield Case("float32 experts apart, not aligned", by_student, apart)
+    yield Case("bfloat16 from a mean", from_a_mean, (_random(device, 3, 3, 20011, scale=3.0).to(torch.bfloat16),))
 
 
 def _fusion_cases(call: Callable[..., Callable[..., Tensor]], maps: int) -> Callable[[torch.device], Iterator[Case]]:
@@ -180,6 +244,8 @@ def _logits_cases(device: torch.device) -> Iterator[Case]:
 CASES: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "dkt_loss": _loss_cases(_dkt),
     "expert_cross_entropy": _loss_cases(_cross_entropy),
+    "expert_loss": _expert_loss_cases,
+    "expert_kl": _expert_kl_cases,
     "expert_logits": _logits_cases,
     "balanced_softmax_loss": _loss_cases(_balanced),
     "dkf_pool": _fusion_cases(_pool, 1),
@@ -191,6 +257,15 @@ _SIZES = {  # logits of the losses, maps of the fusion, factors of the logits
     "small": ((3, 64, 100), (32, 16, 8, 8), (3, 128, 64, 100)),
     "medium": ((3, 128, 1000), (64, 64, 8, 8), (3, 64, 2048, 1000)),
     "large": ((3, 256, 8142), (64, 2048, 7, 7), (3, 256, 2048, 8142)),
+}
+
+
+_TIMED_LOSSES = {
+    "dkt_loss": _dkt,
+    "expert_cross_entropy": _cross_entropy,
+    "balanced_softmax_loss": _balanced,
+    "expert_loss": _expert_loss,
+    "expert_kl": _expert_kl,
 }
 
 
@@ -211,6 +286,6 @@ def timed_cases(operator: str, device: torch.device) -> Iterator[Case]:
                 leaves = tuple(m.to(memory_format=torch.channels_last) for m in maps)
                 yield Case(name, make(map_shape[1], False), leaves)
             else:
-                loss = {"dkt_loss": _dkt, "expert_cross_entropy": _cross_entropy}.get(operator, _balanced)
+                loss = _TIMED_LOSSES[operator]
                 function = loss(_targets(device, loss_shape[1], loss_shape[2]), loss_shape[2])
                 yield Case(name, _one(function), (_random(device, *loss_shape).to(dtype),))

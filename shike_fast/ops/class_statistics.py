@@ -151,7 +151,7 @@ def hardest_classes(logits: Tensor, target: Tensor, count: int) -> Tensor:
     least = others.topk(count - 1, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, equal = others > least, (others == least) & ~label
     free = count - 1 - above.sum(1, keepdim=True)  # places for classes that are as hard as the last one
-    return label | above | (equal & (equal.cumsum(1) <= free))
+    return label | above | (equal & (equal.cumsum(1, dtype=torch.int32) <= free))
 
 
 def _checked_counts(op: str, class_counts: Counts, least: int) -> Tensor:

@@ -194,11 +194,9 @@ def _of_ensemble(
 ) -> Tensor:
     """The loss of the mean or the sum of the experts' row logits, as of a single expert."""
     experts = logits.shape[0] if isinstance(logits, Tensor) else len(logits)
-    by_expert = [name for name in ("scale", "class_weight", "sample_weight") if _by_expert(getattr(tensors, name))]
-    if by_expert or (tensors.target is not None and tensors.target.dim() == 2):
-        raise ValueError(
-            f"{_NAME}: ensemble has one row of all experts, got {', '.join(by_expert) or 'target'} by expert"
-        )
+    of_one_row = ("scale", "class_weight", "sample_weight", "target", "target_b")
+    if by_expert := [name for name in of_one_row if _by_expert(getattr(tensors, name))]:
+        raise ValueError(f"{_NAME}: ensemble has one row of all experts, got {', '.join(by_expert)} by expert")
     if options.reduction == "none":
         raise ValueError(f"{_NAME}: ensemble needs a reduction other than 'none'")
     share = 1.0 / experts if kind == "mean" else 1.0

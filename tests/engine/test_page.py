@@ -187,6 +187,8 @@ def test_round_numbers_on_axes():
     assert [text for _, text in linear(3, 3).ticks] == ["3", "3.2", "3.4", "3.6", "3.8", "4"]
     assert [text for _, text in logarithmic(5, 500).ticks] == ["5", "10", "20", "50", "100", "200", "500"]
     assert [text for _, text in logarithmic(1, 100_000).ticks] == ["1", "10", "100", "1000", "10000", "100000"]
+    assert [text for _, text in logarithmic(2.5, 7).ticks] == ["3", "4", "5", "6", "7"]
+    assert [text for _, text in logarithmic(2.1, 2.2).ticks] == ["2", "2.2", "2.4"]
     assert logarithmic(1, 100).place(10) == pytest.approx(0.5)
     assert Axis(10, 0, []).place(10) == 0  # an axis may fall
 

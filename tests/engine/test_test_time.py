@@ -17,7 +17,7 @@ SETTINGS = dict.fromkeys(("data_dir", "workers", "device", "threads", "amp"))
 
 
 def recorded(golden):
-    arrays = golden("methods_sade_tta")
+    arrays = {key: value for key, value in golden("methods").items() if key.startswith("sade_tta/")}
     names = sorted({key.rsplit("/", 1)[0] for key in arrays})
     return {name: {key.rsplit("/", 1)[1]: arrays[key] for key in arrays if key.startswith(name)} for name in names}
 

@@ -4,7 +4,6 @@ Triton decides at its import whether it interprets, so the checks run in a separ
 the functions of this file that are named ``check_``.
 """
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ from hypothesis import strategies as st
 # The interpreter computes in NumPy, which warns of the infinities and NaN that some checks are about.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 pytest.importorskip("triton", reason="needs Triton, which is not installed")
+from triton_losses import LAYOUTS, blocks_of, lay_out  # noqa: E402
+
 from shike_fast.kernels.losses import _batch, _rows  # noqa: E402
 from shike_fast.kernels.losses.cross_entropy import (  # noqa: E402
     _end_kernel,
@@ -77,21 +78,6 @@ def reference(function, logits, target, **options):
     return loss.detach(), terms, leaf.grad
 
 
-@contextmanager
-def blocks_of(size):
-    """Within this context a program takes ``size`` classes at once, so that rows need several; None changes nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        if size is not None:
-            usual = _rows.choose_tile
-
-            def smaller(*arguments):
-                vector = min(usual(*arguments).vector, 2)
-                return _rows.Tile(size // vector, vector)
-
-            patch.setattr(_rows, "choose_tile", smaller)
-        yield
-
-
 def golden_cases():
     for name in ("dkt_loss_small", "dkt_loss"):
         with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
@@ -128,24 +114,6 @@ def cases(draw):
     logits = (logits * scale).clamp(-1e4, 1e4).to(draw(st.sampled_from(DTYPES)))
     target = torch.randint(classes, (batch,), generator=generator)
     return logits, target, draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([None, 8, 16]))
-
-
-LAYOUTS = ("contiguous", "transposed", "strided", "sequence", "sequence of columns", "sequence of all sorts")
-
-
-def lay_out(logits, layout):
-    """The same values in another layout, as the kernels take them."""
-    if layout == "sequence":
-        return [expert.clone() for expert in logits]
-    if layout == "sequence of columns":
-        return [expert.t().contiguous().t() for expert in logits]
-    if layout == "sequence of all sorts":
-        return [expert.repeat_interleave(1 + k % 3, 1)[:, :: 1 + k % 3] for k, expert in enumerate(logits)]
-    if layout == "transposed":  # [B, C, K] in memory
-        return [logits.permute(1, 2, 0).contiguous().permute(2, 0, 1)]
-    if layout == "strided":
-        return [logits.repeat_interleave(2, 2)[:, :, ::2]]
-    return [logits]
 
 
 @settings(max_examples=100)

@@ -80,6 +80,33 @@ def test_it_is_trained_resumed_evaluated_and_used(name, runs, tmp_path, monkeypa
     assert (tmp_path / "p.csv").read_text().count("\n") == 2
 
 
+@pytest.fixture(scope="module")
+def cifar100(tmp_path_factory):
+    """Five training images and one test image of each class, in the binary form."""
+    folder = tmp_path_factory.mktemp("data") / "cifar-100-binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, each in (("train.bin", 5), ("test.bin", 1)):
+        labels = np.repeat(np.arange(100, dtype=np.uint8), each)
+        pixels = rng.integers(0, 256, (len(labels), 3072), np.uint8)
+        (folder / name).write_bytes(np.column_stack([labels // 5, labels, pixels]).tobytes())
+    return folder.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods.list_methods())
+def test_its_recipe_for_cifar_trains(name, runs, cifar100, tmp_path):
+    """The published setting but for the size of the network and the length of the run."""
+    arguments = ["--dataset", "cifar100-lt", "--data-dir", cifar100, "--no-verify", "--imbalance-factor", 5]
+    short = ["--model", "resnet8", "--epochs", 3, "--threads", 1, "--batch-size", 32]
+    assert runs.train("--method", name, *arguments, *short, "--output-dir", tmp_path / "run") == 0
+    assert all(math.isfinite(row["train_loss"]) for row in runs.metrics(tmp_path / "run"))
+    config = runs.checkpoint(tmp_path / "run" / "last.pt")["config"]
+    for key, value in methods.find_method(name).recipes.get("cifar100-lt", {}).items():
+        if key not in ("model", "epochs", "stage2_epochs", "batch_size", "step_epochs"):
+            assert config[key] == value, key
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OWN_STATE, "mdcs", "ncl++", "lws"])
 def test_two_processes_train_like_one(name, runs, programs, tmp_path):

@@ -1,4 +1,4 @@
-"""What the three losses say about arguments they cannot use: op, argument, expected and got."""
+"""What the losses say about arguments they cannot use: op, argument, expected and got."""
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ LOSSES = {
     "dkt_loss": ops.dkt_loss,
     "expert_cross_entropy": ops.expert_cross_entropy,
     "balanced_softmax_loss": balanced_softmax_loss,
+    "expert_loss": ops.expert_loss,
+    "expert_kl": lambda logits, target, **options: ops.expert_kl(logits, target=target, **options),
 }
 
 BAD = {

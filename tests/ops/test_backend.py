@@ -109,6 +109,8 @@ def test_names_are_checked(registry):
 LOSSES = {
     "dkt_loss": ops.dkt_loss,
     "expert_cross_entropy": ops.expert_cross_entropy,
+    "expert_loss": ops.expert_loss,
+    "expert_kl": lambda logits, target, **options: ops.expert_kl(logits, target=target, **options),
     "balanced_softmax_loss": lambda logits, target, **options: ops.balanced_softmax_loss(
         logits, target, torch.ones(logits.shape[-1], device=logits.device), **options
     ),

@@ -22,6 +22,9 @@ def loss_tensors():
         "target": torch.tensor([0, 3, 1, 2, 2]),
         "class_counts": torch.tensor([40.0, 9.0, 3.0, 1.0]),
         "bias": torch.randn(K, C),
+        "second": torch.tensor([2, 2, 1, 3, 0]),
+        "share": torch.rand(B),
+        "of_rows": torch.rand(K, B),
     }
 
 
@@ -80,6 +83,15 @@ BALANCED = lambda t, **o: ops.balanced_softmax_loss(logits_of(t), t["target"], t
 CROSS = lambda t, **o: ops.expert_cross_entropy(  # noqa: E731
     logits_of(t), t["target"], bias=t["bias"].detach(), label_smoothing=0.1, **o
 )
+GENERAL = lambda t, **o: ops.expert_loss(  # noqa: E731
+    logits_of(t),
+    t["target"],
+    bias=t["bias"],
+    target_b=t["second"],
+    lam=t["share"],
+    kl=ops.ExpertKL(weight=t["of_rows"]),
+    **o,
+)
 CALLS = {  # function, its tensors, those of the arguments to try
     "dkt_loss": (DKT, loss_tensors, ("logits", "target")),
     "dkt_loss, sequence": (DKT, expert_tensors, ("logits0", "logits2", "target")),
@@ -87,6 +99,8 @@ CALLS = {  # function, its tensors, those of the arguments to try
     "balanced_softmax_loss, sequence": (BALANCED, expert_tensors, ("logits1",)),
     "expert_cross_entropy": (CROSS, loss_tensors, ("logits", "target", "bias")),
     "expert_cross_entropy, sequence": (CROSS, expert_tensors, ("logits0", "logits2", "bias")),
+    "expert_loss": (GENERAL, loss_tensors, ("logits", "target", "second", "bias", "share", "of_rows")),
+    "expert_loss, sequence": (GENERAL, expert_tensors, ("logits1",)),
     "dkf_pool": (lambda t, **o: ops.dkf_pool(t["deep"], t["shallow"], **o), map_tensors, ("deep", "shallow")),
     "dkf_bn_pool": (bn_pool(True), map_tensors, ("deep", "shallow", *NORM)),
     "dkf_bn_pool, eval": (bn_pool(False), map_tensors, ("deep", "shallow", *NORM)),
@@ -237,7 +251,7 @@ def tangents(function, tensors, name, **options):
         return forward_ad.unpack_dual(function(given, **options))
 
 
-FLOATING = [pytest.param(*p.values, id=p.id) for p in ARGUMENTS if p.values[1] != "target"]
+FLOATING = [pytest.param(*p.values, id=p.id) for p in ARGUMENTS if p.values[1] not in ("target", "second")]
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -316,6 +330,7 @@ def test_vmap_of_the_target_goes_to_the_reference():
 def test_modes_see_the_operators():
     for call, (function, make, _) in CALLS.items():
         op = "dkf_fused" if call.startswith("dkf") else "dkt_loss_fused" if "dkt" in call else "cross_entropy_fused"
+        op = "expert_loss_fused" if call.startswith("expert_loss") else op
         tensors = make()
         expected = function({k: v.clone() for k, v in tensors.items()}, backend="reference")
         for mode in (Watched(), Followed()):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from shike_fast import ops
+from shike_fast.ops._expert_call import OTHERS, ExpertOptions, ExpertTensors
 
 TARGET = torch.tensor([0, 6, 3, 2, 2])
 COUNTS = torch.tensor([90, 40, 12, 5, 2, 1, 0])
@@ -62,6 +63,20 @@ CALLS = {
     "dkt_loss of a sequence": (lambda z: ops.dkt_loss(z.unbind(0), TARGET, detach_teacher=True), logits),
     "expert_cross_entropy": (lambda z: ops.expert_cross_entropy(z, TARGET, label_smoothing=0.1), logits),
     "balanced_softmax_loss": (lambda z: ops.balanced_softmax_loss(z, TARGET, COUNTS), logits),
+    "expert_loss": (
+        lambda z: ops.expert_loss(
+            *(z, TARGET),
+            **{"bias": COUNTS.log1p(), "target_b": TARGET.flip(0), "lam": 0.3, "label_smoothing": 0.1},
+            kl=ops.ExpertKL("mean", temperature=2.0),
+            ensemble="mean",
+        ),
+        logits,
+    ),
+    "expert_loss of a sequence": (
+        lambda z: ops.expert_loss(z.unbind(0), TARGET, margin=COUNTS / 30, kl=ops.ExpertKL(gate="teacher_correct")),
+        logits,
+    ),
+    "expert_kl": (lambda z: ops.expert_kl(z, weight=TARGET / 6, eps=1e-9), logits),
     "expert_logits": (lambda x, w: ops.expert_logits(x, w, cosine_scale=30.0), factors),
     "dkf_pool": (ops.dkf_pool, maps),
     "dkf_bn_pool": (
@@ -88,6 +103,22 @@ def value_and_gradients(function, inputs):
     return value.detach(), *torch.autograd.grad(value.sum(), inputs)
 
 
+TENSORS_OF_TWO_LABELS = ExpertTensors(
+    TARGET,
+    target_b=TARGET.flip(0),
+    lam=torch.rand(5),
+    bias=torch.randn(3, 7),
+    margin=torch.rand(7),
+    class_weight=torch.rand(7),
+    sample_weight=torch.rand(3, 5),
+)
+EXPERT_CALLS = [  # of the composite and of the fused operators
+    (TENSORS_OF_TWO_LABELS, ExpertOptions(True, label_smoothing=0.1, reduction="weighted_mean", rows=True)),
+    (ExpertTensors(TARGET, scale=torch.rand(7)), ExpertOptions(True, reduction="none")),
+    (ExpertTensors(TARGET), ExpertOptions(True, teacher=OTHERS, gated=True, detach=False)),
+]
+
+
 OPCHECK = {
     "dkt_loss": [
         (logits, (TARGET, 10.0, 1.0, "mean", 0.0, -30.0, False)),
@@ -95,6 +126,8 @@ OPCHECK = {
     ],
     "expert_cross_entropy": [(logits, (TARGET, None, 0.0)), (logits, (TARGET, torch.randn(3, 7), 0.1))],
     "balanced_softmax_loss": [(logits, (TARGET, COUNTS))],
+    "expert_loss": [(logits, (None, *tensors, *options)) for tensors, options in EXPERT_CALLS[::2]],
+    "expert_kl": [(logits, (None, *[None] * len(ExpertTensors._fields), *ExpertOptions(False, teacher=OTHERS)))],
     "expert_logits": [(factors, (None, 30.0, "highest")), (factors, (torch.randn(3, 7), None, "high"))],
     "dkf_pool": [(maps, ())],
     "dkf_bn_pool": [
@@ -232,6 +265,8 @@ def test_fake_tensors():
             ops.dkt_loss(z, target),
             ops.expert_cross_entropy(z, target),
             ops.balanced_softmax_loss(z, target, counts),
+            ops.expert_loss(z, target, bias=counts, kl=ops.ExpertKL(weight=0.5)),
+            ops.expert_kl(z, "mean"),
         )
         pooled = (
             ops.dkf_pool(deep, shallow),
@@ -242,39 +277,46 @@ def test_fake_tensors():
 
 
 def fused_cases():
-    """Arguments of the fused ops and of their backward ops: one tensor and a sequence, with every optional tensor."""
-    dkt = (TARGET, None, 10.0, 1.0, 0.0, -30.0, False, "cpu")
-    dkt_with_factors = (TARGET, torch.tensor([2.0, 0.5], dtype=torch.float64), *dkt[2:])
-    cross_entropy = (TARGET, torch.randn(7), 0.1, "cpu")
-    for name, rest in (("dkt_loss", dkt), ("dkt_loss", dkt_with_factors), ("expert_cross_entropy", cross_entropy)):
+    """Arguments of the fused ops and of their backward ops: one tensor and a sequence, with every optional tensor.
+
+    The name, the experts, the tensors, and the rest.
+    """
+    dkt = (10.0, 1.0, 0.0, -30.0, False, "cpu")
+    factors = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    cases = [
+        ("dkt_loss", (TARGET, None), dkt),
+        ("dkt_loss", (TARGET, factors), dkt),
+        ("expert_cross_entropy", (TARGET, torch.randn(7)), (0.1, "cpu")),
+        *(("expert_loss", tuple(tensors), (*options, "cpu")) for tensors, options in EXPERT_CALLS),
+    ]
+    for name, tensors, rest in cases:
         for experts in (logits(), logits()[0].unbind(0)):
-            yield name, [expert.clone() for expert in experts], rest
+            yield name, [expert.clone() for expert in experts], tensors, rest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_of_the_fused_ops(dtype):
-    for name, experts, rest in fused_cases():
+    for name, experts, tensors, rest in fused_cases():
         experts = [expert.to(dtype).requires_grad_() for expert in experts]
         op = getattr(torch.ops.shike_fast, f"{name}_fused").default
-        results = torch.library.opcheck(op, (experts, *rest))
+        results = torch.library.opcheck(op, (experts, *tensors, *rest))
         assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
-        tensors = 2  # the target, and the factors or the bias
-        state = op(experts, *rest)[-1].detach()
+        loss, *_, state = (result.detach() for result in op(experts, *tensors, *rest))
         backward = getattr(torch.ops.shike_fast, f"{name}_fused_backward").default
         plain = [expert.detach() for expert in experts]
-        arguments = (torch.tensor(2.0), plain, *rest[:tensors], state, *rest[tensors:])
+        arguments = (torch.full_like(loss, 2.0), plain, *tensors, state, *rest)
         results = torch.library.opcheck(backward, arguments)
         assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
 def test_an_op_called_directly_differentiates():
-    for name, experts, rest in fused_cases():
+    for name, experts, tensors, rest in fused_cases():
         op = getattr(torch.ops.shike_fast, f"{name}_fused").default
         leaves = [expert.requires_grad_() for expert in experts]
-        loss, *others = op(leaves, *rest)
+        loss, *others = op(leaves, *tensors, *rest)
         assert loss.requires_grad and not any(other.requires_grad for other in others)
-        gradients = torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(loss.sum(), leaves)
         assert all(gradient.shape == leaf.shape for gradient, leaf in zip(gradients, leaves, strict=True))
         with torch.no_grad():
-            assert torch.equal(op(leaves, *rest)[0], loss)
+            assert torch.equal(op(leaves, *tensors, *rest)[0], loss)

@@ -13,7 +13,12 @@ from shike_fast._version import __version__
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = {"losses": "losses/cuda_launch.cu", "fusion": "fusion/cuda_launch.cu", "common": "common/device.cu"}
+SOURCES = {
+    "losses": "losses/cuda_launch.cu",
+    "experts": "losses/cuda_expert_launch.cu",
+    "fusion": "fusion/cuda_launch.cu",
+    "common": "common/device.cu",
+}
 # Without the CPU kernels: nobody calls them, and the functions that would are found only when they are called.
 # In two files, for the headers and templates of pybind11 take most of the time; the two bindings use the same names.
 HOST = (

@@ -12,10 +12,25 @@ def test_quick(interpreted):
     assert kernels <= set(result["ran"]), kernels - set(result["ran"])
 
 
+def test_quick_experts(interpreted):
+    """The generalised loss: a kernel for each number of experts up to four, with a divergence one for more."""
+    result = interpreted("expert_cases", "quick")
+    check(result)
+    kernels = {name for name in result["kernels"] if name.startswith("expert_")}
+    assert len(kernels) == 2 * (8 + 10) + 1  # forward and backward, without and with a divergence; end
+    assert kernels <= set(result["ran"]), kernels - set(result["ran"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", range(1, 9))
-def test_matrix(interpreted, experts):
-    check(interpreted("loss_cases", "matrix", experts=experts, seed=1))
+@pytest.mark.parametrize("cases", ["loss_cases", "expert_cases"])
+def test_matrix(interpreted, cases, experts):
+    check(interpreted(cases, "matrix", experts=experts, seed=1))
+
+
+@pytest.mark.slow
+def test_experts_in_rows_of_several_blocks(interpreted):
+    check(interpreted("expert_cases", "shared_rows", seed=3))
 
 
 @pytest.mark.slow

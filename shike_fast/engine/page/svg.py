@@ -48,12 +48,14 @@ def linear(low: float, high: float, label: str = "", *, count: int = 5) -> Axis:
 
 
 def logarithmic(low: float, high: float, label: str = "") -> Axis:
-    """An axis of positive numbers: over less than three decades 1, 2 and 5 of each are named, else the decades."""
+    """An axis of positive numbers that names decades, or where they are less than three 1, 2 and 5 of each, or more."""
     low, high = low / 1.1, high * 1.1
-    subs = (1, 2, 5) if high < 1000 * low else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [sub * 10.0**decade for decade in decades for sub in subs]
-    return Axis(low, high, [(tick, f"{tick:.6g}") for tick in ticks if low <= tick <= high], label, log=True)
+    for subs in ((1,), (1, 2, 5), range(1, 10)):
+        ticks = [sub * 10.0**decade for decade in decades for sub in subs if low <= sub * 10.0**decade <= high]
+        if len(ticks) > 2:
+            return Axis(low, high, [(tick, f"{tick:.6g}") for tick in ticks], label, log=True)
+    return Axis(low, high, linear(low, high).ticks, label, log=True)
 
 
 class Chart:
