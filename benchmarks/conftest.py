@@ -268,7 +268,7 @@ def side_by_side(benchmark, device, clock, request):
     In every round each contender, a callable, is called once for nothing (its data comes back to the caches) and then
     ``calls`` times, undisturbed: only the end waits for the device. The seconds of a call in each round go into
     ``extra_info["contenders"]``, with what else ``facts`` says of each contender. ``images`` is what a call handles,
-    for a column of images/s.
+    for a column of images/s. ``compact`` makes a table with a line a case.
     """
 
     def run(
@@ -278,6 +278,7 @@ def side_by_side(benchmark, device, clock, request):
         rounds: int,
         facts: dict[str, dict[str, Any]],
         images: int | None = None,
+        compact: bool = False,
     ) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
 
@@ -299,6 +300,8 @@ def side_by_side(benchmark, device, clock, request):
         )
         if images is not None:
             benchmark.extra_info["images"] = images
+        if compact:
+            benchmark.extra_info["compact"] = True
 
     return run
 

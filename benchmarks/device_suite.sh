@@ -9,6 +9,7 @@
 #     benchmarks  the benchmarks of the operators; Triton compiles there too
 #     training    the benchmarks of whole training steps, of the experts' last stages and of image loading; torch.compile
 #                 works there
+#     methods     losses and training steps of some methods against their published formulations; torch.compile too
 #
 # Each part builds first, which takes seconds when nothing changed. Every step runs, whatever became of the one before, for
 # as long as its limit and the part's eight minutes allow; summary.txt lists each with its exit status (124: out of time) and
@@ -20,7 +21,7 @@ results=$(mkdir -p "${1:-device-results}" && cd "${1:-device-results}" && pwd) |
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-python3}
 shift
-parts=${*:-trials timings tests sanitizer triton benchmarks training}
+parts=${*:-trials timings tests sanitizer triton benchmarks training methods}
 budget=470  # seconds of a part
 failed=0
 : >"$results/summary.txt"
@@ -45,8 +46,8 @@ build() {
 }
 
 benchmark() {
-    local name=$1 limit=$2
-    step "$name" "$limit" benchmarks.txt "$python" -m pytest "benchmarks/$name.py" --benchmark-only -q -k cuda \
+    local name=$1 limit=$2 cases=${3:-cuda}
+    step "$name" "$limit" benchmarks.txt "$python" -m pytest "benchmarks/$name.py" --benchmark-only -q -k "$cases" \
         --benchmark-json="$results/$name.json"
 }
 
@@ -64,13 +65,17 @@ for part in $parts; do
     benchmarks)
         for file in benchmarks/bench_*.py; do
             name=$(basename "$file" .py)
-            [[ $name =~ ^bench_(experts|train|loader|containers|decode)$ ]] || benchmark "$name" 240
+            [[ $name =~ ^bench_(experts|train|loader|containers|decode|method_loss|method_step)$ ]] || benchmark "$name" 240
         done
         ;;
     training)
         benchmark bench_experts 90
         benchmark bench_train 240
         benchmark bench_loader 60
+        ;;
+    methods)
+        benchmark bench_method_loss 240 "cuda and (ldam or balpoe or ride or sade or mdcs)"
+        benchmark bench_method_step 200 "cuda and (balpoe or ride)"
         ;;
     *)
         printf 'unknown part %s\n' "$part" | tee -a "$results/summary.txt"

@@ -30,7 +30,9 @@ PyTorch's allocations beyond the inputs.
 Tables with a column **times `…`** are timed in alternation, so other work on the machine hits all alike. **times** is
 the median over the rounds of the first contender's time over this one's. A training step includes loader and optimizer;
 its peer, `benchmarks/peer.py` (`published` in older runs), is the published way in eager PyTorch. Shares of phases come
-from steps that wait after each phase. `benchmarks/bench_experts.py` describes the ways to run the experts.
+from steps that wait after each phase. `benchmarks/bench_experts.py` describes the ways to run the experts. `loss of a
+method` and `step of a method` compare each method with its published formulation (`benchmarks/bench_method_loss.py`,
+`bench_method_step.py`).
 """
 
 
@@ -102,8 +104,11 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
         info = result["extra_info"]
         tables.setdefault((info["device"], info["op"]), {}).setdefault(info["case"], []).append(result)
     for (device, op), cases in sorted(tables.items()):
-        if "contenders" in next(iter(cases.values()))[0]["extra_info"]:
-            yield from _side_by_side(device, op, [row["extra_info"] for rows in cases.values() for row in rows])
+        infos = [row["extra_info"] for rows in cases.values() for row in rows]
+        if "compact" in infos[0]:
+            yield from _line_by_line(device, op, infos)
+        elif "contenders" in infos[0]:
+            yield from _side_by_side(device, op, infos)
         else:
             yield from _one_by_one(device, op, cases)
 
@@ -144,14 +149,13 @@ def _side_by_side(device: str, op: str, infos: list[dict[str, Any]]) -> Iterator
     for info in sorted(infos, key=lambda info: str(info["case"])):
         base = info["contenders"][first]["seconds"]
         for name, contender in info["contenders"].items():
-            ratios = [other / own for other, own in zip(base, contender["seconds"], strict=True)]
             seconds = statistics.median(contender["seconds"])
             cells = [
                 _case(info["case"]) if name == first else "",
                 name,
-                f"{1e3 * seconds:.1f}" if seconds >= 0.01 else f"{1e3 * seconds:.3f}",
+                _in_milliseconds(seconds),
                 *([f"{info['images'] / seconds:.1f}"] if with_images else []),
-                f"{statistics.median(ratios):.2f}",
+                f"{_ratio(base, contender['seconds']):.2f}",
                 *(f"{100 * contender['shares'][phase]:.1f}" for phase in phases),
                 *([f"{contender['peak_extra_bytes'] / 2**20:.0f}"] if with_memory else []),
             ]
@@ -161,6 +165,34 @@ def _side_by_side(device: str, op: str, infos: list[dict[str, Any]]) -> Iterator
     yield ""
     if workers:
         yield _wrapped(f"Worker processes: {'; '.join(workers)}; the others load in the training process.\n")
+
+
+def _line_by_line(device: str, op: str, infos: list[dict[str, Any]]) -> Iterator[str]:
+    """A table of many cases with the same contenders: a line a case, in the order in which they ran."""
+    names = list(infos[0]["contenders"])
+    columns = ["case", *(f"{name} (ms)" for name in names), *(f"{name}, times `{names[0]}`" for name in names[1:])]
+    yield f"### `{op}`, {device}\n"
+    yield from _head([*columns, *(f"{name} (MiB)" for name in names)])
+    for info in infos:
+        seconds = {name: contender["seconds"] for name, contender in info["contenders"].items()}
+        yield _line(
+            [
+                _case(info["case"]),
+                *(_in_milliseconds(statistics.median(seconds[name])) for name in names),
+                *(f"{_ratio(seconds[names[0]], seconds[name]):.2f}" for name in names[1:]),
+                *(f"{info['contenders'][name]['peak_extra_bytes'] / 2**20:.1f}" for name in names),
+            ]
+        )
+    yield ""
+
+
+def _ratio(base: list[float], own: list[float]) -> float:
+    """Median over the rounds of the base's time over this one's."""
+    return statistics.median(one / other for one, other in zip(base, own, strict=True))
+
+
+def _in_milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds >= 0.01 else f"{1e3 * seconds:.3f}"
 
 
 def _head(columns: list[str]) -> Iterator[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from run_queue import Row
 
 from shike_fast.data.shots import SHOTS
 
@@ -19,28 +20,16 @@ command without `--report` trains what is missing.
 
 Accuracies are percentages of the test images: all (top-1), and those of classes with more than 100 training images
 (many), 20 to 100 (medium) and fewer than 20 (few). **last** is after the last epoch, which is what methods should be
-compared by. **best** is the highest of any epoch, chosen on the test set as most published values are. Where several
-seeds ran, mean ± sample standard deviation.
+compared by. **best** is the highest of any epoch, chosen on the test set as most published values are. **subset** says
+which images of CIFAR a run learned from ([data.md](data.md#the-long-tail-subset)). Where several seeds ran, mean ±
+sample standard deviation.
 """
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: runs that differ in their seed alone.
-
-    Attributes:
-        name: in file names and on the command line.
-        dataset: a name of ``--dataset``.
-        options: of ``shike_fast.train``, besides data set and seed; none for its default.
-        published: accuracy (%) after the last epoch, by measure; empty where none was published.
-        source: where the published values stand.
-    """
-
-    name: str
-    dataset: str
-    options: tuple[str, ...]
-    published: dict[str, float]
-    source: str
+SHORT = """\
+Each method at its published recipe, but {epochs} epochs; stages, steps and switches keep their shares of the run. These
+runs **reproduce nothing**: the published values are of {published} epochs. Subset and augmentation are those of each
+method's recipe, so they do not compare the methods fairly either; `benchmarks/compare.py` trains methods alike.
+"""
 
 
 def picture_of(dataset: str) -> str:
@@ -53,53 +42,74 @@ def document(table: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
     lines = [INTRODUCTION]
     for dataset in dict.fromkeys(row.dataset for row in table):
         lines.append(f"## {dataset}\n")
-        lines += [*summary_table([row for row in table if row.dataset == dataset], results), ""]
-        if shike_and_ce(results, dataset) is not None:
+        rows = [row for row in table if row.dataset == dataset]
+        lines += _section([row for row in rows if row.schedule is None], results)
+        if shike_and_ce(table, results, dataset) is not None:
             lines.append(f"![Accuracy by training images, and curves]({picture_of(dataset)})\n")
-        lines += list(_runs([result for result in results if result["dataset"] == dataset]))
+        lines += _runs([row for row in rows if row.schedule is None], results)
+        for epochs, published in dict.fromkeys(row.schedule for row in rows if row.schedule is not None):
+            short = [row for row in rows if row.schedule == (epochs, published)]
+            lines.append(f"### Short schedule: {epochs} of {published} epochs\n")
+            lines.append(SHORT.format(epochs=epochs, published=published))
+            lines += [*_section(short, results), *_runs(short, results)]
     return "\n".join(lines)
 
 
+def _section(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[str]:
+    return [*summary_table(rows, results), ""]
+
+
 def summary_table(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Published against ours, a line each row."""
+    """Published against ours, a line each row; all rows have one schedule."""
+    schedule = rows[0].schedule
     columns = (
         "run",
-        "published",
-        "ours, last",
+        f"published, {schedule[1]} epochs" if schedule else "published",
+        f"ours, {schedule[0]} epochs, last" if schedule else "ours, last",
         "many / medium / few",
         "ours, best",
         "after stage 1",
+        "subset",
         "seeds",
         "source",
     )
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
     for row in rows:
-        own = [result for result in results if result["dataset"] == row.dataset and result["row"] == row.name]
+        own = results_of([row], results)
         published = f"{row.published['top1']:g}" if row.published else "–"
         if not own:
-            yield f"| `{row.name}` | {published} | not run to its end yet | | | | | {row.source} |"
+            yield f"| `{row.name}` | {published} | not run to its end yet | | | | | | {row.source} |"
             continue
-        shots = " / ".join(_spread([result["last"][shot] for result in own]) for shot in SHOTS)
+        subsets = dict.fromkeys(result["subset"] for result in own)
+        shots = " / ".join(spread([result["last"][shot] for result in own]) for shot in SHOTS)
         before = [result["stage1"]["top1"] for result in own if result["stage1"] is not None]
-        stage1 = _spread(before) if before else ""
+        stage1 = spread(before) if before else ""
         if before and "stage1" in row.published:
             stage1 += f" (published {row.published['stage1']:g})"
         cells = [
             f"`{row.name}`",
             published,
-            f"**{_spread([result['last']['top1'] for result in own])}**",
+            f"**{spread([result['last']['top1'] for result in own])}**",
             shots,
-            _spread([result["best"]["top1"] for result in own]),
+            spread([result["best"]["top1"] for result in own]),
             stage1,
+            ", ".join(subsets),
             ", ".join(str(result["seed"]) for result in own),
             row.source,
         ]
         yield f"| {' | '.join(cells)} |"
 
 
-def _runs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+def results_of(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The recorded runs of these rows, in the order in which they are recorded."""
+    names = {(row.dataset, row.name) for row in rows}
+    return [result for result in results if (result["dataset"], result["row"]) in names]
+
+
+def _runs(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Where each number comes from."""
+    results = results_of(rows, results)
     if not results:
         return
     yield "| run | seed | last | best (epoch) | hours | hardware | PyTorch | commit | finished | command |"
@@ -122,7 +132,8 @@ def _runs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield ""
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def spread(values: Sequence[float | None]) -> str:
+    """Mean ± sample standard deviation of what is known."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -130,13 +141,12 @@ def _spread(values: Sequence[float | None]) -> str:
     return f"{mean} ± {statistics.stdev(known):.2f}" if len(known) > 1 else mean
 
 
-def shike_and_ce(results: Sequence[dict[str, Any]], dataset: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The runs to draw side by side: seed 0 of either method at imbalance factor 100."""
-    chosen = {
-        result["method"]: result
-        for result in results
-        if (result["dataset"], result["imbalance_factor"], result["seed"]) == (dataset, 100, 0)
-    }
+def shike_and_ce(
+    table: Sequence[Row], results: Sequence[dict[str, Any]], dataset: str
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The runs to draw side by side: seed 0 of either method at imbalance factor 100, of full length."""
+    full = results_of([row for row in table if row.dataset == dataset and row.schedule is None], results)
+    chosen = {result["method"]: result for result in full if (result["imbalance_factor"], result["seed"]) == (100, 0)}
     return (chosen["shike"], chosen["ce"]) if chosen.keys() >= {"shike", "ce"} else None
 
 

@@ -72,6 +72,15 @@ def test_a_recorded_run(programs, tmp_path, report, monkeypatch):
     assert times == sorted(times) and rows[0][3] == "1.00"
 
 
+@pytest.mark.slow
+def test_a_quick_round_of_a_methods_loss(programs, tmp_path):
+    """Both contenders have the same value, also compiled; nothing is recorded."""
+    bench = ROOT / "benchmarks" / "bench_method_loss.py"
+    command = [sys.executable, "-m", "pytest", str(bench), "-k", "focal and 128", "--benchmark-disable", "-q"]
+    done = programs.run([*command, "-p", "no:cacheprovider", "-p", "no:cov"], cwd=tmp_path)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.fixture
 def bench_train(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its peer
@@ -154,6 +163,35 @@ def test_contenders_side_by_side(tmp_path, report, monkeypatch):
     )
     assert "| | shike_fast | 2.000 | 200.00 | 1 |" in table
     assert "Worker" not in table
+
+
+def test_methods_line_by_line(tmp_path, report, monkeypatch):
+    """Many cases with the same contenders have a line each."""
+
+    def info(case, *seconds):
+        names = ("peer", "peer, torch.compile", "shike_fast")
+        contenders = {
+            name: {"seconds": [s, 2 * s], "peak_extra_bytes": 2**20} for name, s in zip(names, seconds, strict=True)
+        }
+        facts = {"op": "loss of a method", "case": case, "device": "cpu", "threads": 2, "torch": "2", "compact": True}
+        return {"extra_info": facts | {"contenders": contenders}}
+
+    run = {
+        "machine_info": {"cpu": {"brand_raw": "a processor"}, "processor": "", "python_version": "3"},
+        "commit_info": {"id": "0123456789abcdef"},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [info("sade (3, 128, 100)", 0.004, 0.002, 0.001), info("la (3, 128, 100)", 0.04, 0.02, 0.005)],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    table = report.document().split("### `loss of a method`, cpu\n")[1]
+    assert table == (
+        "\n| case | peer (ms) | peer, torch.compile (ms) | shike_fast (ms) | peer, torch.compile, times `peer` "
+        "| shike_fast, times `peer` | peer (MiB) | peer, torch.compile (MiB) | shike_fast (MiB) |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+        "| sade (3, 128, 100) | 6.000 | 3.000 | 1.500 | 2.00 | 4.00 | 1.0 | 1.0 | 1.0 |\n"
+        "| la (3, 128, 100) | 60.0 | 30.0 | 7.500 | 2.00 | 8.00 | 1.0 | 1.0 | 1.0 |\n"
+    )
 
 
 def test_accuracies_of_two_paths(tmp_path, report, monkeypatch):
