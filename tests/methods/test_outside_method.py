@@ -90,7 +90,7 @@ def test_it_is_trained_evaluated_and_used(own, runs, capsys):
         assert again() == 2
         assert capsys.readouterr().err == (
             f"error: checkpoint {last} holds the method 'three-stages', which is not registered in this process; "
-            "add --plugin three_stages, as the run had; there are shike, ce\n"
+            f"add --plugin three_stages, as the run had; there are {', '.join(methods.list_methods())}\n"
         )
     assert "three_stages" not in sys.modules  # a checkpoint imports nothing
 
@@ -154,13 +154,14 @@ def test_its_flags(own, capsys):
     assert train([*PLUGIN, "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "--taus TAUS [TAUS ...]" in printed and "three-stages: experts with a logit adjustment each" in printed
+    known = methods.list_methods()
     for arguments, message in (
         (["--method", "three-stages", "--agreement", "-1"], "--agreement: must be a number of at least 0, got -1.0"),
         (["--method", "three-stages", "--decay", "1"], "--decay: must be in [0, 1), got 1.0"),
         (["--agreement", "1"], "--agreement: method 'shike' has no such setting, it belongs to 'three-stages'"),
         (["--method", "ce", "--scale", "1"], "--scale: method 'ce' has no such setting, it belongs to 'shike'"),
         (["--method", "three-stages", "--epochs", "3", "--polish-epochs", "3"], "--polish-epochs: must be at most"),
-        (["--method", "three-stage"], "--method: must be one of shike, ce, three-stages, got 'three-stage'"),
+        (["--method", "three-stage"], f"--method: must be one of {', '.join(known)}, got 'three-stage'"),
     ):
         assert train([*PLUGIN, *arguments, "--output-dir", str(own / "x")]) == 2
         error = capsys.readouterr().err
