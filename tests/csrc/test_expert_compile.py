@@ -5,6 +5,8 @@ import re
 import pytest
 from sass import Work, turn_of_loop
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {0: range(1, 5), 1: (1, 2, 3, 4, 8)}  # by whether there is a divergence: experts of a kernel
 NAMES = {
     "expert_end_kernel",
@@ -18,7 +20,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def compiled(request, compile_cuda):
     return compile_cuda("losses/cuda_expert_launch.cu", request.param)
 

@@ -12,6 +12,7 @@ def test_quick(interpreted):
     assert kernels <= set(result["ran"]), kernels - set(result["ran"])
 
 
+@pytest.mark.slow
 def test_quick_experts(interpreted):
     """The generalised loss: a kernel for each number of experts up to four, with a divergence one for more."""
     result = interpreted("expert_cases", "quick")
