@@ -1,8 +1,8 @@
 """The published accuracies, reproduced: ``python benchmarks/reproduce.py cifar100-lt --data-dir DATA --runs RUNS``.
 
 Every row of :data:`ROWS` with every seed is a run of ``python -m shike_fast.train`` at the recipe of its method and
-data set, in a directory below RUNS. A finished run is skipped, one that was stopped or killed goes on from its last
-checkpoint, so the same command again goes on with the queue, on this machine or on another one that has RUNS. Ctrl-C
+data set, in a directory below RUNS. A finished run is skipped, one that was stopped or killed resumes from its last
+checkpoint, so the same command again resumes the queue, on this machine or on another one that has RUNS. Ctrl-C
 and SIGTERM stop it at the next step. ``--rows short`` trains the short schedule, ``--rows balpoe-short`` one row.
 
 A finished run leaves ``benchmarks/results/accuracy/RUN.json``; ``docs/results.md`` and its picture are made of these

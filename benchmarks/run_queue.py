@@ -1,7 +1,7 @@
 """A queue of whole training runs, one after the other: what ``reproduce.py`` and ``compare.py`` share.
 
 Each run is ``python -m shike_fast.train`` in a directory below RUNS. A finished one is skipped, one that was stopped or
-killed goes on from its last checkpoint. Ctrl-C and SIGTERM stop the queue at the next step.
+killed resumes from its last checkpoint. Ctrl-C and SIGTERM stop the queue at the next step.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def train(queue: Sequence[Run], data_dir: str) -> int:
 def call(command: list[str]) -> int:
     """Run a command and pass SIGINT and SIGTERM on to it; returns its exit status as a shell reports it.
 
-    It has a session of its own: a terminal would send it Ctrl-C a second time, and it outlives a killed queue.
+    It has a separate session: a terminal would send it Ctrl-C a second time, and it outlives a killed queue.
     """
     with subprocess.Popen(command, start_new_session=True) as process:
         handlers = {

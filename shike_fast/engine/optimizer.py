@@ -40,7 +40,7 @@ def make_optimizer(
         nesterov: Nesterov's momentum.
         lr_factors: what :func:`set_lr` multiplies the learning rate of each parameter by; default 1. Parameters with
             the same one are a group of the optimizer.
-        changeable_lr: keep the learning rate on the device, where a recorded step reads it. Not with ``apex``.
+        changeable_lr: keep the learning rate on the device, where a captured step reads it. Not with ``apex``.
 
     Raises:
         ConfigError: if ``apex`` is not there, is not NVIDIA's, or cannot do what is asked.
@@ -128,7 +128,7 @@ def require_apex(device: torch.device) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameters, times their factor, in place where a recorded step reads it."""
+    """Set the learning rate of all parameters, times their factor, in place where a captured step reads it."""
     for group in optimizer.param_groups:
         of_group = lr * group[_FACTOR]
         if isinstance(group["lr"], Tensor):

@@ -63,7 +63,7 @@ def run_seeds(given: dict[str, Any]) -> int:
             for seed in left:
                 status = train_one(_of_one(given, series, seed), processes, more=seed != left[-1])
                 if status != 0:
-                    print("the same command with --resume goes on with the series of seeds", file=sys.stderr)
+                    print("the same command with --resume resumes the series of seeds", file=sys.stderr)
                     return status
                 _free()
             processes.broadcast_from_main(lambda: write_summary(series, console))

@@ -26,7 +26,7 @@ SMOOTHING = Stage(
 
 @register_method
 class LabelOverSmoothing(Decoupled):
-    """Label over-smoothing: after plain training the classifier goes on learning alone, with labels smoothed by s.
+    """Label over-smoothing: after plain training the classifier learns on alone, with labels smoothed by s.
 
         L = (1 - s) CE(z, y) + s mean_c(-log softmax(z)[c])
 

@@ -177,7 +177,7 @@ def test_a_method_s_network_is_made_of_the_average(runs, averaged, tmp_path):
     @methods.register_method
     class Own(Method):
         name = "own"
-        summary = "ce, tested by a network of its own"
+        summary = "ce, tested by a separate network"
         stages = (Stage("training"),)
         experts = 1
 

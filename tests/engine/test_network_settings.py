@@ -35,7 +35,7 @@ def network_of(config):
 
 @pytest.fixture
 def own(monkeypatch):
-    """A method with a network of its own, which its recipe for one data set changes."""
+    """A method with its network, which its recipe for one data set changes."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     @methods.register_method

@@ -119,7 +119,7 @@ def test_a_signal_stops_the_whole(series, runs, tmp_path, monkeypatch, capsys, s
         assert runs.train(*arguments) == 128 + signal.SIGTERM
     assert (tmp_path / "runs" / "seed-4").exists() == (steps > 12)
     assert not (tmp_path / "runs" / "summary.json").exists()
-    assert "the same command with --resume goes on with the series of seeds" in capsys.readouterr().err
+    assert "the same command with --resume resumes the series of seeds" in capsys.readouterr().err
     assert runs.train(*arguments, "--resume") == 0
     for seed in (3, 4):
         runs.assert_same_weights(series / f"seed-{seed}" / "last.pt", tmp_path / "runs" / f"seed-{seed}" / "last.pt")
