@@ -11,9 +11,9 @@ import torch
 
 from shike_fast import data, evaluate
 from shike_fast._util.cli import most_workers
-from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.gpu_decode import NoHardwareDecoderError
 from shike_fast.data.loaders import gpu as gpu_loader
+from shike_fast.data.loaders import photo
 from shike_fast.data.loaders import workers as _workers
 from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine.config import resolve
@@ -62,15 +62,15 @@ def test_a_run_goes_on_without_a_broken_image_and_says_so(image_dir, train, runs
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_signal_ends_a_run_that_waits_for_a_batch(train, runs, tmp_path, monkeypatch, capsys, part):
     """A file system that does not answer, for example."""
-    main, pixels = os.getpid(), ImageDataset.pixels
+    main, pixels = os.getpid(), photo.pixels_of_views
 
-    def hang(dataset, indices, *, seed, epoch):
-        if os.getpid() != main and dataset.training == (part == "train") and len(dataset) - 1 in indices:
+    def hang(views, indices, draws):
+        if os.getpid() != main and views[0].training == (part == "train") and len(views[0]) - 1 in indices:
             os.kill(main, signal.SIGTERM)
             time.sleep(3600)
-        return pixels(dataset, indices, seed=seed, epoch=epoch)
+        return pixels(views, indices, draws)
 
-    monkeypatch.setattr(ImageDataset, "pixels", hang)
+    monkeypatch.setattr(photo, "pixels_of_views", hang)
     monkeypatch.setattr(_workers, "_PATIENCE", 0.1)
     assert train(workers=2) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.startswith("stopped by SIGTERM; state saved in ")

@@ -163,7 +163,7 @@ def test_sigterm_ends_a_series_in_all_processes(torchrun, runs, tmp_path):
     os.kill(launched.workers()[1], signal.SIGTERM)
     status, _, errors = launched.finish()
     assert status != 0
-    assert errors.count("the same command with --resume goes on with the series of seeds") == 1, errors[-3000:]
+    assert errors.count("the same command with --resume resumes the series of seeds") == 1, errors[-3000:]
     assert not (tmp_path / "runs" / "seed-1").exists()
 
 
