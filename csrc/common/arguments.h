@@ -51,12 +51,17 @@ public:
     void* memory_or_null(int dims) const;  // null for None
 
     int size() const;  // of a list or tuple
+    Value of_size(int count) const {
+        check_size(count);
+        return *this;
+    }
+    Value element(int i) const { return Value(call_, name_, PySequence_Fast_GET_ITEM(object_, i), i); }  // unchecked
 
     // Calls read(index, element) for the elements of a list or tuple that must have `count` of them.
     template <class Read>
     void each(int count, const Read& read) const {
         check_size(count);
-        for (int i = 0; i < count; ++i) read(i, Value(call_, name_, PySequence_Fast_GET_ITEM(object_, i), i));
+        for (int i = 0; i < count; ++i) read(i, element(i));
     }
 
     // Throws a TypeError: "<function>: argument '<name>': <message>".

@@ -7,9 +7,11 @@
 
 namespace shike {
 
+inline int element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 // `tensors`: one [K, B, C], or K of [B, C].
 inline Experts experts_of(const Value& tensors, const Experts& shape) {
-    const int bytes = shape.dtype == DType::kFloat64 ? 8 : shape.dtype == DType::kFloat32 ? 4 : 2;
+    const int bytes = element_bytes(shape.dtype);
     Experts experts = shape;
     tensors.each(tensors.size() == 1 ? 1 : shape.count, [&](int k, const Value& tensor) {
         const Array given = tensor.array();
@@ -65,24 +67,6 @@ inline DktCall dkt_call(Arguments& in, bool saves) {
     return call;
 }
 
-inline CrossEntropyCall cross_entropy_call(Arguments& in, bool saves) {
-    CrossEntropyCall call{};
-    call.logits = logits_of(in);
-    call.target = target_of(in["target"]);
-    if (saves) call.saved = in["saved"].memory(2);
-    const Value bias = in["bias"];
-    if (!bias.is_none()) {
-        const Array given = bias.array();
-        if (given.dims != 1 && given.dims != 2) {
-            bias.refuse("expected 1 or 2 dimensions, got " + std::to_string(given.dims));
-        }
-        call.bias = given.data;
-        call.bias_stride = given.dims == 2 ? given.stride[0] : 0;
-    }
-    call.label_smoothing = in["label_smoothing"].number();
-    return call;
-}
-
 // ---- the generalised expert loss
 
 inline LabelsOfExperts labels_of(const Value& values) {
@@ -93,6 +77,19 @@ inline LabelsOfExperts labels_of(const Value& values) {
     return {static_cast<const std::int64_t*>(labels.data), each ? labels.stride[0] : 0, labels.stride[each ? 1 : 0]};
 }
 
+// A tensor [B, C], the same for every expert, or [K, B, C].
+inline Experts teacher_of(const Value& values, Experts shape, DType dtype) {
+    shape.dtype = dtype;
+    const Array given = values.array();
+    if (given.dims != 2 && given.dims != 3) values.refuse("expected 2 or 3 dimensions, got " + std::to_string(given.dims));
+    const int bytes = element_bytes(dtype), row = given.dims - 2;
+    const std::int64_t of_expert = given.dims == 3 ? given.stride[0] : 0;
+    for (int k = 0; k < shape.count; ++k) {
+        shape.expert[k] = {static_cast<char*>(given.data) + k * of_expert * bytes, given.stride[row], given.stride[row + 1]};
+    }
+    return shape;
+}
+
 // Contiguous numbers [N] or [K, N].
 inline OfExperts of_experts(const Value& values) {
     if (values.is_none()) return {};
@@ -101,62 +98,82 @@ inline OfExperts of_experts(const Value& values) {
     return {given.data, given.dims == 2 ? given.stride[0] : 0};
 }
 
+// The elements of `tensors` and `options`: ExpertTensors and ExpertOptions of shike_fast/ops/_expert_call.py, names as
+// the numbers of the enumerations. Tuples, because each argument costs a call time.
+enum class ExpertTensor : int {
+    kTarget, kTargetB, kLam, kBias, kScale, kMargin, kClassWeight, kSampleWeight, kExpertWeight, kClassMask, kTeacher,
+    kTemperature, kKlWeight, kGate, kCount
+};
+enum class ExpertOption : int {
+    kCrossEntropy, kLam, kScale, kLabelSmoothing, kReduction, kMasked, kTeacher, kTemperature, kKlWeight, kKlReduction,
+    kByStudent, kGated, kDetach, kAdjusted, kEps, kRows, kCount
+};
+
+struct ExpertTuples {
+    Value tensors, options;
+
+    explicit ExpertTuples(Arguments& in)
+        : tensors(in["tensors"].of_size(int(ExpertTensor::kCount))),
+          options(in["options"].of_size(int(ExpertOption::kCount))) {}
+    Value operator[](ExpertTensor which) const { return tensors.element(int(which)); }
+    Value operator[](ExpertOption which) const { return options.element(int(which)); }
+};
+
 // Without the weights of rows. `saves`: as above.
-inline ExpertCall expert_call(Arguments& in, bool saves) {
+inline ExpertCall expert_call(Arguments& in, const ExpertTuples& of, bool saves) {
+    using Of = ExpertTensor;
+    using Option = ExpertOption;
     ExpertCall call{};
     call.logits = logits_of(in);
-    call.target = labels_of(in["target"]);
-    call.target_b = labels_of(in["target_b"]);
-    call.lam = of_experts(in["lam"]);
-    call.bias = of_experts(in["bias"]);
-    call.scale = of_experts(in["scale"]);
-    call.margin = of_experts(in["margin"]);
-    const Value mask = in["class_mask"];
-    call.mask = static_cast<const std::uint8_t*>(mask.memory_or_null(2));
-    call.temperature = of_experts(in["temperature"]);
-    const Value teacher = in["teacher"];
-    call.cross_entropy = in["cross_entropy"].flag();
-    call.lam_number = in["lam_number"].number();
-    call.scale_number = in["scale_number"].number();
-    call.label_smoothing = in["label_smoothing"].number();
-    call.of_rows = in["of_rows"].flag();
-    call.masked = Masked(in["masked"].integer());
-    call.teacher = Teacher(in["teacher_kind"].integer());
-    if (!teacher.is_none()) {
-        Experts shape = call.logits;
-        shape.dtype = in["teacher_dtype"].dtype();
-        call.teacher_logits = experts_of(teacher, shape);
-    }
-    call.temperature_number = in["temperature_number"].number();
-    call.by_student = in["by_student"].flag();
-    call.gated = in["gated"].flag();
-    call.detach = in["detach"].flag();
-    call.adjusted = in["adjusted"].flag();
-    call.eps = in["eps"].number();
+    call.target = labels_of(of[Of::kTarget]);
+    call.target_b = labels_of(of[Of::kTargetB]);
+    call.lam = of_experts(of[Of::kLam]);
+    call.bias = of_experts(of[Of::kBias]);
+    call.scale = of_experts(of[Of::kScale]);
+    call.margin = of_experts(of[Of::kMargin]);
+    call.mask = static_cast<const std::uint8_t*>(of[Of::kClassMask].memory_or_null(2));
+    call.temperature = of_experts(of[Of::kTemperature]);
+    call.cross_entropy = of[Option::kCrossEntropy].flag();
+    call.lam_number = of[Option::kLam].number();
+    call.scale_number = of[Option::kScale].number();
+    call.label_smoothing = of[Option::kLabelSmoothing].number();
+    call.of_rows = Reduction(of[Option::kReduction].integer()) == Reduction::kNone;
+    call.masked = Masked(of[Option::kMasked].integer());
+    call.teacher = Teacher(of[Option::kTeacher].integer());
+    call.temperature_number = of[Option::kTemperature].number();
+    call.by_student = of[Option::kByStudent].flag();
+    call.gated = of[Option::kGated].flag();
+    call.detach = of[Option::kDetach].flag();
+    call.adjusted = of[Option::kAdjusted].flag();
+    call.eps = of[Option::kEps].number();
+    const DType dtype = in["teacher_dtype"].dtype();
+    const Value teacher = of[Of::kTeacher];
+    if (!teacher.is_none()) call.teacher_logits = teacher_of(teacher, call.logits, dtype);
     if (saves) call.saved = in["saved"].memory(3);
     call.weight_number = call.kl_number = 1;
     return call;
 }
 
-inline ExpertWeights expert_weights(Arguments& in, const ExpertCall& call) {
+inline ExpertWeights expert_weights(const ExpertTuples& of, const ExpertCall& call) {
     ExpertWeights weights{};
     weights.lam = call.lam;
     weights.lam_number = call.lam_number;
-    weights.class_weight = of_experts(in["class_weight"]);
-    weights.sample_weight = of_experts(in["sample_weight"]);
-    weights.expert_weight = of_experts(in["expert_weight"]);
-    weights.reduction = int(in["reduction"].integer());
-    weights.kl_weight = of_experts(in["kl_weight"]);
-    weights.gate = of_experts(in["gate"]);
-    weights.kl_weight_number = in["kl_factor"].number();
-    weights.kl_reduction = int(in["kl_reduction"].integer());
+    weights.class_weight = of_experts(of[ExpertTensor::kClassWeight]);
+    weights.sample_weight = of_experts(of[ExpertTensor::kSampleWeight]);
+    weights.expert_weight = of_experts(of[ExpertTensor::kExpertWeight]);
+    weights.reduction = int(of[ExpertOption::kReduction].integer());
+    weights.kl_weight = of_experts(of[ExpertTensor::kKlWeight]);
+    weights.gate = of_experts(of[ExpertTensor::kGate]);
+    weights.kl_weight_number = of[ExpertOption::kKlWeight].number();
+    weights.kl_reduction = int(of[ExpertOption::kKlReduction].integer());
     return weights;
 }
 
 // With the weights of rows, as the CUDA kernels take them.
 inline ExpertCall weighted_expert_call(Arguments& in) {
-    ExpertCall call = expert_call(in, true);
-    call.rows = in["wants_rows"].flag();
+    const ExpertTuples of(in);
+    ExpertCall call = expert_call(in, of, true);
+    call.rows = of[ExpertOption::kRows].flag();
     call.weight_a = of_experts(in["weight_a"]);
     call.weight_b = of_experts(in["weight_b"]);
     call.kl_weight = of_experts(in["kl_weight"]);

@@ -53,34 +53,15 @@ void define_for_the_cpu(pybind11::module_& module) {
         const int threads = threads_of(in);
         return [=] { cpu_dkt_both(call, loss, terms, gradient, threads); };
     });
-    define(module, "cpu_cross_entropy_both", "Fills loss and, for a grad_output of 1, gradient.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in, false);
-        void* loss = in["loss"].memory(0);
-        const Experts gradient = gradient_of(in, call.logits);
-        const int threads = threads_of(in);
-        return [=] { cpu_cross_entropy_both(call, loss, gradient, threads); };
-    });
-    define(module, "cpu_cross_entropy_forward", "Fills loss and saved.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in, true);
-        void* loss = in["loss"].memory(0);
-        const int threads = threads_of(in);
-        return [=] { cpu_cross_entropy_forward(call, loss, threads); };
-    });
-    define(module, "cpu_cross_entropy_backward", "Fills gradient.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in, true);
-        const Experts gradient = gradient_of(in, call.logits);
-        const void* grad_output = in["grad_output"].memory(0);
-        const int threads = threads_of(in);
-        return [=] { cpu_cross_entropy_backward(call, gradient, grad_output, threads); };
-    });
 }
 
 void* rows_of(Arguments& in) { return in["rows"].memory_or_null(3); }
 
 void define_experts_for_the_cpu(pybind11::module_& module) {
     define(module, "cpu_expert_forward", "Fills loss, terms, rows and saved.", [](Arguments& in) {
-        const ExpertCall call = expert_call(in, true);
-        const ExpertWeights weights = expert_weights(in, call);
+        const ExpertTuples of(in);
+        const ExpertCall call = expert_call(in, of, true);
+        const ExpertWeights weights = expert_weights(of, call);
         void* loss = in["loss"].memory(call.of_rows ? 2 : 0);
         float* terms = floats(in["terms"], 1);
         void* rows = rows_of(in);
@@ -88,15 +69,16 @@ void define_experts_for_the_cpu(pybind11::module_& module) {
         return [=] { cpu_expert_forward(call, weights, loss, terms, rows, threads); };
     });
     define(module, "cpu_expert_backward", "Fills gradient.", [](Arguments& in) {
-        const ExpertCall call = expert_call(in, true);
+        const ExpertCall call = expert_call(in, ExpertTuples(in), true);
         const Experts gradient = gradient_of(in, call.logits);
         const void* grad_output = in["grad_output"].memory(call.of_rows ? 2 : 0);
         const int threads = threads_of(in);
         return [=] { cpu_expert_backward(call, gradient, grad_output, threads); };
     });
     define(module, "cpu_expert_both", "Fills loss, terms, rows and, for a grad_output of 1, gradient.", [](Arguments& in) {
-        const ExpertCall call = expert_call(in, false);
-        const ExpertWeights weights = expert_weights(in, call);
+        const ExpertTuples of(in);
+        const ExpertCall call = expert_call(in, of, false);
+        const ExpertWeights weights = expert_weights(of, call);
         void* loss = in["loss"].memory(0);
         float* terms = floats(in["terms"], 1);
         void* rows = rows_of(in);
@@ -124,9 +106,6 @@ void define_for_cuda(pybind11::module_& module) {
     module.def("cuda_dkt_both_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, int device) {
         return cuda_dkt_both_workspace(logits_like(dtype, experts, batch, classes), device);
     });
-    module.def("cuda_cross_entropy_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes, bool biased, int device) {
-        return cuda_cross_entropy_workspace(logits_like(dtype, experts, batch, classes), biased, device);
-    });
     module.def("cuda_expert_workspace", [](int dtype, int experts, std::int64_t batch, std::int64_t classes,
                                            bool divergence, int device) {
         return cuda_expert_workspace(logits_like(dtype, experts, batch, classes), divergence, device);
@@ -141,7 +120,7 @@ void define_for_cuda(pybind11::module_& module) {
         return [=] { cuda_expert_forward(call, workspace, loss, terms, rows, queue); };
     });
     define(module, "cuda_expert_backward", "Fills gradient.", [](Arguments& in) {
-        const ExpertCall call = expert_call(in, true);
+        const ExpertCall call = expert_call(in, ExpertTuples(in), true);
         const Experts gradient = gradient_of(in, call.logits);
         const float* grad_output = floats(in["grad_output"], call.of_rows ? 2 : 0);
         const CudaQueue queue = queue_of(in);
@@ -174,20 +153,6 @@ void define_for_cuda(pybind11::module_& module) {
         float* workspace = floats(in["workspace"], 1);
         const CudaQueue queue = queue_of(in);
         return [=] { cuda_dkt_both(call, gradient, expected, kept, workspace, loss, terms, queue); };
-    });
-    define(module, "cuda_cross_entropy_forward", "Fills loss and saved.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in, true);
-        float* loss = floats(in["loss"], 0);
-        float* workspace = floats(in["workspace"], 1);
-        const CudaQueue queue = queue_of(in);
-        return [=] { cuda_cross_entropy_forward(call, workspace, loss, queue); };
-    });
-    define(module, "cuda_cross_entropy_backward", "Fills gradient.", [](Arguments& in) {
-        const CrossEntropyCall call = cross_entropy_call(in, true);
-        const Experts gradient = gradient_of(in, call.logits);
-        const float* grad_output = floats(in["grad_output"], 0);
-        const CudaQueue queue = queue_of(in);
-        return [=] { cuda_cross_entropy_backward(call, gradient, grad_output, queue); };
     });
 }
 

@@ -42,15 +42,6 @@ struct DktCall {
     void* saved;  // [B, 5 K + 4]: DktSaved (row_gradient.h) of each row
 };
 
-struct CrossEntropyCall {
-    Experts logits;
-    Targets target;
-    const void* bias;          // [C] or [K, C], contiguous, in the accumulation dtype; null: none
-    std::int64_t bias_stride;  // from expert to expert: 0 or C
-    double label_smoothing;
-    void* saved;  // [B, 2 K]: the K maxima, then the K inverse sums of exponentials
-};
-
 // ---- the generalised expert loss
 
 enum class Teacher : int { kNone, kOthers, kMean, kGiven, kView };

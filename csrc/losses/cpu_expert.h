@@ -38,6 +38,7 @@ struct ExpertPlan {
     bool apart;       // its logits are not those of the cross-entropy
     bool teacher;     // there is one beside the experts
     bool teacher_of_each;
+    bool row_logits;      // those of the cross-entropy are wanted
     bool floored;         // a divergence of cpu_expert_floored.h
     bool wants_correct;
     T inverse_temperature, temperature_scale;
@@ -53,6 +54,7 @@ struct ExpertPlan {
                           (call.teacher == Teacher::kGiven && differs_by_expert(call));
         floored = divergence && (call.eps > 0 || call.masked == Masked::kPartial);
         wants_correct = (call.rows || call.gated) && call.target.data != nullptr;
+        row_logits = call.cross_entropy || !apart || wants_correct;
         inverse_temperature = T(1 / call.temperature_number);
     }
 
@@ -147,9 +149,9 @@ SHIKE_SIMD void mask_tile(const std::uint8_t* mask, int count, Vector<T>* tile, 
 template <class T>
 SHIKE_SIMD void take_out(Vector<T>* tile, std::int64_t label, std::int64_t c, int count, T& value) {
     if (label < c || label >= c + count) return;
-    const int i = int(label - c) / kLanes<T>, lane = int(label - c) % kLanes<T>;
-    value = tile[i][lane];
-    tile[i][lane] = T(kAbsent);
+    const int at = int(label - c);
+    value = tile[at / kLanes<T>][at % kLanes<T>];
+    set_class<T>(tile, at, T(kAbsent));
 }
 
 // Whether the class with logit `own` is the answer: no other is larger, nor as large and lower. `others`: an array
@@ -194,8 +196,9 @@ void load_row_logits(const ExpertPlan<T>& plan, const Experts& from, int k, std:
 
 // An array of logits, the labels taken out; and its largest.
 template <class T, class Load>
-SHIKE_SIMD void make_logits(const ExpertPlan<T>& plan, Vector<T>* array, std::int64_t y, std::int64_t y_b, Softmax<T>& softmax,
-                            const Load& load) {
+SHIKE_SIMD Softmax<T> make_logits(const ExpertPlan<T>& plan, Vector<T>* array, std::int64_t y, std::int64_t y_b,
+                                  const Load& load) {
+    Softmax<T> softmax;
     Vector<T> largest = all<Vector<T>>(kFloor);
     for (std::int64_t c = 0; c < plan.classes; c += plan.kStep) {
         const int count = smaller(plan.classes - c, plan.kStep), n = (count + kLanes<T> - 1) / kLanes<T>;
@@ -210,13 +213,14 @@ SHIKE_SIMD void make_logits(const ExpertPlan<T>& plan, Vector<T>* array, std::in
         for (int i = 0; i < n; ++i) largest = larger(largest, tile[i]);
     }
     softmax.pivot = lane_maximum<T>(largest);
+    return softmax;
 }
 
-// Their exponentials, which may take their place.
+// Their exponentials, which may take their place; the sum.
 template <class T>
-void make_exponentials(const ExpertPlan<T>& plan, const Vector<T>* logits, Vector<T>* to, Softmax<T>& softmax) {
+T make_exponentials(const ExpertPlan<T>& plan, const Vector<T>* logits, Vector<T>* to, T pivot_of_row) {
     using V = Vector<T>;
-    const V pivot = V{} + softmax.pivot;
+    const V pivot = V{} + pivot_of_row;
     V sum{};
     const std::int64_t vectors = quotient_up(plan.classes, kLanes<T>);
     for (std::int64_t first = 0; first < vectors; first += kTile) {
@@ -229,7 +233,7 @@ void make_exponentials(const ExpertPlan<T>& plan, const Vector<T>* logits, Vecto
         }
         sum += part;
     }
-    softmax.sum = lane_sum<T>(sum);
+    return lane_sum<T>(sum);
 }
 
 // sum of x - pivot, without what is absent.
@@ -364,14 +368,13 @@ void make_teachers(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, std
                 mean_of_experts<T>(plan, arrays, lane, block, softmax);
             } else {
                 const Experts& from = call.teacher == Teacher::kView ? call.logits : call.teacher_logits;
-                make_logits<T>(plan, arrays.u(t), plan.target(t, b), plan.second(t, b), softmax,
-                               [&](std::int64_t c, int count, V* tile) {
+                softmax = make_logits<T>(plan, arrays.u(t), plan.target(t, b), plan.second(t, b), [&](std::int64_t c, int count, V* tile) {
                                    const std::int64_t sample = call.teacher == Teacher::kView ? row : b;
                                    load_row_logits<T>(plan, from, t, row, sample, c, count, call.adjusted, tile);
                                    cool<T>(plan, c, count, tile);
                                });
             }
-            make_exponentials<T>(plan, arrays.u(t), arrays.g(t), softmax);
+            softmax.sum = make_exponentials<T>(plan, arrays.u(t), arrays.g(t), softmax.pivot);
         }
         block.u_pivot[t][lane] = softmax.pivot;
         block.u_sum[t][lane] = softmax.sum;

@@ -1,63 +1,72 @@
-// The generalised expert loss on the CPU: the ends of a block's rows, their gradients, and the three passes over a
-// range of rows.
+// The generalised expert loss on the CPU: the ends of a block's rows, and the three passes over a range of rows.
 #pragma once
 
-#include "losses/cpu_expert.h"
-#include "losses/cpu_expert_floored.h"
+#include "losses/cpu_expert_gradient.h"
 
 namespace shike {
 namespace {
 
-// Fills the arrays of the experts [first_expert, first_expert + experts) of one sample, and its lane of the block.
+// Makes the logits of the experts [first_expert, first_expert + experts) of one sample, and its lane of the block.
 template <class T>
-void make_arrays(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, int first_expert, int experts,
-                 std::int64_t b, int lane, ExpertBlock<T>& block, FlooredRow<T>* floored) {
-    using V = Vector<T>;
+void make_logits_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, int first_expert, int experts,
+                        std::int64_t b, int lane, ExpertBlock<T>& block) {
     const ExpertCall& call = plan.call;
-    T pivot_of[kMaxExperts];
     for (int i = 0; i < experts; ++i) {
         const int k = first_expert + i;
         const std::int64_t y = plan.target(k, b), y_b = plan.second(k, b);
         Softmax<T> softmax;
         T linear = 0;
-        V* x = arrays.x(i);
-        if (call.cross_entropy || !plan.apart || plan.wants_correct) {
+        if (plan.row_logits) {
             const bool adjusted = call.cross_entropy || call.adjusted;
-            make_logits<T>(plan, x, y, y_b, softmax, [&](std::int64_t c, int count, V* tile) {
+            softmax = make_logits<T>(plan, arrays.x(i), y, y_b, [&](std::int64_t c, int count, Vector<T>* tile) {
                 load_row_logits<T>(plan, call.logits, k, b, b, c, count, adjusted, tile);
             });
             if (plan.wants_correct) {
-                block.correct[i][lane] =
-                    is_answer<T>(x, plan.classes, y, softmax.at[0], y_b, softmax.at[1]) ? T(1) : T(0);
+                const bool right = is_answer<T>(arrays.x(i), plan.classes, y, softmax.at[0], y_b, softmax.at[1]);
+                block.correct[i][lane] = right ? T(1) : T(0);
             }
-            if (call.label_smoothing != 0) linear = linear_sum<T>(plan, x, softmax.pivot);
-            make_exponentials<T>(plan, x, arrays.e(i), softmax);
+            if (call.label_smoothing != 0) linear = linear_sum<T>(plan, arrays.x(i), softmax.pivot);
         }
         block.sums[i].pivot[lane] = softmax.pivot;
-        block.sums[i].sum[lane] = softmax.sum;
         block.sums[i].linear[lane] = linear;
         for (int s = 0; s < 2; ++s) block.x_at[i][s][lane] = softmax.at[s];
         if (!plan.divergence) continue;
         if (plan.apart) {
-            softmax = Softmax<T>{};
-            make_logits<T>(plan, arrays.d(i), y, y_b, softmax, [&](std::int64_t c, int count, V* tile) {
+            softmax = make_logits<T>(plan, arrays.d(i), y, y_b, [&](std::int64_t c, int count, Vector<T>* tile) {
                 load_row_logits<T>(plan, call.logits, k, b, b, c, count, call.adjusted, tile);
                 cool<T>(plan, c, count, tile);
             });
-            make_exponentials<T>(plan, arrays.d(i), arrays.f(i), softmax);
         }
-        pivot_of[i] = softmax.pivot;
         block.d_pivot[i][lane] = softmax.pivot;
-        block.d_sum[i][lane] = softmax.sum;
         for (int s = 0; s < 2; ++s) block.d_at[i][s][lane] = capped(softmax.at[s]);
     }
-    if (!plan.divergence) return;
+}
+
+// Makes their exponentials. Apart from the logits, so that a processor works on the short rows of a block side by side.
+template <class T>
+void make_exponentials_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, int experts, int lane,
+                              ExpertBlock<T>& block) {
+    for (int i = 0; i < experts; ++i) {
+        T sum = 0;
+        if (plan.row_logits) sum = make_exponentials<T>(plan, arrays.x(i), arrays.e(i), block.sums[i].pivot[lane]);
+        block.sums[i].sum[lane] = sum;
+        if (plan.apart) sum = make_exponentials<T>(plan, arrays.d(i), arrays.f(i), block.d_pivot[i][lane]);
+        block.d_sum[i][lane] = sum;
+    }
+}
+
+// What the classes of a divergence add up to, from the exponentials of all experts.
+template <class T>
+void add_up_divergence(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, std::int64_t b, int lane,
+                       ExpertBlock<T>& block, FlooredRow<T>* floored) {
+    T pivot[kMaxExperts];
+    for (int k = 0; k < plan.experts(); ++k) pivot[k] = block.d_pivot[k][lane];
     if (plan.floored) {
         floored_sums<T>(plan, arrays, b, lane, block, floored);
-    } else if (call.teacher == Teacher::kOthers) {
-        cross_of_others<T>(plan, arrays, b, lane, pivot_of, block);
+    } else if (plan.call.teacher == Teacher::kOthers) {
+        cross_of_others<T>(plan, arrays, b, lane, pivot, block);
     } else {
-        make_teachers<T>(plan, arrays, b, lane, pivot_of, block);
+        make_teachers<T>(plan, arrays, b, lane, pivot, block);
     }
 }
 
@@ -100,23 +109,6 @@ void end_divergence(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, std:
         const SoftmaxEnd<V> teacher = end_softmax(block.u_pivot[t], block.u_sum[t], block.u_at[t][0], block.u_at[t][1]);
         ends[k] = end_teacher(teacher, softmax[k], block.cross[k], weight[k], present);
     }
-}
-
-// What the gradient needs of a floored row, in the places of what it does not.
-template <class T>
-ExpertSaved<T> with_floored(ExpertSaved<T> saved, const FlooredRow<T>& row) {
-    saved.kl_pivot = row.pivot;
-    saved.slope = row.scale;
-    saved.bend = row.log_sum;
-    saved.share = row.mean;
-    saved.out = row.pull;
-    saved.teacher_pivot = row.mass;
-    saved.spare = row.weight;
-    return saved;
-}
-template <class T>
-FlooredRow<T> floored_of(const ExpertSaved<T>& saved) {
-    return {saved.kl_pivot, saved.slope, saved.bend, {0, 0}, {0, 0}, saved.share, saved.teacher_pivot, saved.out, saved.spare};
 }
 
 // `floored`: [lane][kMaxExperts]
@@ -236,153 +228,49 @@ void end_block(const ExpertPlan<T>& plan, const ExpertBlock<T>& block, int first
     }
 }
 
-template <class T>
-void scale_gradient(const ExpertPlan<T>& plan, int k, std::int64_t c, int count, Vector<T>* tile) {
-    const int n = (count + kLanes<T> - 1) / kLanes<T>;
-    if (plan.call.scale.data != nullptr) {
-        Vector<T> scale[kTile];
-        load_of_classes<T>(plan.call.scale, k, c, count, scale, T(1));
-        for (int i = 0; i < n; ++i) tile[i] *= scale[i];
-    } else if (plan.call.scale_number != 1) {
-        for (int i = 0; i < n; ++i) tile[i] *= T(plan.call.scale_number);
-    }
-}
-
-// The gradient of one sample's row, from its arrays. `grad_output`: [experts].
-template <class T>
-void gradient_of_row(const ExpertPlan<T>& plan, const ExpertArrays<T>& arrays, int first_expert, int experts,
-                     std::int64_t b, const ExpertSaved<T>* saved, const T* grad_output, const Experts& gradient) {
-    using V = Vector<T>;
-    const ExpertCall& call = plan.call;
-    const bool others = call.teacher == Teacher::kOthers && !plan.floored, bends = others && !call.detach;
-    FlooredRow<T> floored[kMaxExperts];
-    T weight[kMaxExperts] = {};
-    T pivot[kMaxExperts] = {}, out[kMaxExperts] = {}, students = 0;
-    for (int i = 0; i < experts; ++i) {
-        if (plan.floored) {
-            floored[i] = floored_of(saved[i]);
-            weight[i] = floored[i].weight;
-        }
-        pivot[i] = saved[i].kl_pivot;
-        out[i] = saved[i].out;
-        students += out[i];
-    }
-    for (std::int64_t c = 0; c < plan.classes; c += plan.kStep) {
-        const int count = smaller(plan.classes - c, plan.kStep), n = (count + kLanes<T> - 1) / kLanes<T>;
-        const std::int64_t first = c / kLanes<T>;
-        V total[kTile], shares[kTile];
-        if (bends) weighted_logits<T>(plan, arrays, first, n, pivot, out, total);
-        if (others) {
-            for (int i = 0; i < n; ++i) shares[i] = V{};
-            for (int k = 0; k < experts; ++k) {
-                const V* f = arrays.f(k) + first;
-                const V share = V{} + saved[k].share * grad_output[k];
-                for (int i = 0; i < n; ++i) shares[i] += share * f[i];
-            }
-        }
-        V of_floored[kTile][kMaxExperts];
-        if (plan.floored) {
-            for (int i = 0; i < n; ++i) {
-                FlooredClass<V> classes;
-                floored_tile<T>(plan, arrays, floored, first + i, weight, classes);
-                const V in = counted<T>(plan, b, first + i);
-                for (int k = 0; k < experts; ++k) {
-                    of_floored[i][k] = floored_gradient<T, V>(plan, floored[k], classes, k, in, weight);
-                }
-            }
-        }
-        for (int at = 0; at < experts; ++at) {
-            const int k = first_expert + at;
-            const ExpertSaved<T>& row = saved[at];
-            const T g = grad_output[at];
-            V result[kTile], of_divergence[kTile];
-            if (call.cross_entropy) {
-                const V* e = arrays.e(at) + first;
-                const V p_scale = V{} + g * row.p_scale, everywhere = V{} + g * row.everywhere;
-                for (int i = 0; i < n; ++i) result[i] = p_scale * e[i] - everywhere;
-            } else {
-                for (int i = 0; i < n; ++i) result[i] = V{};
-            }
-            if (plan.divergence) {
-                const V *f = arrays.f(at) + first, *d = arrays.d(at) + first;
-                const V slope = V{} + g * row.slope, floor = all<V>(kAbsent), pivot_of = V{} + row.kl_pivot;
-                const V bend = V{} + g * row.bend, out_of = V{} + row.out;
-                if (plan.floored) {
-                    for (int i = 0; i < n; ++i) of_divergence[i] = g * of_floored[i][at];
-                } else if (others) {
-                    for (int i = 0; i < n; ++i) {
-                        V factor = slope;
-                        if (bends) factor += bend * (students * (larger(d[i], floor) - pivot_of) - total[i]);
-                        of_divergence[i] = f[i] * factor - out_of * shares[i];
-                    }
-                } else {
-                    const V* t = arrays.g(plan.teacher_of_each ? at : 0) + first;
-                    const bool taught = plan.teacher_row(b) >= 0;
-                    const V share = V{} + g * row.share;
-                    for (int i = 0; i < n; ++i) of_divergence[i] = taught ? slope * f[i] - share * t[i] : V{};
-                }
-                if (!plan.apart) {
-                    for (int i = 0; i < n; ++i) result[i] += of_divergence[i];
-                }
-            }
-            scale_gradient<T>(plan, k, c, count, result);
-            if (plan.divergence && plan.apart) {
-                cool<T>(plan, c, count, of_divergence);
-                if (call.adjusted) scale_gradient<T>(plan, k, c, count, of_divergence);
-                for (int i = 0; i < n; ++i) result[i] += of_divergence[i];
-            }
-            if (call.mask != nullptr && call.masked != Masked::kPartial) {
-                mask_tile<T>(call.mask + b * plan.classes + c, count, result, T(0));
-            }
-            const std::int64_t label[2] = {plan.target(k, b), plan.second(k, b)};
-            for (int s = 0; s < 2; ++s) {
-                const std::int64_t place = label[s] - c;
-                if (label[s] < c || place >= count) continue;
-                result[place / kLanes<T>][place % kLanes<T>] = g * row.at[s];
-            }
-            store_tile<T>(gradient.dtype, gradient.expert[k], b, c, count, result, 1);
-        }
-    }
-}
-
-// Room for the arrays of some rows, of one expert or all.
+// Room for the arrays of a block's rows, of one expert or all.
 template <class T>
 struct ExpertRoom {
     std::int64_t of_row;  // vectors
     int rows;
     std::unique_ptr<Vector<T>[]> memory;
 
-    ExpertRoom(const ExpertPlan<T>& plan, int experts, bool keep)
-        : of_row(ExpertArrays<T>::vectors(plan, experts)), rows(kLanes<T>) {
+    ExpertRoom(const ExpertPlan<T>& plan, int experts, int most) : of_row(ExpertArrays<T>::vectors(plan, experts)) {
         constexpr std::int64_t kRoom = 192 * 1024 / sizeof(Vector<T>);  // a part of a second-level cache
-        if (keep) rows = std::max(1, smaller(kRoom / of_row, rows));
-        memory.reset(new Vector<T>[std::size_t(of_row * (keep ? rows : 1))]);  // not initialised
+        rows = std::max(1, smaller(kRoom / of_row, most));
+        memory.reset(new Vector<T>[std::size_t(of_row * rows)]);  // not initialised
     }
+
+    ExpertArrays<T> arrays(const ExpertPlan<T>& plan, int row) const { return {plan, memory.get() + row * of_row}; }
 };
 
-// Calls end(first row, rows, first expert, experts, arrays of a row, saved) for blocks of rows that are ended.
+// Calls done(row, first expert, experts, arrays of the row, saved) for the rows of blocks that are ended.
 template <class T, class Done>
-void over_blocks(const ExpertPlan<T>& plan, std::int64_t first_row, std::int64_t last_row, bool keep,
+void over_blocks(const ExpertPlan<T>& plan, std::int64_t first_row, std::int64_t last_row,
                  const ExpertResults<T>& results, const Done& done) {
     const int together = plan.divergence ? plan.experts() : 1;
-    const ExpertRoom<T> room(plan, together, keep);
+    const ExpertRoom<T> room(plan, together, kLanes<T>);
     ExpertBlock<T> block;
     std::memset(static_cast<void*>(&block), 0, sizeof(block));
     ExpertSaved<T> saved[kLanes<T> * kMaxExperts];
     FlooredRow<T> floored[kLanes<T> * kMaxExperts];
-    const auto arrays_of = [&](int lane) {
-        return ExpertArrays<T>(plan, room.memory.get() + (keep ? lane * room.of_row : 0));
-    };
     for (std::int64_t first = first_row; first < last_row; first += room.rows) {
         const int rows = smaller(last_row - first, room.rows);
         std::fill(results.terms + 2 * first, results.terms + 2 * (first + rows), 0.0);
         for (int k = 0; k < plan.experts(); k += together) {
             for (int lane = 0; lane < rows; ++lane) {
-                make_arrays<T>(plan, arrays_of(lane), k, together, first + lane, lane, block, floored + lane * kMaxExperts);
+                make_logits_of_row<T>(plan, room.arrays(plan, lane), k, together, first + lane, lane, block);
+            }
+            for (int lane = 0; lane < rows; ++lane) {
+                make_exponentials_of_row<T>(plan, room.arrays(plan, lane), together, lane, block);
+            }
+            for (int lane = 0; lane < rows && plan.divergence; ++lane) {
+                FlooredRow<T>* of_row = floored + lane * kMaxExperts;
+                add_up_divergence<T>(plan, room.arrays(plan, lane), first + lane, lane, block, of_row);
             }
             end_block<T>(plan, block, k, together, first, rows, floored, results, saved);
             for (int lane = 0; lane < rows; ++lane) {
-                done(first + lane, k, together, arrays_of(lane), saved + lane * together);
+                done(first + lane, k, together, room.arrays(plan, lane), saved + lane * together);
             }
         }
     }
@@ -393,7 +281,7 @@ void expert_forward(const ExpertCall& call, const ExpertOutputs& outputs, std::i
     const ExpertPlan<T> plan(call);
     const int experts = plan.experts();
     const ExpertResults<T> results{outputs.terms, static_cast<T*>(outputs.loss), static_cast<T*>(outputs.rows)};
-    over_blocks<T>(plan, first, last, false, results,
+    over_blocks<T>(plan, first, last, results,
                    [&](std::int64_t b, int k, int count, const ExpertArrays<T>&, const ExpertSaved<T>* saved) {
                        std::memcpy(static_cast<T*>(call.saved) + (b * experts + k) * kExpertSaved, saved,
                                    std::size_t(count) * sizeof(ExpertSaved<T>));
@@ -406,8 +294,8 @@ void expert_backward(const ExpertCall& call, const Experts& gradient, const void
                      std::int64_t last) {
     const ExpertPlan<T> plan(call);
     const int experts = plan.experts(), together = plan.divergence ? experts : 1;
-    const ExpertRoom<T> room(plan, together, false);
-    const ExpertArrays<T> arrays(plan, room.memory.get());
+    const ExpertRoom<T> room(plan, together, 1);
+    const ExpertArrays<T> arrays = room.arrays(plan, 0);
     ExpertBlock<T> block;
     FlooredRow<T> floored[kMaxExperts];
     const T* grad = static_cast<const T*>(grad_output);
@@ -415,10 +303,16 @@ void expert_backward(const ExpertCall& call, const Experts& gradient, const void
         for (int k = 0; k < experts; k += together) {
             T of_experts[kMaxExperts];
             for (int i = 0; i < together; ++i) of_experts[i] = grad[call.of_rows ? (k + i) * call.logits.batch + b : 0];
-            make_arrays<T>(plan, arrays, k, together, b, 0, block, floored);
             const auto* saved = reinterpret_cast<const ExpertSaved<T>*>(static_cast<const T*>(call.saved) +
                                                                         (b * experts + k) * kExpertSaved);
-            gradient_of_row<T>(plan, arrays, k, together, b, saved, of_experts, gradient);
+            if (!plan.divergence) {
+                gradient_of_plain_row<T>(plan, k, b, saved[0], of_experts[0], nullptr, gradient);
+                continue;
+            }
+            make_logits_of_row<T>(plan, arrays, 0, experts, b, 0, block);
+            make_exponentials_of_row<T>(plan, arrays, experts, 0, block);
+            add_up_divergence<T>(plan, arrays, b, 0, block, floored);
+            gradient_of_row<T>(plan, arrays, b, saved, of_experts, gradient);
         }
     }
 }
@@ -431,9 +325,13 @@ void expert_both(const ExpertCall& call, const Experts& gradient, const ExpertOu
     const ExpertResults<T> results{outputs.terms, static_cast<T*>(outputs.loss), static_cast<T*>(outputs.rows)};
     T ones[kMaxExperts];
     std::fill(ones, ones + kMaxExperts, T(1));
-    over_blocks<T>(plan, first, last, true, results,
-                   [&](std::int64_t b, int k, int count, const ExpertArrays<T>& arrays, const ExpertSaved<T>* saved) {
-                       gradient_of_row<T>(plan, arrays, k, count, b, saved, ones, gradient);
+    over_blocks<T>(plan, first, last, results,
+                   [&](std::int64_t b, int k, int, const ExpertArrays<T>& arrays, const ExpertSaved<T>* saved) {
+                       if (plan.divergence) {
+                           gradient_of_row<T>(plan, arrays, b, saved, ones, gradient);
+                       } else {
+                           gradient_of_plain_row<T>(plan, k, b, saved[0], T(1), arrays.e(0), gradient);
+                       }
                    });
 }
 

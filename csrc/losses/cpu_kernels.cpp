@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "common/cpu_level.h"
-#include "losses/cpu_cross_entropy.h"
 #include "losses/cpu_dkt.h"
 #include "losses/cpu_expert_rows.h"
 
@@ -48,9 +47,8 @@ void dkt_both(const DktCall& call, const Experts& gradient, double* terms, std::
 }
 
 template <class T>
-constexpr LossKernels kKernels{dkt_forward<T>,           dkt_backward<T>,           dkt_both<T>,
-                               cross_entropy_forward<T>, cross_entropy_backward<T>, cross_entropy_both<T>,
-                               expert_forward<T>,        expert_backward<T>,        expert_both<T>};
+constexpr LossKernels kKernels{dkt_forward<T>,    dkt_backward<T>,    dkt_both<T>,
+                               expert_forward<T>, expert_backward<T>, expert_both<T>};
 
 }  // namespace
 

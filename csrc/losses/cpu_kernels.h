@@ -13,18 +13,12 @@ struct ExpertOutputs {
 };
 
 // Row ranges of a call: threads take one each. `terms` is [B, 3] for dkt (cross-entropy, hardest, mutual, without
-// weights) and [B] for cross-entropy, in double. `grad_output` is the gradient of the loss; `both` takes it to be 1 and
-// saves nothing.
+// weights), in double. `grad_output` is the gradient of the loss; `both` takes it to be 1 and saves nothing.
 struct LossKernels {
     void (*dkt_forward)(const DktCall&, double* terms, std::int64_t first, std::int64_t last);
     void (*dkt_backward)(const DktCall&, const Experts& gradient, double grad_output, std::int64_t first,
                          std::int64_t last);
     void (*dkt_both)(const DktCall&, const Experts& gradient, double* terms, std::int64_t first, std::int64_t last);
-    void (*cross_entropy_forward)(const CrossEntropyCall&, double* terms, std::int64_t first, std::int64_t last);
-    void (*cross_entropy_backward)(const CrossEntropyCall&, const Experts& gradient, double grad_output,
-                                   std::int64_t first, std::int64_t last);
-    void (*cross_entropy_both)(const CrossEntropyCall&, const Experts& gradient, double* terms, std::int64_t first,
-                               std::int64_t last);
     void (*expert_forward)(const ExpertCall&, const ExpertOutputs&, std::int64_t first, std::int64_t last);
     void (*expert_backward)(const ExpertCall&, const Experts& gradient, const void* grad_output, std::int64_t first,
                             std::int64_t last);

@@ -50,12 +50,6 @@ void store_dkt_loss(const DktCall& call, const std::vector<double>& row_terms, v
     store(call.logits.dtype, loss, total);
 }
 
-void store_cross_entropy(const CrossEntropyCall& call, const std::vector<double>& row_terms, void* loss) {
-    double sum = 0;
-    for (const double term : row_terms) sum += term;
-    store(call.logits.dtype, loss, sum / double(std::max<std::int64_t>(call.logits.batch, 1)));
-}
-
 // Calls run(outputs) for a call that has its weights, and adds the terms of its rows up, in their order.
 template <class Run>
 void with_weights(ExpertCall call, const ExpertWeights& weights, void* loss, float* terms, void* rows, const Run& run) {
@@ -100,30 +94,6 @@ void cpu_dkt_both(const DktCall& call, void* loss, float* terms, const Experts& 
         kernels_of(call.logits).dkt_both(call, gradient, row_terms.data(), first, last);
     });
     store_dkt_loss(call, row_terms, loss, terms);
-}
-
-void cpu_cross_entropy_forward(const CrossEntropyCall& call, void* loss, int threads) {
-    std::vector<double> row_terms(std::size_t(call.logits.batch));
-    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        kernels_of(call.logits).cross_entropy_forward(call, row_terms.data(), first, last);
-    });
-    store_cross_entropy(call, row_terms, loss);
-}
-
-void cpu_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const void* grad_output,
-                                int threads) {
-    const double factor = value_at(call.logits.dtype, grad_output);
-    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        kernels_of(call.logits).cross_entropy_backward(call, gradient, factor, first, last);
-    });
-}
-
-void cpu_cross_entropy_both(const CrossEntropyCall& call, void* loss, const Experts& gradient, int threads) {
-    std::vector<double> row_terms(std::size_t(call.logits.batch));
-    over_rows(call.logits, threads, [&](std::int64_t first, std::int64_t last) {
-        kernels_of(call.logits).cross_entropy_both(call, gradient, row_terms.data(), first, last);
-    });
-    store_cross_entropy(call, row_terms, loss);
 }
 
 void cpu_expert_forward(ExpertCall call, const ExpertWeights& weights, void* loss, float* terms, void* rows, int threads) {

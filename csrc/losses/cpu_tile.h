@@ -13,6 +13,16 @@ namespace {
 
 constexpr int kTile = 16;  // vectors of an expert in a tile: 8 experts of them fill a quarter of a 32 KiB cache at most
 
+// Asks for the memory that a tile `kAhead` bytes further on lies in: a core alone looks too little ahead where it
+// computes this much between its accesses. Rows follow each other, and addresses behind the last one do no harm.
+template <class S>
+SHIKE_SIMD void prefetch_ahead(const Matrix& of, std::int64_t row, std::int64_t first, int count) {
+    constexpr int kAhead = 8192, kLine = 64;
+    if (of.class_stride != 1) return;
+    const char* tile = reinterpret_cast<const char*>(static_cast<const S*>(of.data) + row * of.row_stride + first);
+    for (int i = 0; i < count * int(sizeof(S)); i += kLine) __builtin_prefetch(tile + kAhead + i);
+}
+
 // Whole vectors of `count` <= kTile * kLanes classes, from `first` on, into tile[0], tile[step], ...; padding is
 // `absent`.
 template <class T, class S>
@@ -43,6 +53,7 @@ template <class T>
 void load_tile(DType dtype, const Matrix& from, std::int64_t row, std::int64_t first, int count, Vector<T>* tile,
                int step, T absent) {
     with_stored_type<T>(dtype, [&](auto stored) {
+        prefetch_ahead<decltype(stored)>(from, row, first, count);
         load_as<T, decltype(stored)>(from, row, first, count, tile, step, absent);
     });
 }
@@ -51,6 +62,7 @@ template <class T>
 void store_tile(DType dtype, const Matrix& to, std::int64_t row, std::int64_t first, int count, const Vector<T>* tile,
                 int step) {
     with_stored_type<T>(dtype, [&](auto stored) {
+        prefetch_ahead<decltype(stored)>(to, row, first, count);
         store_as<T, decltype(stored)>(to, row, first, count, tile, step);
     });
 }
@@ -113,6 +125,13 @@ SHIKE_SIMD Vector<T> lane_numbers() {
     Vector<T> result{};
     for (int i = 0; i < kLanes<T>; ++i) result[i] = T(i);
     return result;
+}
+
+// A class of a tile gets another number; by the vector, because one lane alone written stalls the next reading.
+template <class T>
+SHIKE_SIMD void set_class(Vector<T>* tile, int at, T value) {
+    Vector<T>& of = tile[at / kLanes<T>];
+    of = lane_numbers<T>() == T(at % kLanes<T>) ? Vector<T>{} + value : of;
 }
 
 }  // namespace

@@ -58,16 +58,6 @@ struct DktArguments : DktCall {
     BlockPlan plan;
 };
 
-struct CrossEntropyArguments {
-    Experts logits;
-    Targets target;
-    const float* bias;
-    std::int64_t bias_stride;
-    float smoothing;
-    float* saved;  // [B, 2 K]
-    BlockPlan plan;
-};
-
 // An ExpertCall as the kernels take it.
 struct ExpertArguments : ExpertCall {
     BlockPlan plan;

@@ -1,5 +1,4 @@
-// The launches of dkt_loss and expert_cross_entropy.
-#include "losses/cuda_cross_entropy.h"
+// The launches of dkt_loss.
 #include "losses/cuda_dkt.h"
 #include "losses/cuda_launch.h"
 #include "losses/launch.h"
@@ -31,22 +30,7 @@ ResidentPlan resident_plan(const Experts& logits, int device) {
 
 Workspace both_workspace(std::int64_t batch) { return Workspace(3 * batch * 4, 3, batch); }
 
-BlockPlan cross_entropy_plan(const Experts& logits, bool biased, int device, bool reducing) {
-    const int chunk = cross_entropy_chunk(four_bytes(logits.dtype), biased);
-    return plan_blocks(chunk, logits.count * logits.batch, logits.classes, processors_of(device), reducing);
-}
-
-Workspace cross_entropy_workspace(const Experts& logits, const BlockPlan& plan) {
-    const std::int64_t parts = logits.count * logits.batch * plan.splits;
-    return Workspace(parts * std::int64_t(sizeof(CrossEntropyPart)), 1, logits.batch);
-}
-
 DktArguments arguments_of(const DktCall& call, const BlockPlan& plan) { return {call, options_of<float>(call), plan}; }
-
-CrossEntropyArguments arguments_of(const CrossEntropyCall& call, const BlockPlan& plan) {
-    return {call.logits, call.target, static_cast<const float*>(call.bias), call.bias_stride,
-            float(call.label_smoothing), static_cast<float*>(call.saved), plan};
-}
 
 template <int K>
 void end_dkt(const DktCall& call, const BlockPlan& plan, const Workspace& workspace, float* memory, float* kept,
@@ -67,10 +51,6 @@ std::size_t cuda_dkt_workspace(const Experts& logits, int device) {
 
 std::size_t cuda_dkt_both_workspace(const Experts& logits, int device) {
     return resident_plan(logits, device).bytes > 0 ? both_workspace(logits.batch).floats() : 0;
-}
-
-std::size_t cuda_cross_entropy_workspace(const Experts& logits, bool biased, int device) {
-    return cross_entropy_workspace(logits, cross_entropy_plan(logits, biased, device, true)).floats();
 }
 
 void cuda_dkt_forward(const DktCall& call, float* memory, float* loss, float* terms, const CudaQueue& queue) {
@@ -136,48 +116,6 @@ void cuda_dkt_both(const DktCall& call, const Experts& gradient, const float* ex
         check_launch("dkt_loss forward and backward", logits, blocks, plan.blocks.threads());
         end_dkt<K>(call, plan.blocks, workspace, memory, kept, loss, terms, stream);
     });
-}
-
-void cuda_cross_entropy_forward(const CrossEntropyCall& call, float* memory, float* loss, const CudaQueue& queue) {
-    const Experts& logits = call.logits;
-    check_call("expert_cross_entropy", logits);
-    const CurrentDevice current(queue.device);
-    const auto stream = static_cast<cudaStream_t>(queue.stream);
-    const BlockPlan plan = cross_entropy_plan(logits, call.bias != nullptr, queue.device, true);
-    const Workspace workspace = cross_entropy_workspace(logits, plan);
-    auto* parts = reinterpret_cast<CrossEntropyPart*>(memory);
-    const std::int64_t blocks = plan.blocks(logits.count * logits.batch);
-    with_flag(four_bytes(logits.dtype), [&](auto wide) {
-        with_flag(call.bias != nullptr, [&](auto biased) {
-            with_flag(call.label_smoothing != 0, [&](auto smoothing) {
-                cross_entropy_forward_kernel<decltype(wide)::value, decltype(biased)::value, decltype(smoothing)::value>
-                    <<<unsigned(blocks), plan.threads(), 0, stream>>>(arguments_of(call, plan), parts,
-                                                                      workspace.ticket_in(memory));
-            });
-        });
-    });
-    check_launch("expert_cross_entropy forward", logits, blocks, plan.threads());
-    const std::int64_t blocks_of_end = Workspace::blocks_of_end(logits.batch);
-    cross_entropy_end_kernel<<<unsigned(blocks_of_end), kWarp, 0, stream>>>(
-        arguments_of(call, plan), parts, workspace.sums_in(memory), workspace.ticket_in(memory), loss);
-    check_launch("expert_cross_entropy, ends of rows", logits, blocks_of_end, kWarp);
-}
-
-void cuda_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const float* grad_output,
-                                 const CudaQueue& queue) {
-    const Experts& logits = call.logits;
-    check_call("expert_cross_entropy", logits);
-    const CurrentDevice current(queue.device);
-    const BlockPlan plan = cross_entropy_plan(logits, call.bias != nullptr, queue.device, false);
-    const std::int64_t blocks = plan.blocks(logits.count * logits.batch);
-    const auto stream = static_cast<cudaStream_t>(queue.stream);
-    with_flag(four_bytes(logits.dtype), [&](auto wide) {
-        with_flag(call.bias != nullptr, [&](auto biased) {
-            cross_entropy_backward_kernel<decltype(wide)::value, decltype(biased)::value>
-                <<<unsigned(blocks), plan.threads(), 0, stream>>>(arguments_of(call, plan), gradient, grad_output);
-        });
-    });
-    check_launch("expert_cross_entropy backward", logits, blocks, plan.threads());
 }
 
 }  // namespace shike

@@ -60,34 +60,6 @@ SHIKE_DEVICE void merge_lanes(DktStream<K, kFloat>& stream, int lanes) {
     stream.chunk = chunk;
 }
 
-SHIKE_DEVICE void move_pivot(SoftmaxState<float>& state, float next) {
-    state.sum *= exponential(state.pivot - next);
-    state.linear += state.count * (state.pivot - next);
-    state.pivot = next;
-}
-
-// Adds another part of a row.
-SHIKE_DEVICE void merge(SoftmaxState<float>& state, SoftmaxState<float> other) {
-    const float next = larger(state.pivot, other.pivot);
-    move_pivot(state, next);
-    move_pivot(other, next);
-    state.sum += other.sum;
-    state.linear += other.linear;
-    state.count += other.count;
-}
-
-SHIKE_DEVICE void merge_lanes(SoftmaxState<float>& state, int lanes) {
-    float pivot = state.pivot;
-#pragma unroll 1
-    for (int mask = lanes / 2; mask > 0; mask /= 2) pivot = larger(pivot, exchanged(pivot, mask));
-    move_pivot(state, pivot);
-    float sums[3] = {state.sum, state.linear, state.count};
-    add_lanes(sums, lanes);
-    state.sum = sums[0];
-    state.linear = sums[1];
-    state.count = sums[2];
-}
-
 // The streams of a block's threads that serve one row become one, which its first warp then holds in every lane (every
 // lane of the group, where that is smaller). False in the other warps.
 template <class Stream>

@@ -15,11 +15,6 @@ namespace shike {
 void cpu_dkt_forward(const DktCall& call, void* loss, float* terms, int threads);
 void cpu_dkt_backward(const DktCall& call, const Experts& gradient, const void* grad_output, int threads);
 void cpu_dkt_both(const DktCall& call, void* loss, float* terms, const Experts& gradient, int threads);
-void cpu_cross_entropy_forward(const CrossEntropyCall& call, void* loss, int threads);
-void cpu_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const void* grad_output,
-                                int threads);
-void cpu_cross_entropy_both(const CrossEntropyCall& call, void* loss, const Experts& gradient, int threads);
-
 
 // What the weights of the rows of a generalised loss are made of, on the CPU; see shike_fast/ops/_expert_call.py.
 struct ExpertWeights {
@@ -49,13 +44,10 @@ void cpu_expert_both(ExpertCall call, const ExpertWeights& weights, void* loss, 
 // cannot run, because rows do not fit into shared memory.
 std::size_t cuda_dkt_workspace(const Experts& logits, int device);
 std::size_t cuda_dkt_both_workspace(const Experts& logits, int device);
-std::size_t cuda_cross_entropy_workspace(const Experts& logits, bool biased, int device);
-
 std::size_t cuda_expert_workspace(const Experts& logits, bool divergence, int device);
 
 // Call them with batch >= 1 only.
 void cuda_dkt_forward(const DktCall& call, float* workspace, float* loss, float* terms, const CudaQueue& queue);
-void cuda_cross_entropy_forward(const CrossEntropyCall& call, float* workspace, float* loss, const CudaQueue& queue);
 // Forward and backward from one reading of the logits, for a grad_output of `expected`; kept: float [B], for the
 // backward. `expected` lies on the device, and the backward writes there what it was given.
 void cuda_dkt_both(const DktCall& call, const Experts& gradient, const float* expected, float* kept, float* workspace,
@@ -65,8 +57,6 @@ void cuda_dkt_both(const DktCall& call, const Experts& gradient, const float* ex
 // this grad_output.
 void cuda_dkt_backward(const DktCall& call, const Experts& gradient, const float* grad_output, const float* kept,
                        float* expected, const CudaQueue& queue);
-void cuda_cross_entropy_backward(const CrossEntropyCall& call, const Experts& gradient, const float* grad_output,
-                                 const CudaQueue& queue);
 
 // loss: [] or [K, B]; terms: [2]; rows: [4, K, B] or null. `grad_output` has the shape of the loss.
 void cuda_expert_forward(const ExpertCall& call, float* workspace, float* loss, float* terms, float* rows,

@@ -218,15 +218,5 @@ private:
     }
 };
 
-// Ends a row: -(1 - smoothing) log p[y] - smoothing / C sum_c log p[c].
-// V as above.
-template <class V, class T>
-SHIKE_HD V finish(const SoftmaxState<V>& state, V z_y, T smoothing, T classes) {
-    const V log_sum = logarithm(state.sum);
-    const V at_target = log_sum - (z_y - state.pivot);
-    if (smoothing == 0) return at_target;
-    return (1 - smoothing) * at_target + smoothing * (log_sum - state.linear / classes);
-}
-
 }  // namespace
 }  // namespace shike

@@ -2,7 +2,7 @@
 // of it, docs/kernels.md derives both. Compiled for host and device.
 //
 // V is one row, a float or double, or a SIMD vector of as many rows as it has lanes. How classes are streamed is in
-// cpu_dkt.h, cpu_cross_entropy.h, cuda_stream.h and cuda_general.h. Nothing here knows how the logits are stored.
+// cpu_dkt.h, cuda_stream.h and cuda_general.h. Nothing here knows how the logits are stored.
 //
 // For SIMD vectors include common/simd.h first: it brings their overloads of the functions used here.
 //
@@ -122,15 +122,6 @@ struct DktState {
         teacher_pivot = all<V>(kFloor);
         teacher_sum = teacher_gap = V{};
     }
-};
-
-// Cross-entropy of one expert's row. Here logits and biases of minus infinity are legal: such a class has p = 0.
-template <class V>
-struct SoftmaxState {
-    V pivot;   // M, no logit is much larger
-    V sum;     // sum of exp(z - M)
-    V linear;  // sum of z - M, for label smoothing
-    V count;   // classes seen, for label smoothing
 };
 
 }  // namespace

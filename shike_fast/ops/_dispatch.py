@@ -349,7 +349,6 @@ for _constant in (_failed_self_test, _order_when_compiled):
 
 _ROOMS = {
     "dkt": "losses",
-    "cross_entropy": "losses",
     "expert": "losses",
     "dkf": "fusion",
     "logits": "classifiers",

@@ -77,9 +77,18 @@ def fused_expert_loss(
         ready["teacher"] = teacher.to(dtype) if torch.float64 in (dtype, teacher.dtype) else teacher
     if ready:
         tensors = tensors._replace(**ready)
+    if options.teacher == NO_TEACHER:
+        return run_expert_loss(backend, experts, tensors, options)
     in_pass = options.teacher == OTHERS and options.kl_reduction != "gated_mean" and options.adjusted
     if options.gated and not in_pass:
         tensors, options = _with_gate(backend, experts, tensors, options)
+    return run_expert_loss(backend, experts, tensors, options)
+
+
+def run_expert_loss(
+    backend: str, experts: list[Tensor], tensors: ExpertTensors, options: ExpertOptions
+) -> Sequence[Tensor]:
+    """The kernels, for at most eight experts and tensors as they take them: loss, terms and rows."""
     run = _FUSED.direct if is_plain(*experts, *tensors) else _FUSED.dispatched
     return run((experts, *tensors), (*options, backend))[:3]
 
@@ -125,8 +134,7 @@ def _with_gate(
         asked = [tensors.teacher.expand(count, *tensors.teacher.shape[-2:])]
     with torch.no_grad():
         asked = [one.detach() for one in asked]
-        run = _FUSED.direct if is_plain(*asked, *alone) else _FUSED.dispatched
-        correct = run((asked, *alone), (*plain, backend))[2][2]
+        correct = run_expert_loss(backend, asked, alone, plain)[2][2]
     gate = correct.expand(count, -1)
     if tensors.gate is not None:
         gate = gate * tensors.gate

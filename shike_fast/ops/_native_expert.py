@@ -54,11 +54,9 @@ def expert_forward(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor
         return cuda_expert_forward(logits, *args)
     loss, terms, rows, saved = new_expert_results(logits, *args)
     tensors, options = split(args)
-    call = _call(logits, tensors, options)
     native().cpu_expert_forward(
-        **call,
+        **_call(logits, tensors, options),
         saved=saved,
-        **_weights(tensors, options),
         loss=loss,
         terms=terms,
         rows=rows if options.rows else None,
@@ -88,15 +86,21 @@ def expert_backward(grad_output: Tensor, logits: Sequence[Tensor], *args: Any) -
 def expert_both(logits: Sequence[Tensor], *args: Any) -> tuple[tuple[Tensor, ...], Tensor] | None:
     """Results of the forward but the last, and the gradient for a ``grad_output`` of 1; None as of ``dkt_both``."""
     first = logits[0]
-    tensors, options = split(args)
-    if not first.is_cpu or first.dtype not in (torch.float32, torch.float64) or options.reduction == "none":
+    dtype = first.dtype
+    tensors, options = args[:_TENSORS], args[_TENSORS : _TENSORS + _OPTIONS]
+    if not first.is_cpu or (dtype != torch.float32 and dtype != torch.float64) or options[_REDUCTION] == "none":
         return None
-    loss, terms, gradient = first.new_empty(()), first.new_empty(2, dtype=torch.float32), gradient_like(logits)
     shape = shape_of(logits)
-    rows = first.new_empty((4, *shape[:2])) if options.rows else None
-    native().cpu_expert_both(
-        **_call(logits, tensors, options),
-        **_weights(tensors, options),
+    loss, terms, gradient = first.new_empty(()), first.new_empty(2, dtype=torch.float32), gradient_like(logits)
+    rows = first.new_empty((4, *shape[:2])) if options[_ROWS] else None
+    teacher = tensors[_TEACHER]
+    native().cpu_expert_both(  # without a dictionary of what the calls share: that costs two microseconds
+        dtype=DTYPES[dtype],
+        shape=shape,
+        logits=logits,
+        tensors=tensors,
+        options=_numbers(options),
+        teacher_dtype=DTYPES[dtype if teacher is None else teacher.dtype],
         loss=loss,
         terms=terms,
         rows=rows,
@@ -106,62 +110,36 @@ def expert_both(logits: Sequence[Tensor], *args: Any) -> tuple[tuple[Tensor, ...
     return (loss, terms, terms if rows is None else rows), gradient
 
 
+_TENSORS, _OPTIONS = len(ExpertTensors._fields), len(ExpertOptions._fields)
+_TEACHER = ExpertTensors._fields.index("teacher")
+_REDUCTION, _ROWS = (ExpertOptions._fields.index(name) for name in ("reduction", "rows"))
+
+
 def _call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
-    """ExpertCall of csrc/losses/call.h without the weights of rows."""
-    shape = shape_of(logits)
-    call = {
-        "dtype": DTYPES[logits[0].dtype],
-        "shape": shape,
-        "logits": logits,
-        "target": tensors.target,
-        "target_b": tensors.target_b,
-        "lam": tensors.lam,
-        "bias": tensors.bias,
-        "scale": tensors.scale,
-        "margin": tensors.margin,
-        "class_mask": tensors.class_mask,
-        "temperature": tensors.temperature,
-        "teacher": None,
-        **_options_of_call(options),
-    }
+    """ExpertCall of csrc/losses/call.h, on the CPU with the weights of rows."""
     teacher = tensors.teacher
-    if teacher is not None:
-        call["teacher"] = [teacher.expand(shape[0], *teacher.shape[-2:])]
-        call["teacher_dtype"] = DTYPES[teacher.dtype]
-    return call
+    return {
+        "dtype": DTYPES[logits[0].dtype],
+        "shape": shape_of(logits),
+        "logits": logits,
+        "tensors": tensors,
+        "options": _numbers(options),
+        "teacher_dtype": DTYPES[logits[0].dtype if teacher is None else teacher.dtype],
+    }
 
 
 @functools.lru_cache(maxsize=256)
-def _options_of_call(options: ExpertOptions) -> dict[str, Any]:
-    return {
-        "cross_entropy": options.cross_entropy,
-        "lam_number": options.lam,
-        "scale_number": options.scale,
-        "label_smoothing": options.label_smoothing,
-        "of_rows": options.reduction == "none",
-        "masked": _MASKED[options.masked],
-        "teacher_kind": _TEACHERS[options.teacher],
-        "temperature_number": options.temperature,
-        "by_student": options.by_student,
-        "gated": options.gated,
-        "detach": options.detach,
-        "adjusted": options.adjusted,
-        "eps": options.eps,
-    }
-
-
-def _weights(tensors: ExpertTensors, options: ExpertOptions) -> dict[str, Any]:
-    """ExpertWeights of csrc/losses/launch.h."""
-    return {
-        "class_weight": tensors.class_weight,
-        "sample_weight": tensors.sample_weight,
-        "expert_weight": tensors.expert_weight,
-        "reduction": _REDUCTIONS[options.reduction],
-        "kl_weight": tensors.kl_weight,
-        "gate": tensors.gate,
-        "kl_factor": options.kl_weight,
-        "kl_reduction": _KL_REDUCTIONS[options.kl_reduction],
-    }
+def _numbers(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The options with the numbers of enumerations in the place of names."""
+    given = ExpertOptions(*options)
+    return tuple(
+        given._replace(
+            reduction=_REDUCTIONS[given.reduction],
+            masked=_MASKED[given.masked],
+            teacher=_TEACHERS[given.teacher],
+            kl_reduction=_KL_REDUCTIONS[given.kl_reduction],
+        )
+    )
 
 
 # ---- on CUDA devices
@@ -182,7 +160,6 @@ def cuda_expert_forward(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, T
     native().cuda_expert_forward(
         **call,
         **_row_weights(tensors, options, shape, terms),
-        wants_rows=options.rows,
         saved=saved,
         loss=loss,
         terms=terms,

@@ -1,8 +1,7 @@
-"""The expert losses in the compiled library, on the CPU and on CUDA devices.
+"""The loss ``dkt_loss`` in the compiled library, on the CPU and on CUDA devices.
 
 The functions have the signatures that ``shike_fast.kernels.losses`` has in Triton. The logits come as a list of one
-tensor [K, B, C] or of K tensors [B, C], the options as ``shike_fast::dkt_loss_fused`` takes them, the bias contiguous
-and in the accumulation dtype.
+tensor [K, B, C] or of K tensors [B, C], the options as ``shike_fast::dkt_loss_fused`` takes them.
 """
 
 from collections.abc import Sequence
@@ -41,13 +40,6 @@ def new_dkt_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, 
     first, dtype = logits[0], accumulation_dtype(logits[0].dtype)
     terms = first.new_empty(3, dtype=torch.float32)
     return first.new_empty((), dtype=dtype), terms, first.new_empty((batch, 5 * experts + 4), dtype=dtype)
-
-
-def new_cross_entropy_results(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
-    """Memory for what ``cross_entropy_forward`` returns."""
-    experts, batch, _classes = shape_of(logits)
-    first, dtype = logits[0], accumulation_dtype(logits[0].dtype)
-    return first.new_empty((), dtype=dtype), first.new_empty((batch, 2 * experts), dtype=dtype)
 
 
 def dkt_forward(
@@ -160,69 +152,6 @@ def _expected(like: Tensor, device: int) -> Tensor | None:
             return None
         _EXPECTED[device] = like.new_ones((), dtype=torch.float32)
     return _EXPECTED[device]
-
-
-def cross_entropy_forward(
-    logits: Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Loss [] and what is saved for the backward."""
-    loss, saved = new_cross_entropy_results(logits)
-    call = {**_common(logits, target, saved), "bias": bias, "label_smoothing": label_smoothing, "loss": loss}
-    if loss.device.type == "cpu":
-        native().cpu_cross_entropy_forward(**call, threads=torch.get_num_threads())
-    elif target.shape[0] == 0:
-        loss.zero_()
-    else:
-        size = native().cuda_cross_entropy_workspace(call["dtype"], *call["shape"], bias is not None, loss.device.index)
-        native().cuda_cross_entropy_forward(**call, workspace=workspace_of(loss, size), **queue_of(loss))
-    return loss, saved
-
-
-def cross_entropy_backward(
-    grad_output: Tensor,
-    logits: Sequence[Tensor],
-    target: Tensor,
-    bias: Tensor | None,
-    saved: Tensor,
-    label_smoothing: float,
-) -> Tensor:
-    """Gradient [K, B, C] of the logits, times ``grad_output`` []."""
-    gradient = gradient_like(logits)
-    call = {
-        **_common(logits, target, saved),
-        "bias": bias,
-        "label_smoothing": label_smoothing,
-        "gradient": [gradient],
-        "grad_output": grad_output,
-    }
-    if gradient.device.type == "cpu":
-        native().cpu_cross_entropy_backward(**call, threads=torch.get_num_threads())
-    elif gradient.numel() > 0:
-        native().cuda_cross_entropy_backward(**call, **queue_of(gradient))
-    return gradient
-
-
-def cross_entropy_both(
-    logits: Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
-) -> tuple[tuple[Tensor], Tensor] | None:
-    """Loss [], and the gradient for a ``grad_output`` of 1; None as of ``dkt_both``."""
-    first = logits[0]
-    dtype = first.dtype
-    if not first.is_cpu or (dtype != torch.float32 and dtype != torch.float64):
-        return None
-    loss, gradient = first.new_empty(()), gradient_like(logits)
-    native().cpu_cross_entropy_both(
-        dtype=DTYPES[dtype],
-        shape=shape_of(logits),
-        logits=logits,
-        target=target,
-        bias=bias,
-        label_smoothing=label_smoothing,
-        loss=loss,
-        gradient=[gradient],
-        threads=torch.get_num_threads(),
-    )
-    return (loss,), gradient
 
 
 def _common(logits: Sequence[Tensor], target: Tensor, saved: Tensor) -> dict[str, Any]:

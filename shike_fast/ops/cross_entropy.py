@@ -1,12 +1,11 @@
 """Cross-entropy summed over experts, with a bias on the logits and label smoothing."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from shike_fast.ops import _native_loss
 from shike_fast.ops._checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
@@ -20,9 +19,11 @@ from shike_fast.ops._checks import (
     check_target,
     describe,
 )
-from shike_fast.ops._dispatch import MAX_EXPERTS, kernels
-from shike_fast.ops._guards import is_plain, materialised
-from shike_fast.ops._losses import fused_loss, loss_operator
+from shike_fast.ops._dispatch import MAX_EXPERTS
+from shike_fast.ops._expert_call import ExpertOptions, ExpertTensors
+from shike_fast.ops._expert_fused import run_expert_loss
+from shike_fast.ops._guards import materialised
+from shike_fast.ops._losses import loss_operator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,16 +120,6 @@ def composite_cross_entropy(
 
 # ---- the fused kernels
 
-_FUSED = fused_loss(
-    f"{_NAME}_fused",
-    "Tensor target, Tensor? bias",
-    "float label_smoothing",
-    forward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_forward(*args[:-1]),
-    backward=lambda *args: kernels("cross_entropy", args[-1], _native_loss).cross_entropy_backward(*args[:-1]),
-    both=lambda *args: _native_loss.cross_entropy_both(*args[:-1]) if args[-1] == "cpu" else None,
-    fake_forward=_native_loss.new_cross_entropy_results,
-)
-
 
 def fused_cross_entropy(
     backend: str, logits: Tensor | Sequence[Tensor], target: Tensor, bias: Tensor | None, label_smoothing: float
@@ -137,23 +128,22 @@ def fused_cross_entropy(
 
     The kernels take eight experts at most, so more go in groups: the loss is a sum over the experts.
     """
-    experts, options = as_list(logits), (label_smoothing, backend)
+    experts, options = as_list(logits), ExpertOptions(True, label_smoothing=label_smoothing)
     if bias is not None:
         bias = materialised(bias.to(accumulation_dtype(experts[0].dtype))).contiguous()
+    tensors = ExpertTensors(target, bias=bias)
     if len(logits) <= MAX_EXPERTS:
-        return _fused_loss(experts, target, bias, options)
+        return run_expert_loss(backend, experts, tensors, options)[0]
     if isinstance(logits, Tensor):
         groups = [[group] for group in logits.split(MAX_EXPERTS)]  # whose derivative joins the gradients in one copy
     else:
         groups = [experts[i : i + MAX_EXPERTS] for i in range(0, len(experts), MAX_EXPERTS)]
     biases = bias.split(MAX_EXPERTS) if bias is not None and bias.dim() == 2 else [bias] * len(groups)
-    parts = zip(groups, biases, strict=True)
-    return torch.stack([_fused_loss(group, target, bias, options) for group, bias in parts]).sum()
-
-
-def _fused_loss(experts: list[Tensor], target: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
-    run = _FUSED.direct if is_plain(*experts, target, bias) else _FUSED.dispatched
-    return run((experts, target, bias), options)[0]
+    parts = (
+        run_expert_loss(backend, group, tensors._replace(bias=bias), options)[0]
+        for group, bias in zip(groups, biases, strict=True)
+    )
+    return torch.stack([*parts]).sum()
 
 
 def _refuses(

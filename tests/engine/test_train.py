@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shike_fast import data, models
-from shike_fast.ops import _native_loss
+from shike_fast.ops import _native_expert, _native_loss
 from shike_fast.train import make_parser
 
 
@@ -202,12 +202,12 @@ def test_help_lists_data_sets_and_recipes(capsys):
 def test_training_uses_the_fused_losses(runs, tmp_path, monkeypatch):
     calls = []
 
-    def recorded(name):
-        function = getattr(_native_loss, name)
-        monkeypatch.setattr(_native_loss, name, lambda *args: calls.append(name) or function(*args))
+    def recorded(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(name) or function(*args))
 
-    for name in ("dkt_both", "cross_entropy_both"):  # forward and backward at once
-        recorded(name)
+    for module, name in ((_native_loss, "dkt_both"), (_native_expert, "expert_both")):  # forward and backward at once
+        recorded(module, name)
     assert runs.train("--output-dir", tmp_path / "run", "--model", "resnet8", "--epochs", 2) == 0
     assert calls.count("dkt_both") > 0  # stage 1
-    assert calls.count("cross_entropy_both") > 0  # stage 2
+    assert calls.count("expert_both") > 0  # stage 2

@@ -94,8 +94,11 @@ class Operands:
             start = base.value if base.tag == "int" else self.program.symbol(base.value)
             return self.program.constant(np.uint64((start + offset) % 2**64))
         wide = SIZE[self.registers[base.value]] == 8
-        start = self.read(base, "u64") if wide else self.read(base, "u32") + ".astype(u64)"
-        return f"({start} + {self.program.constant(np.uint64(offset % 2**64))})" if offset else start
+        start = self.read(base, "u64" if wide else "u32")
+        if offset:  # the sum wraps around as the register does
+            number = np.uint64(offset % 2**64) if wide else np.uint32(offset % 2**32)
+            start = f"({start} + {self.program.constant(number)})"
+        return start if wide else f"{start}.astype(u64)"
 
     # ---- writing
 

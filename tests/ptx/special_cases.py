@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from common import summary
 from disturbances import DISTURBANCES
-from host import BASE, SIZE, STATE, compiled, cuda, library, native_dkf, native_loss, ops
+from host import BASE, SIZE, STATE, compiled, cuda, library, native_dkf, native_expert, native_loss, ops
 from loss_inputs import evaluate
 from outcomes import BOUND, DTYPES, Outcome, error, faults
 from torch import Tensor
 from torch.nn.functional import batch_norm
+
+from shike_fast.ops.cross_entropy import fused_cross_entropy
 
 DKT_OPTIONS = (10.0, 1.0, 0.0, -30.0, False)  # hardest and mutual weight, teacher's and student's target, detached
 
@@ -27,7 +29,7 @@ def traps() -> dict[str, Any]:
     logits, target = [torch.randn(3, 4, 50)], torch.tensor([1, 2, 50, 3])
     calls = {
         "dkt_loss": (native_loss.dkt_forward, (logits, target, None, *DKT_OPTIONS)),
-        "expert_cross_entropy": (native_loss.cross_entropy_forward, (logits, target, None, 0.0)),
+        "expert_loss": (fused_cross_entropy, ("cpu", logits[0], target, None, 0.0)),
     }
     found = {}
     for name, (function, arguments) in calls.items():
@@ -299,17 +301,18 @@ def far_logits() -> dict[str, Any]:
             values = (torch.randn(shape) * 2).to(DTYPES[name])
             logits, gradient = far(values, strides), far(torch.zeros(shape, dtype=values.dtype), strides)
             target = torch.randint(0, shape[2], (shape[1],))
-            usual, native_loss.gradient_like = native_loss.gradient_like, lambda _, result=gradient: result
-            one = torch.ones(())
+            usual, one = native_loss.gradient_like, torch.ones(())
+            native_loss.gradient_like = native_expert.gradient_like = lambda _, result=gradient: result
             with cuda() as device:
                 if op == "dkt":
                     options = (10.0 / shape[2], 1.0 / shape[2], *DKT_OPTIONS[2:])
                     loss, _, saved = native_loss.dkt_forward([logits], target, None, *options)
                     native_loss.dkt_backward(one, [logits], target, None, saved, *options)
                 else:
-                    loss, saved = native_loss.cross_entropy_forward([logits], target, None, 0.1)
-                    native_loss.cross_entropy_backward(one, [logits], target, None, saved, 0.1)
-            native_loss.gradient_like = usual
+                    leaf = logits.detach().requires_grad_()
+                    loss = fused_cross_entropy("cpu", leaf, target, None, 0.1)
+                    torch.autograd.grad(loss, leaf, one)
+            native_loss.gradient_like = native_expert.gradient_like = usual
             more = {} if op == "dkt" else {"label_smoothing": 0.1}
             exact = evaluate(op, values.double(), target, 1.0, "reference", **more)
             outcome.within("loss", error(loss, exact.loss), 1e-5)

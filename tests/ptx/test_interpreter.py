@@ -88,6 +88,19 @@ def test_rounding_to_tf32(kernel):
     assert words(kernel, 4, np.float32) == [1 + 2.0**-10, 1.0, -1 - 2.0**-10, np.inf]
 
 
+def test_addresses_of_32_bits_wrap_around(kernel):
+    """A register below 0 and an offset that makes up for it, as a compiler's induction variables have them."""
+    kernel("""
+        .shared .align 4 .b8 shared[128];
+        shl.b32 %r4, %r0, 2;
+        st.shared.u32 [%r4], %r0;
+        sub.s32 %r5, %r4, 208;
+        ld.shared.u32 %r6, [%r5+208];
+        st.global.u32 [%rd2], %r6;""")
+    assert words(kernel, 32) == [*range(32)]
+    assert kernel.reports == []
+
+
 @pytest.mark.parametrize(("left", "reports"), [(0, []), (1, ["ld.shared: never written"])])
 def test_a_copy_arrives_when_it_is_waited_for(kernel, left: int, reports: list[str]):
     """The first group of two, of which some threads write 0."""
