@@ -30,11 +30,13 @@ from shike_fast.ops._native_loss import DTYPES, queue_of, shape_of, workspace_of
 
 SAVED = 12  # numbers an expert and row: ExpertSaved of csrc/losses/expert_row.h
 
-# The enumerations of csrc/losses.
-_REDUCTIONS = {name: i for i, name in enumerate(REDUCTIONS)}
-_KL_REDUCTIONS = {name: i for i, name in enumerate(KL_REDUCTIONS)}
-_MASKED = {name: i for i, name in enumerate(("", *MASKS))}
-_TEACHERS = {name: i for i, name in enumerate((NO_TEACHER, OTHERS, MEAN, GIVEN, VIEW))}
+# The enumerations of csrc/losses, by the option that names their values.
+_ENUMERATIONS: dict[str, tuple[str, ...]] = {
+    "reduction": REDUCTIONS,
+    "masked": ("", *MASKS),
+    "teacher": (NO_TEACHER, OTHERS, MEAN, GIVEN, VIEW),
+    "kl_reduction": KL_REDUCTIONS,
+}
 
 
 def new_expert_results(logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,15 +133,10 @@ def _call(logits: Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptio
 @functools.lru_cache(maxsize=256)
 def _numbers(options: tuple[Any, ...]) -> tuple[Any, ...]:
     """The options with the numbers of enumerations in the place of names."""
-    given = ExpertOptions(*options)
-    return tuple(
-        given._replace(
-            reduction=_REDUCTIONS[given.reduction],
-            masked=_MASKED[given.masked],
-            teacher=_TEACHERS[given.teacher],
-            kl_reduction=_KL_REDUCTIONS[given.kl_reduction],
-        )
-    )
+    numbers = ExpertOptions(*options)._asdict()
+    for name, known in _ENUMERATIONS.items():
+        numbers[name] = known.index(numbers[name])
+    return tuple(numbers.values())
 
 
 # ---- on CUDA devices

@@ -114,8 +114,8 @@ SHORT = {
     "ride": ("ldam", 3, (32, 36), 0),
     "sade": ("ldam", 3, (32, 36), 0),
     "ldam-drw": ("ldam", 1, (32, 36), 0),
-    "la": ("first", 1, None, 0),
-    "ce": ("first", 1, None, 0),
+    "la": ("ldam", 1, None, 0),
+    "ce": ("ldam", 1, None, 0),
 }
 """Of each method's short run: subset, experts, steps of the rate, epochs of stage 2."""
 

@@ -5,6 +5,8 @@ import re
 import pytest
 from sass import Work, turn_of_loop
 
+pytestmark = pytest.mark.slow
+
 RESIDENT = range(1, 5)  # experts whose rows are kept in shared memory
 NAMES = {
     *(f"dkt_{way}_kernel<{k}, {wide}>" for way in ("forward", "backward") for k in range(1, 9) for wide in (0, 1)),
@@ -13,7 +15,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def compiled(request, compile_cuda):
     return compile_cuda("losses/cuda_launch.cu", request.param)
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shike_fast import ops
 from shike_fast.ops import BatchNormArguments
+from shike_fast.ops._expert_call import ExpertOptions, ExpertTensors
 
 K, B, C = 3, 5, 4
 
@@ -279,7 +280,7 @@ def test_the_fused_operators_refuse_tangents():
     logits, target = torch.randn(K, B, C), torch.tensor([0, 3, 1, 2, 2])
     calls = {
         "dkt_loss_fused": (lambda z, op: op([z], target, None, 10.0, 1.0, 0.0, -30.0, False, "cpu")[0]),
-        "expert_cross_entropy_fused": (lambda z, op: op([z], target, None, 0.0, "cpu")[0]),
+        "expert_loss_fused": (lambda z, op: op([z], *ExpertTensors(target), *ExpertOptions(True), "cpu")[0]),
     }
     for name, call in calls.items():
         op = getattr(torch.ops.shike_fast, name).default
@@ -329,8 +330,7 @@ def test_vmap_of_the_target_goes_to_the_reference():
 
 def test_modes_see_the_operators():
     for call, (function, make, _) in CALLS.items():
-        op = "dkf_fused" if call.startswith("dkf") else "dkt_loss_fused" if "dkt" in call else "cross_entropy_fused"
-        op = "expert_loss_fused" if call.startswith("expert_loss") else op
+        op = "dkf_fused" if call.startswith("dkf") else "dkt_loss_fused" if "dkt" in call else "expert_loss_fused"
         tensors = make()
         expected = function({k: v.clone() for k, v in tensors.items()}, backend="reference")
         for mode in (Watched(), Followed()):

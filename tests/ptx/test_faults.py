@@ -3,6 +3,8 @@
 import pytest
 from faults import FAULTS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(interpreted):
