@@ -74,16 +74,14 @@ SHIKE_SIMD T lane_maximum(const Vector<T>& value) {
 SHIKE_SIMD Vector<float> in_step(Vector<float> pivot) { return Vector<float>{} + lane_maximum<float>(pivot); }
 SHIKE_SIMD Vector<double> in_step(Vector<double> pivot) { return Vector<double>{} + lane_maximum<double>(pivot); }
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, by a Taylor polynomial of the given degree; below the
-// smallest normal number 0, and NaN stays NaN. The arguments here do not exceed 0 by more than a rounding.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, by a polynomial; below the smallest normal number 0, and
+// NaN stays NaN. The arguments here do not exceed 0 by more than a rounding.
 template <class T, class Bits, int kMantissa, int kDegree>
-SHIKE_SIMD Vector<T> exponential_of(Vector<T> x, T high, T low, T smallest) {
+SHIKE_SIMD Vector<T> exponential_of(Vector<T> x, T high, T low, T smallest, const T (&coefficient)[kDegree + 1]) {
     const Vector<T> magic = Vector<T>{} + T(Bits(3) << (kMantissa - 1));  // adding it rounds to an integer
     const Vector<T> shifted = x * T(1.44269504088896340736) + magic;
     const Vector<T> n = shifted - magic;
     const Vector<T> r = (x - n * high) - n * low;  // ln 2 in two parts: n * high is exact
-    T coefficient[kDegree + 1] = {1};
-    for (int i = 1; i <= kDegree; ++i) coefficient[i] = coefficient[i - 1] / T(i);
     Vector<T> value = Vector<T>{} + coefficient[kDegree];
     for (int i = kDegree - 1; i >= 0; --i) value = value * r + coefficient[i];
     Mask<T> bits;
@@ -95,10 +93,15 @@ SHIKE_SIMD Vector<T> exponential_of(Vector<T> x, T high, T low, T smallest) {
 }
 
 SHIKE_SIMD Vector<float> exponential(Vector<float> x) {
-    return exponential_of<float, std::int32_t, 23, 7>(x, 0.693359375f, -2.12194440e-4f, -87.33f);
+    // The smallest relative error with 1 + r at the beginning: 3e-9.
+    constexpr float kCoefficients[] = {1, 1, 0.499999934f, 0.166665206f, 0.0416683881f, 0.00836871690f, 0.00138145983f};
+    return exponential_of<float, std::int32_t, 23, 6>(x, 0.693359375f, -2.12194440e-4f, -87.33f, kCoefficients);
 }
 SHIKE_SIMD Vector<double> exponential(Vector<double> x) {
-    return exponential_of<double, std::int64_t, 52, 13>(x, 0.693147180369123816490, 1.90821492927058770002e-10, -708.3);
+    double taylor[14] = {1};
+    for (int i = 1; i < 14; ++i) taylor[i] = taylor[i - 1] / i;
+    return exponential_of<double, std::int64_t, 52, 13>(x, 0.693147180369123816490, 1.90821492927058770002e-10, -708.3,
+                                                        taylor);
 }
 
 // log(x) of a positive normal number; infinity and NaN stay what they are. With x = 2^n (1 + f), 1 + f between
