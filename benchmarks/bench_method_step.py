@@ -3,7 +3,8 @@
 Both at the method's recipe for CIFAR-100-LT, in the phase of the last epochs, with few images: forward, loss, backward
 and SGD on random tensors that need no loader; a method of several views sees each image as often, one with mixup mixes
 them. ``peer`` is ``peer_networks.py`` with ``peer_losses.py``; ``shike_fast`` the step of ``python -m
-shike_fast.train`` by default. Either also with its network compiled. ``--benchmark-disable`` makes one quick round.
+shike_fast.train`` by default. A case that ends in "compiled" also has both with their networks compiled, for minutes
+each: ``-k "not compiled"`` is quick. ``--benchmark-disable`` makes one round.
 """
 
 import dataclasses
@@ -33,9 +34,10 @@ class Case:
     method: str
     batch: int
     model: str = "resnet32"
+    compiled: bool = False  # torch.compile takes part
 
     def __str__(self) -> str:
-        return f"{self.method}, {self.model}, batch {self.batch}"
+        return f"{self.method}, {self.model}, batch {self.batch}" + (", compiled" if self.compiled else "")
 
     def config(self, **settings: object) -> TrainConfig:
         given = {"dataset": "cifar100-lt", "method": self.method, "model": self.model, "batch_size": self.batch}
@@ -43,7 +45,8 @@ class Case:
 
 
 CASES = {
-    device: [Case(name, batch) for name in methods.list_methods()] for device, batch in {"cpu": 32, "cuda": 128}.items()
+    device: [Case(name, batch, compiled=c) for c in (False, True) for name in methods.list_methods()]
+    for device, batch in {"cpu": 32, "cuda": 128}.items()
 }
 
 
@@ -151,6 +154,8 @@ def test_method_step(case, device, peak_memory, side_by_side, monkeypatch):
     torch._dynamo.reset()
     contenders, facts = {}, {}
     for name, make in WAYS.items():
+        if "torch.compile" in name and not case.compiled:
+            continue
         contender = contenders[name] = make(case, device)
         for _ in range(1 if device.type == "cpu" else 4):  # compiles; the third call on a GPU records the step
             contender()

@@ -2,10 +2,11 @@
 
 Every method with every seed is a run of ``python -m shike_fast.train`` in a directory below RUNS, at the recipe of the
 method for the data set; ``--options`` holds for all, such as ``"--subset ldam --augmentation crop-flip"``. Finished
-runs are skipped, stopped ones go on, so that the same command with more methods or seeds trains what is missing.
+runs are skipped, stopped ones resume, so that the same command with more methods or seeds trains what is missing.
 
 ``comparison.md`` and ``comparison.png``, in RUNS/DATASET or in the folder of ``--output``, are made of the finished
-runs, with ``--report`` without training any. ``bench_methods.py`` times losses and steps against the published way.
+runs, with ``--report`` without training any. ``bench_method_loss.py`` and ``bench_method_step.py`` time losses and
+steps against the published way.
 """
 
 from __future__ import annotations

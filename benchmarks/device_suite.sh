@@ -75,7 +75,7 @@ for part in $parts; do
         ;;
     methods)
         benchmark bench_method_loss 240 "cuda and (ldam or balpoe or ride or sade or mdcs)"
-        benchmark bench_method_step 200 "cuda and (balpoe or ride)"
+        benchmark bench_method_step 200 "cuda and compiled and (balpoe or ride)"
         ;;
     *)
         printf 'unknown part %s\n' "$part" | tee -a "$results/summary.txt"
