@@ -81,4 +81,6 @@ def test_both_learn(steps, name, monkeypatch):
 
 def test_every_method_has_a_case(steps):
     for device in ("cpu", "cuda"):
-        assert [case.method for case in steps.CASES[device]] == methods.list_methods()
+        for compiled in (False, True):
+            cases = [case.method for case in steps.CASES[device] if case.compiled == compiled]
+            assert cases == methods.list_methods()
