@@ -1,4 +1,4 @@
-// What lies beside the logits of a row, four classes at a time: numbers of the classes, a teacher's logits, a mask.
+// What is read besides the logits of a row, four classes at a time: numbers of the classes, a teacher's logits, a mask.
 // These begin at other boundaries than the logits' chunks, so that four classes are a part of two packets.
 #pragma once
 

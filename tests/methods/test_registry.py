@@ -166,7 +166,7 @@ def test_a_loss_that_changes_with_the_epoch(outside, runs):
 
 
 def test_a_switch_and_a_ramp_by_the_length_of_the_run(outside, runs):
-    """The loss changes after four fifths of the run and a weight climbs over it, wherever a stopped run goes on."""
+    """The loss changes after four fifths of the run and a weight climbs over it, wherever a stopped run resumes."""
     seen = []
 
     def post_init(self):

@@ -162,8 +162,8 @@ def evaluate(function, backend, device, logits, target, keywords, layout):
     result = function(leaf, **keywords, backend=backend)
     loss, terms, rows = result if isinstance(result, tuple) else (result, None, None)
     generator = torch.Generator().manual_seed(1)
-    incoming = 0.5 + torch.rand(loss.shape, generator=generator).to(loss)
-    loss.backward(incoming)
+    grad_output = 0.5 + torch.rand(loss.shape, generator=generator).to(loss)
+    loss.backward(grad_output)
     return loss.detach(), terms, rows, gradient_of()
 
 

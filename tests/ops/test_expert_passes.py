@@ -43,15 +43,15 @@ def test_forward_and_backward_at_once_give_what_each_gives(one_pass, dtype):
         pytest.skip("no float64 kernels")
     leaf = leaf_on(device, dtype)
     at_once = function(leaf)
-    incoming = torch.ones_like(at_once)
-    (gradient,) = torch.autograd.grad(at_once, leaf, incoming, retain_graph=True)
-    (again,) = torch.autograd.grad(at_once, leaf, incoming, retain_graph=True)  # by the backward's own kernel
+    grad_output = torch.ones_like(at_once)
+    (gradient,) = torch.autograd.grad(at_once, leaf, grad_output, retain_graph=True)
+    (again,) = torch.autograd.grad(at_once, leaf, grad_output, retain_graph=True)  # by the backward's own kernel
     with torch.no_grad():
         assert torch.equal(at_once, function(leaf))  # by the forward's own kernel
     if device.type == "cpu":
         assert torch.equal(gradient, again)
     torch.testing.assert_close(gradient, again, rtol=2e-6, atol=1e-6 * gradient.abs().max().item())
-    (twice,) = torch.autograd.grad(at_once, leaf, 2 * incoming)
+    (twice,) = torch.autograd.grad(at_once, leaf, 2 * grad_output)
     assert torch.equal(twice, 2 * again)
 
 
@@ -78,13 +78,13 @@ def test_any_number_of_threads_gives_the_same_bits(case):
 
 def test_an_incoming_gradient_of_rows(kernels):
     backend, device = kernels
-    target, incoming = TARGET.to(device), torch.randn(14, 3, device=device).mT  # [K, B], strided
+    target, grad_output = TARGET.to(device), torch.randn(14, 3, device=device).mT  # [K, B], strided
     gradients = []
     for name in (backend, "reference"):
         leaf = leaf_on(device)
         rows = expert_loss(leaf, target, reduction="none", margin=RAMP.to(device), backend=name)
         assert rows.shape == (3, 14)
-        gradients.append(torch.autograd.grad(rows, leaf, incoming, retain_graph=True)[0])
+        gradients.append(torch.autograd.grad(rows, leaf, grad_output, retain_graph=True)[0])
         (of_one,) = torch.autograd.grad(rows[1, 2], leaf)
         assert (of_one[1, 2] != 0).any()
         of_one[1, 2] = 0
