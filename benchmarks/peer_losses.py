@@ -7,6 +7,7 @@ last epochs of a run: classes are weighted, ramps have ended. A method of one ex
 as a plain loop would. ``tests/benchmarks/test_peer_losses.py`` holds each against the method.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import peer
@@ -111,11 +112,12 @@ class LdamDrw(Loss):
         return loss
 
 
-class Adjusted(Loss):
+class Adjusted(Loss, ABC):
     """Cross-entropy of logits with a bias [K, C] added."""
 
+    @abstractmethod
     def biases(self, counts: Tensor, experts: int) -> list[Tensor]:
-        raise NotImplementedError
+        """A bias [C] for each expert."""
 
     def prepare(self, counts: Tensor, experts: int) -> None:
         self.keep(bias=torch.stack(self.biases(counts, experts)))
