@@ -83,6 +83,7 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     table = _check_files(arguments)
     settings = {name: arguments[name] for name in ("data_dir", "workers", "device", "threads", "amp")}
     trained = load_trained(path, arguments["stage"], settings)
+    trained.prepare_process()
     dataset = load_data(trained.config)
     if list(dataset.class_names) != trained.data["class_names"]:
         raise CheckpointError(

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,17 +21,16 @@ from shike_fast._util.cli import ArgumentParser, check_workers, cores, run_comma
 from shike_fast._util.files import check_output_file, naming, replacing
 from shike_fast._util.plugins import add_plugin_option, parse_with_plugins
 from shike_fast.data.datasets.imagefolder import EXTENSIONS, image_files
-from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.paths import PathTable
+from shike_fast.data.images.prepared import ImageTransform
 from shike_fast.data.images.stores import FileStore
 from shike_fast.data.loaders.photo import PhotoLoader
 from shike_fast.engine.inference import load_trained
-from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.errors import ConfigError
 
 _FIRST_COLUMN = "image"
 _OF_A_CLASS = ("class", "name", "probability")
 _MOST_WORKERS = 8
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, for networks of grey images
 
 
 def make_parser() -> ArgumentParser:
@@ -70,10 +68,12 @@ def _predict(arguments: dict[str, Any]) -> int:
     source: Path = arguments["checkpoint"]
     settings = {name: arguments[name] for name in ("device", "threads", "amp")}
     trained = load_trained(source, arguments["stage"], settings)
+    trained.prepare_process()
     network = trained.network.eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     paths = _list_images(arguments["images"])
-    dataset = _dataset(trained.data, source, FileStore(arguments["images"], paths))
+    transform = ImageTransform.from_description(trained.data, source)
+    dataset = transform.dataset(FileStore(arguments["images"], paths))
     workers = arguments["workers"]
     loader = PhotoLoader(
         dataset,
@@ -84,16 +84,12 @@ def _predict(arguments: dict[str, Any]) -> int:
         report=lambda _: None,
         most_broken=len(dataset),
     )
-    grey = trained.data["in_channels"] == 1
 
     def probabilities() -> Iterator[Tensor]:
         with torch.inference_mode():
             for images, _ in loader.epoch(0):
-                if grey:
-                    # Normalisation is the same for all three channels, so the luma may come after it.
-                    images = (images * torch.tensor(_LUMA, device=trained.device)[:, None, None]).sum(1, keepdim=True)
                 with trained.autocast():
-                    logits = network(images, stage=trained.classifiers)
+                    logits = network(transform.with_channels(images), stage=trained.classifiers)
                 yield trained.scores(logits.float()).softmax(1)
 
     names = trained.data["class_names"]
@@ -121,25 +117,6 @@ def _list_images(folder: Path) -> PathTable:
     if not len(paths):
         raise ConfigError(f"--images: {folder} holds no images ({', '.join(EXTENSIONS)})")
     return paths
-
-
-def _dataset(data: dict[str, Any], source: Path, store: FileStore) -> ImageDataset:
-    """The images to classify, with the test transform that the checkpoint describes."""
-    try:
-        return ImageDataset(
-            store,
-            np.zeros(len(store), np.int64),
-            augmentation="none",
-            training=False,
-            size=data["image_size"],
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-            margin=data["margin"],
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"checkpoint {source} does not say how images are transformed (no {error}): an older version wrote it"
-        ) from error
 
 
 def _write(

@@ -9,9 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from shike_fast import data, methods
+from shike_fast import api, data, methods
 from shike_fast._util.cli import ArgumentParser, run_command, told_once
 from shike_fast._util.options import options_of
 from shike_fast._util.plugins import load_plugins
@@ -66,5 +67,13 @@ def _given(argv: Sequence[str] | None) -> dict[str, Any]:
         return given if file is None else settings_from(file, given)
 
 
+class _Train(ModuleType):
+    """This module, which is also the function ``shike_fast.train``."""
+
+    __call__ = staticmethod(api.train)
+
+
 if __name__ == "__main__":
     sys.exit(main())
+
+sys.modules[__name__].__class__ = _Train

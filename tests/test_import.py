@@ -35,6 +35,16 @@ def test_subpackages_are_imported_when_they_are_used(programs):
         assert getattr(shike_fast, name).__name__ == f"shike_fast.{name}"
 
 
+def test_training_and_loading_are_functions_of_the_package(programs):
+    code = "import sys, shike_fast; print('shike_fast.api' in sys.modules, callable(shike_fast.train), shike_fast.load)"
+    done = programs.run([sys.executable, "-c", code])
+    assert done.stdout.startswith("False True <function load") and done.stderr == ""
+    assert {"train", "load"} <= {*dir(shike_fast)} and {"train", "load"} <= {*shike_fast.__all__}
+    import shike_fast.train as module
+
+    assert shike_fast.train is module and callable(module.main)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match=r"^module 'shike_fast' has no attribute 'optics'$"):
         shike_fast.optics  # noqa: B018

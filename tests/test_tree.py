@@ -26,7 +26,8 @@ FLOORS = (
     ("data",),
     ("data.commands", "engine"),
     ("_full_verification",),
-    ("data.__main__", "info", "verify", "train", "evaluate", "predict"),
+    ("data.__main__", "info", "verify", "api", "evaluate", "predict"),
+    ("train",),
     ("__main__", "__init__"),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

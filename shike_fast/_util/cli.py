@@ -85,7 +85,7 @@ def run_command(command: Callable[[], int], *, prints_result: bool = True) -> in
         command: returns the exit status.
         prints_result: what it prints is what it is for, so that a full disk under standard output is a failure.
     """
-    with forgiving_streams() as output, _settings_kept():
+    with forgiving_streams() as output, settings_kept():
         status = _status_of(command)
         sys.stdout.flush()
         if status == 0 and prints_result and output.failure is not None:
@@ -153,7 +153,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _settings_kept() -> Iterator[None]:
+def settings_kept() -> Iterator[None]:
     """What a command sets for the whole process is as before when it ends: its caller may be a notebook."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -50,7 +50,16 @@ def load_plugins(argv: Sequence[str] | None) -> tuple[str, ...]:
     """
     parser = ArgumentParser(prog="python -m shike_fast", add_help=False)
     add_plugin_option(parser)
-    named = parser.parse_known_args(argv)[0].plugins or []
+    return import_plugins(parser.parse_known_args(argv)[0].plugins or [])
+
+
+def import_plugins(named: Iterable[str]) -> tuple[str, ...]:
+    """Import modules, and those of installed packages, as :func:`load_plugins` does; returns all names.
+
+    Raises:
+        ConfigError: if one is missing, or raises an error.
+    """
+    named = list(named)
     installed = [(point.module, f"entry point '{point.name}'") for point in metadata.entry_points(group=GROUP)]
     for module, source in [*installed, *((name, "--plugin") for name in named)]:
         _import(module, source)

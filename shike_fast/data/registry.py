@@ -1,7 +1,8 @@
 """The data sets by name: :func:`register_dataset` adds one, :func:`load_dataset` loads one."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from shike_fast.data.types import MOST_PIXELS_A_SIDE, DatasetInfo, LoadOptions, 
 from shike_fast.errors import DataError
 
 LoadFunction = Callable[[DatasetInfo, LoadOptions], LongTailData]
+
+_SMALL_SIDE = 64  # pixels: up to here a data set without a recipe is trained like CIFAR
 
 _REGISTRY: dict[str, tuple[DatasetInfo, LoadFunction]] = {}
 
@@ -59,6 +62,37 @@ def register_dataset(info: DatasetInfo) -> Callable[[LoadFunction], LoadFunction
         return load
 
     return register
+
+
+@contextlib.contextmanager
+def passed_on(dataset: LongTailData | None) -> Iterator[None]:
+    """While the context lasts, :func:`load_dataset` gives this object for its name; None changes nothing."""
+    if dataset is None:
+        yield
+        return
+    before = _REGISTRY.get(dataset.name)
+    info = _info_of(dataset) if before is None else before[0]
+    _REGISTRY[dataset.name] = (info, lambda info, options: dataset)
+    try:
+        yield
+    finally:
+        if before is None:
+            del _REGISTRY[dataset.name]
+        else:
+            _REGISTRY[dataset.name] = before
+
+
+def _info_of(dataset: LongTailData) -> DatasetInfo:
+    """What there is to say of a data set that nobody registered."""
+    known = getattr(dataset.train, "augmentations", ())
+    return DatasetInfo(
+        name=dataset.name,
+        description="a data set that a program passed",
+        how_obtained="pass it to shike_fast.train again",
+        default_imbalance_factor=dataset.imbalance_factor,
+        augmentations=(dataset.augmentation, *(name for name in known if name != dataset.augmentation)),
+        recipe=SMALL_IMAGES if dataset.image_size <= _SMALL_SIDE else PHOTOGRAPHS,
+    )
 
 
 def datasets() -> dict[str, DatasetInfo]:

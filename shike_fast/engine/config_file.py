@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,11 @@ def settings_from(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: naming the file, and the key if one is to blame.
     """
-    values: dict[str, Any] = {}
-    known = options_of(Settings) | {name: owners[0][1] for name, owners in method_options().items()}
-    names = {(one.flag or "").removeprefix("--").replace("-", "_"): name for name, one in known.items()}
-    for key, value in _read(path).items():
-        name = str(key).replace("-", "_")
-        name = name if name in known else names.get(name, name)
-        if name not in known:
-            raise ConfigError(f"--config: {path}: {_unknown(str(key), known)}")
-        if name in values:
-            raise ConfigError(f"--config: {path}: names {name} twice")
-        values[name] = value
+    known = known_settings()
+    try:
+        values = named_settings(_read(path))
+    except UnknownSettingError as error:
+        raise ConfigError(f"--config: {path}: {error}") from error
     missing = missing_plugins(values.pop("plugins", ()))
     if missing:
         raise ConfigError(f"--config: {path} was written with {missing}; add that")
@@ -57,6 +51,35 @@ def settings_from(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     wanted = options_for(method) if method in list_methods() else known
     checked = {name: _checked(path, wanted[name], value) for name, value in values.items() if name in wanted}
     return {name: value for name, value in checked.items() if value is not None} | given
+
+
+class UnknownSettingError(ConfigError):
+    """A name that is no setting, or that is given twice."""
+
+
+def known_settings() -> dict[str, Option]:
+    """Every setting of a run by any method, by name."""
+    return options_of(Settings) | {name: owners[0][1] for name, owners in method_options().items()}
+
+
+def named_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by their names in ``config.json``; ``given`` may call them as the flags do.
+
+    Raises:
+        UnknownSettingError: for what is none, or stands there twice.
+    """
+    values: dict[str, Any] = {}
+    known = known_settings()
+    names = {(one.flag or "").removeprefix("--").replace("-", "_"): name for name, one in known.items()}
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        name = name if name in known else names.get(name, name)
+        if name not in known:
+            raise UnknownSettingError(_unknown(str(key), known))
+        if name in values:
+            raise UnknownSettingError(f"names {name} twice")
+        values[name] = value
+    return values
 
 
 def _unknown(key: str, known: dict[str, Option]) -> str:

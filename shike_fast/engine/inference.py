@@ -19,8 +19,9 @@ from shike_fast.engine.config import TrainConfig, replace_settings, stored_confi
 from shike_fast.engine.precision import settle_amp
 from shike_fast.engine.priors import scores_prior
 from shike_fast.engine.setup import check_device
-from shike_fast.engine.state import check_stage, model_from_checkpoint, with_average
+from shike_fast.engine.state import check_stage, data_description, model_from_checkpoint, with_average
 from shike_fast.engine.steps import make_autocast
+from shike_fast.engine.trainer import Trainer
 from shike_fast.errors import CheckpointError
 
 
@@ -53,9 +54,31 @@ class Trained:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
 
+    def prepare_process(self) -> None:
+        """What a command does that uses this process for the network alone."""
+        torch.set_num_threads(self.config.threads)
+        use_device(self.device)
+
+
+def trained_by(trainer: Trainer) -> Trained:
+    """What a finished run has trained."""
+    return Trained(
+        config=trainer.config,
+        data=data_description(trainer.dataset),
+        epoch=trainer.epoch,
+        network=trainer.tested,
+        stage=trainer.stage,
+        classifiers=trainer.steps.stage.classifiers,
+        scores=trainer.test_setting["scores"],
+        scores_prior=scores_prior(trainer.method, trainer.steps.stage, trainer.config.sampler),
+        history=trainer.history,
+        device=trainer.device,
+        autocast=trainer.steps.autocast,
+    )
+
 
 def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> Trained:
-    """Read a checkpoint and prepare this process for its network.
+    """Read a checkpoint.
 
     Args:
         source: the checkpoint file.
@@ -74,8 +97,6 @@ def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> T
     config = replace_settings(stored_config(state["config"], str(source)), given)
     if note is not None:
         print(note, file=sys.stderr)
-    torch.set_num_threads(config.threads)
-    use_device(device)
     check_device(config, device)
     if config.ema:
         state = with_average(state, source)

@@ -15,6 +15,7 @@ from shike_fast import data, ops
 from shike_fast._util.cli import check_workers, choose_device, make_deterministic, use_device
 from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
+from shike_fast.engine.console import RunConsole
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import load_data
@@ -105,13 +106,42 @@ def train_one(given: dict[str, Any], processes: distributed.Processes, *, more: 
     Raises:
         PeerFailed: in all processes but the first one, where the run ends early.
     """
+    try:
+        trainer = train(given, processes)
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        return end.exit_status
+    return 128 + trainer.late_signal if more and trainer.late_signal else 0
+
+
+def train(given: dict[str, Any], processes: distributed.Processes, *, quiet: bool = False) -> Trainer:
+    """Train one run to its end; returns what trained it.
+
+    Args:
+        given: as for :func:`train_one`.
+        processes: who trains along.
+        quiet: print nothing.
+
+    Raises:
+        Interrupted, NonFiniteLossError: in the first process.
+        PeerFailed: in all others, where the run ends early.
+    """
     profile: bool = given.pop("profile", False)
     with contextlib.ExitStack() as held:
         plan = processes.broadcast_from_main(lambda: _with_note(make_plan(given, held), given))
-        trainer = _prepare(plan, processes, profile)  # whatever is wrong with the input shows before the directory
+        # Whatever is wrong with the input shows before the directory is taken.
+        trainer = _prepare(plan, processes, profile, quiet)
         processes.broadcast_from_main(lambda: _take_directory(plan, held))
-        status = _train(trainer, plan.note)
-        return 128 + trainer.late_signal if more and status == 0 and trainer.late_signal else status
+        trainer.console.note(_headline(trainer))
+        if plan.note is not None:
+            trainer.console.note(plan.note)
+        try:
+            trainer.run()
+        except (Interrupted, NonFiniteLossError) as end:  # in all processes at once
+            if not processes.is_main:
+                raise distributed.PeerFailed(str(end), end.exit_status) from end
+            raise
+        return trainer
 
 
 def make_plan(given: dict[str, Any], held: contextlib.ExitStack) -> Plan:
@@ -216,7 +246,7 @@ def _with_note(plan: Plan, given: dict[str, Any]) -> Plan:
     return replace(plan, note=settle_amp(amp, choose_device(plan.config.device))[1])
 
 
-def _prepare(plan: Plan, processes: distributed.Processes, profile: bool) -> Trainer:
+def _prepare(plan: Plan, processes: distributed.Processes, profile: bool, quiet: bool) -> Trainer:
     config = plan.config
     make_deterministic(config.deterministic)
     torch.set_num_threads(config.threads)
@@ -240,6 +270,7 @@ def _prepare(plan: Plan, processes: distributed.Processes, profile: bool) -> Tra
         processes=processes,
         profile=profile,
         source=plan.source,
+        console=RunConsole(config.epochs, 1, quiet=True) if quiet else None,
     )
 
 
@@ -254,22 +285,6 @@ def _take_directory(plan: Plan, held: contextlib.ExitStack) -> None:
         rundir.check_unused(plan.output_dir)  # no other process began there meanwhile
     rundir.sign(plan.output_dir, distributed.launch())
     checkpoint.remove_leftovers(plan.output_dir)
-
-
-def _train(trainer: Trainer, note: str | None) -> int:
-    trainer.console.note(_headline(trainer))
-    if note is not None:
-        trainer.console.note(note)
-    try:
-        trainer.run()
-    except (Interrupted, NonFiniteLossError) as end:  # in all processes at once
-        if not trainer.processes.is_main:
-            raise distributed.PeerFailed(str(end), end.exit_status) from end
-        if isinstance(end, NonFiniteLossError):
-            raise
-        print(end, file=sys.stderr)
-        return end.exit_status
-    return 0
 
 
 def _headline(trainer: Trainer) -> str:

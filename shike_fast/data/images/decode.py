@@ -145,7 +145,7 @@ class _Pillow:
                 raise BrokenImageError(f"has {image.width} x {image.height} pixels, not what its beginning says")
             if reduction > 1 and image.mode in ("RGB", "L"):
                 image = image.reduce(reduction)
-            pixels = np.asarray(_rgb(image))
+            pixels = np.asarray(rgb(image))
         return _upright(pixels, self._orientation)
 
 
@@ -210,7 +210,8 @@ class _decoding:
         raise BrokenImageError(f"cannot be decoded as an image ({reason})") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in red, green and blue, of 16 bits the high ones."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
