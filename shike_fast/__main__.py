@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a network on a long-tailed data set",
     "evaluate": "test a checkpoint on the test images of its data set",
     "predict": "classify a folder of images with a checkpoint",
+    "export": "write a trained network as a program of PyTorch or ONNX, or for the Hugging Face Hub",
     "data": "check, pack or generate a data set",
     "info": "show versions, devices and kernels",
 }

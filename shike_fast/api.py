@@ -17,9 +17,10 @@ from shike_fast._util.plugins import import_plugins
 from shike_fast.data import LongTailData
 from shike_fast.data.registry import passed_on
 from shike_fast.engine import distributed
-from shike_fast.engine.classifier import Classifier
+from shike_fast.engine.classifier import Classifier, ImageClassifier
 from shike_fast.engine.config_file import named_settings, settings_from
 from shike_fast.engine.inference import load_trained, trained_by
+from shike_fast.engine.programs import ONNX, TORCH, load_program
 from shike_fast.engine.run import train as train_run
 from shike_fast.engine.trainer import Interrupted
 from shike_fast.errors import ConfigError
@@ -158,22 +159,38 @@ def _train(given: dict[str, Any], quiet: bool) -> Run:
 
 
 def load(
-    checkpoint: str | os.PathLike[str], *, stage: int | None = None, device: str | None = None, amp: str | None = None
-) -> Classifier:
+    checkpoint: str | os.PathLike[str],
+    *,
+    stage: int | None = None,
+    device: str | None = None,
+    amp: str | None = None,
+    dataset: LongTailData | None = None,
+) -> ImageClassifier:
     """Load a trained network, with its class names and the transform of its images.
 
         model = shike_fast.load("runs/x/last.pt")
         model.predict(["cat.jpg", "dog.jpg"]).names
 
     Args:
-        checkpoint: ``last.pt`` or ``best.pt`` of a run.
+        checkpoint: ``last.pt`` or ``best.pt`` of a run; what ``shike_fast.export`` wrote; or weights of elsewhere: of
+            the published code of SHIKE, RIDE, SADE, BalPoE or MDCS, or of a plain network with torchvision's names.
         stage: of the method, from 1; default the one that was being trained.
         device: default a GPU where there is one.
         amp: mixed precision; default that of the run.
+        dataset: what weights of elsewhere are used on. Without it their classes have numbers for names.
+
+    Returns:
+        A :class:`~shike_fast.engine.classifier.Classifier`, a module whose ``network`` is the trained one; for an
+        exported program (.pt2, .onnx) something that classifies alike, on the CPU.
 
     Raises:
         CheckpointError: the file cannot be used.
         ConfigError: the device or the precision cannot.
     """
     path = Path(checkpoint)
-    return Classifier(load_trained(path, stage, {"device": device, "amp": amp}), path)
+    if path.suffix in (TORCH, ONNX):
+        given = {"stage": stage, "amp": amp, "dataset": dataset}
+        if named := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{', '.join(named)}: settled in an exported program; leave it out")
+        return load_program(path)
+    return Classifier(load_trained(path, stage, {"device": device, "amp": amp}, dataset), path)

@@ -23,9 +23,11 @@ from shike_fast.data import LongTailData
 from shike_fast.data.shots import SHOTS
 from shike_fast.engine import report
 from shike_fast.engine.console import RunConsole
+from shike_fast.engine.foreign import ForeignData
 from shike_fast.engine.inference import Trained, load_trained
 from shike_fast.engine.metrics import NonFiniteLogitsError
 from shike_fast.engine.priors import WHICH, parse_prior, usual_priors
+from shike_fast.engine.programs import ONNX, TORCH
 from shike_fast.engine.setup import make_loader
 from shike_fast.engine.state import load_data
 from shike_fast.engine.tail import TailEvaluation, evaluate_tails, is_confusion_table, write_confusion
@@ -37,7 +39,13 @@ def make_parser() -> ArgumentParser:
     """The command line of ``shike_fast.evaluate``."""
     parser = ArgumentParser(prog="python -m shike_fast.evaluate", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pt or last.pt of a run directory")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="best.pt or last.pt of a run directory, exported safetensors, or weights of elsewhere",
+    )
     add("--data-dir", metavar="DIR", help="where the data set lies, if not where it was")
     add("--stage", type=int, metavar="N", help="of the method, from 1; default the one the checkpoint was training")
     add("--batch-size", type=int, metavar="B", help="images at a time; default four times that of the run")
@@ -65,6 +73,7 @@ def make_parser() -> ArgumentParser:
     add("--confusion", type=Path, metavar="FILE", help="write the confusion matrix as CSV")
     add("--report", type=Path, metavar="FILE", help="write a report with pictures, one HTML file")
     add("--json", action="store_true", help="print the result as one JSON object")
+    ForeignData.add_options(parser)
     add_plugin_option(parser)
     return parser
 
@@ -80,10 +89,17 @@ def _evaluate(arguments: dict[str, Any]) -> int:
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size: must be at least 1, got {batch_size}")
     check_workers(arguments["workers"])
+    if path.suffix in (TORCH, ONNX):
+        raise ConfigError(
+            f"--checkpoint: {path} is a program, which says nothing of its experts; evaluate the checkpoint that it "
+            "was made from, or exported safetensors"
+        )
     table = _check_files(arguments)
     settings = {name: arguments[name] for name in ("data_dir", "workers", "device", "threads", "amp")}
-    trained = load_trained(path, arguments["stage"], settings)
+    trained = load_trained(path, arguments["stage"], settings, ForeignData.of(arguments).load())
     trained.prepare_process()
+    if not trained.data["name"]:
+        raise ConfigError(f"--dataset: {path} does not say which images it is tested on; name the data set")
     dataset = load_data(trained.config)
     if list(dataset.class_names) != trained.data["class_names"]:
         raise CheckpointError(

@@ -17,27 +17,37 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from shike_fast._util.cli import ArgumentParser, check_workers, cores, run_command
+from shike_fast._util.cli import ArgumentParser, check_workers, choose_device, cores, run_command
 from shike_fast._util.files import check_output_file, naming, replacing
 from shike_fast._util.plugins import add_plugin_option, parse_with_plugins
 from shike_fast.data.datasets.imagefolder import EXTENSIONS, image_files
 from shike_fast.data.images.paths import PathTable
-from shike_fast.data.images.prepared import ImageTransform
 from shike_fast.data.images.stores import FileStore
 from shike_fast.data.loaders.photo import PhotoLoader
+from shike_fast.engine.classifier import Classifier, ImageClassifier
+from shike_fast.engine.foreign import ForeignData
 from shike_fast.engine.inference import load_trained
+from shike_fast.engine.programs import ONNX, TORCH, load_program
 from shike_fast.errors import ConfigError
 
 _FIRST_COLUMN = "image"
 _OF_A_CLASS = ("class", "name", "probability")
 _MOST_WORKERS = 8
+_BATCH = 64  # images at a time through a program
 
 
 def make_parser() -> ArgumentParser:
     """The command line of ``shike_fast.predict``."""
     parser = ArgumentParser(prog="python -m shike_fast.predict", description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="FILE", help="best.pt or last.pt of a run directory")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="best.pt or last.pt of a run directory, an exported file (.pt2, .onnx, .safetensors or a folder with it), "
+        "or weights of elsewhere",
+    )
     add("--images", type=Path, required=True, metavar="DIR", help="folder of images, with all folders below it")
     add("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default predictions.csv")
     add("--top", type=int, default=5, metavar="N", help="classes an image (default 5)")
@@ -47,6 +57,7 @@ def make_parser() -> ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads; default that of the run")
     add("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
     add("--amp", metavar="auto|off|bf16|fp16", help="mixed precision; default that of the run")
+    ForeignData.add_options(parser)
     add_plugin_option(parser)
     return parser
 
@@ -66,20 +77,15 @@ def _predict(arguments: dict[str, Any]) -> int:
     if not arguments["images"].is_dir():
         raise ConfigError(f"--images: {arguments['images']} is not a folder")
     source: Path = arguments["checkpoint"]
-    settings = {name: arguments[name] for name in ("device", "threads", "amp")}
-    trained = load_trained(source, arguments["stage"], settings)
-    trained.prepare_process()
-    network = trained.network.eval()
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = _classifier(source, arguments)
     paths = _list_images(arguments["images"])
-    transform = ImageTransform.from_description(trained.data, source)
-    dataset = transform.dataset(FileStore(arguments["images"], paths))
+    dataset = model.transform.dataset(FileStore(arguments["images"], paths))
     workers = arguments["workers"]
     loader = PhotoLoader(
         dataset,
-        batch_size=arguments["batch_size"] or trained.config.batch_size,
+        batch_size=arguments["batch_size"] or _batch_size(model),
         shuffle=False,
-        device=trained.device,
+        device=model.device,
         num_workers=min(_MOST_WORKERS, cores()) if workers is None else workers,
         report=lambda _: None,
         most_broken=len(dataset),
@@ -88,11 +94,9 @@ def _predict(arguments: dict[str, Any]) -> int:
     def probabilities() -> Iterator[Tensor]:
         with torch.inference_mode():
             for images, _ in loader.epoch(0):
-                with trained.autocast():
-                    logits = network(transform.with_channels(images), stage=trained.classifiers)
-                yield trained.scores(logits.float()).softmax(1)
+                yield model.probabilities(model.transform.with_channels(images))
 
-    names = trained.data["class_names"]
+    names = model.class_names
     top = min(arguments["top"], len(names))
     try:
         with replacing(output) as file:
@@ -105,6 +109,26 @@ def _predict(arguments: dict[str, Any]) -> int:
         print(f"{len(messages):,} images could not be read, the first: {messages[0]}", file=sys.stderr)
         return 1
     return 0
+
+
+def _classifier(source: Path, arguments: dict[str, Any]) -> ImageClassifier:
+    """The network that is named, with this process prepared for it."""
+    given = {name: arguments[name] for name in ("stage", "device", "amp")}
+    if source.suffix not in (TORCH, ONNX):
+        settings = {name: arguments[name] for name in ("device", "threads", "amp")}
+        trained = load_trained(source, arguments["stage"], settings, ForeignData.of(arguments).load())
+        trained.prepare_process()
+        return Classifier(trained, source)
+    for name in (name for name, value in given.items() if value is not None):
+        if name != "device" or choose_device(given["device"]).type != "cpu":
+            raise ConfigError(f"--{name}: is settled in an exported program, which runs on the CPU; leave it out")
+    if arguments["threads"] is not None:
+        torch.set_num_threads(arguments["threads"])
+    return load_program(source)
+
+
+def _batch_size(model: ImageClassifier) -> int:
+    return model.trained.config.batch_size if isinstance(model, Classifier) else _BATCH
 
 
 def _holds_predictions(path: Path) -> bool:

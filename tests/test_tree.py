@@ -26,7 +26,7 @@ FLOORS = (
     ("data",),
     ("data.commands", "engine"),
     ("_full_verification",),
-    ("data.__main__", "info", "verify", "api", "evaluate", "predict"),
+    ("data.__main__", "info", "verify", "api", "evaluate", "export", "predict"),
     ("train",),
     ("__main__", "__init__"),
 )

@@ -87,10 +87,7 @@ def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
             f"checkpoint {path} holds more than tensors and plain values, loading it could execute code"
         ) from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
-        raise CheckpointError(
-            f"{path} is no checkpoint of shike_fast, which {LAST} and {BEST} of a run are; weights alone are for "
-            "shike_fast.train --pretrained, those of the published code for models.convert_reference_state_dict"
-        )
+        raise CheckpointError(f"{path} is no checkpoint of shike_fast, which {LAST} and {BEST} of a run are")
     if state["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {state['format']}, this version of shike_fast reads format {FORMAT}; "

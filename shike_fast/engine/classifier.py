@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -49,42 +50,25 @@ class Predictions:
         ]
 
 
-class Classifier(nn.Module):
-    """A trained network that classifies images. :func:`shike_fast.load` reads one, a run has one as ``run.model``.
-
-    ``forward(images, stage=None)`` takes normalised images [B, channels, H, W] and returns the logits of all experts
-    [K, B, C], by the classifiers of the stage that was trained last unless ``stage`` names others.
+class ImageClassifier(ABC):
+    """Classifies images of any kind.
 
     Attributes:
-        network: the network.
         class_names: one name a class.
-        class_counts: int64 [C], training images of each class.
-        transform: turns an image into what the network takes.
-        trained: what the checkpoint holds besides.
+        transform: turns an image into what :meth:`probabilities` takes.
     """
 
-    def __init__(self, trained: Trained, source: object) -> None:
-        super().__init__()
-        self.network = trained.network.eval()
-        if trained.config.channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.trained = trained
-        self.class_names: tuple[str, ...] = tuple(trained.data["class_names"])
-        self.class_counts: Tensor = trained.data["class_counts"]
-        self.transform = ImageTransform.from_description(trained.data, source)
+    class_names: tuple[str, ...]
+    transform: ImageTransform
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Where the network is; images may be anywhere."""
-        return next(self.network.parameters()).device
 
-    def forward(self, images: Tensor, stage: int | None = None) -> Tensor:
-        with self.trained.autocast():
-            return self.network(images, stage=self.trained.classifiers if stage is None else stage)
-
-    def scores(self, images: Tensor) -> Tensor:
-        """What the experts say together, as the method combines them: normalised images -> float32 [B, C]."""
-        return self.trained.scores(self(images).float())
+    @abstractmethod
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Images [B, channels, S, S], transformed and on :attr:`device` -> float32 [B, C]."""
 
     @torch.inference_mode()
     def predict(self, images: AnyImage | Iterable[AnyImage], *, batch_size: int = 64) -> Predictions:
@@ -99,8 +83,7 @@ class Classifier(nn.Module):
         Raises:
             DataError: an image is none of these, or its file cannot be read.
         """
-        self.network.eval()
-        batches = [self.scores(batch.to(self.device)).softmax(1).cpu() for batch in self._batches(images, batch_size)]
+        batches = [self.probabilities(batch.to(self.device)).cpu() for batch in self._batches(images, batch_size)]
         empty = torch.empty(0, len(self.class_names))
         return Predictions(torch.cat(batches) if batches else empty, self.class_names)
 
@@ -112,6 +95,41 @@ class Classifier(nn.Module):
         remaining: Iterator[AnyImage] = iter([images] if single else images)  # type: ignore[list-item, arg-type]
         while batch := list(islice(remaining, size)):
             yield self.transform.batch(batch)
+
+
+class Classifier(ImageClassifier, nn.Module):
+    """A trained network that classifies images. :func:`shike_fast.load` reads one, a run has one as ``run.model``.
+
+    ``forward(images, stage=None)`` takes normalised images [B, channels, H, W] and returns the logits of all experts
+    [K, B, C], by the classifiers of the stage that was trained last unless ``stage`` names others.
+
+    Attributes:
+        network: the network.
+        class_counts: int64 [C], training images of each class.
+        trained: what the checkpoint holds besides.
+    """
+
+    def __init__(self, trained: Trained, source: object) -> None:
+        super().__init__()
+        self.network = trained.network.eval()
+        if trained.config.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.trained = trained
+        self.class_names = tuple(trained.data["class_names"])
+        self.class_counts: Tensor = trained.data["class_counts"]
+        self.transform = ImageTransform.from_description(trained.data, source)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def forward(self, images: Tensor, stage: int | None = None) -> Tensor:
+        with self.trained.autocast():
+            return self.network(images, stage=self.trained.classifiers if stage is None else stage)
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Images [B, channels, S, S], transformed -> float32 [B, C], the experts combined as the method does."""
+        return self.trained.scores(self(images).float()).softmax(1)
 
     def extra_repr(self) -> str:
         return f"{len(self.class_names)} classes, {self.transform}"

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from shike_fast._util.cli import choose_device, use_device
+from shike_fast.data import LongTailData
 from shike_fast.engine import checkpoint
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
+from shike_fast.engine.exported import exported_weights, read_exported
+from shike_fast.engine.foreign import state_of_weights
 from shike_fast.engine.precision import settle_amp
 from shike_fast.engine.priors import scores_prior
 from shike_fast.engine.setup import check_device
@@ -77,19 +80,52 @@ def trained_by(trainer: Trainer) -> Trained:
     )
 
 
-def load_trained(source: Path, stage: int | None, settings: dict[str, Any]) -> Trained:
-    """Read a checkpoint.
+def read_state(source: Path, dataset: LongTailData | None = None) -> dict[str, Any]:
+    """What a file says of a trained network, as a checkpoint says it, without the state of the run.
 
     Args:
-        source: the checkpoint file.
+        source: a checkpoint, weights that ``shike_fast.export`` wrote or their folder, or weights of elsewhere.
+        dataset: what weights of elsewhere are used on.
+
+    Raises:
+        CheckpointError: the file is none of these, or says itself which data set it is of.
+    """
+    found = exported_weights(source)
+    if found is not None:
+        state = read_exported(found)
+    else:
+        try:
+            state = checkpoint.load_checkpoint(source)
+        except CheckpointError as error:
+            elsewhere = state_of_weights(source, dataset, error)
+            if elsewhere is None:
+                raise
+            return elsewhere
+    if dataset is not None:
+        raise CheckpointError(f"--dataset: checkpoint {source} says itself what it was trained on; leave it out")
+    return state
+
+
+def load_trained(
+    source: Path, stage: int | None, settings: dict[str, Any], dataset: LongTailData | None = None
+) -> Trained:
+    """A trained network from a file.
+
+    Args:
+        source: as for :func:`read_state`.
         stage: of the method; None for the one that the checkpoint was training.
         settings: of this command: ``device``, ``amp``, ``threads`` and whichever others; None leaves the run's.
+        dataset: what weights of elsewhere are used on.
 
     Raises:
         CheckpointError: if the file or the stage cannot be used.
         ConfigError: if a setting cannot.
     """
-    state = checkpoint.load_checkpoint(source)
+    return trained_from(read_state(source, dataset), source, stage, settings)
+
+
+def trained_from(state: dict[str, Any], source: Path, stage: int | None, settings: dict[str, Any]) -> Trained:
+    """A trained network from what :func:`read_state` read; the other arguments are those of :func:`load_trained`."""
     device = choose_device(settings["device"])
     amp, note = settle_amp(settings["amp"] or state["config"].get("amp"), device)
     given = {name: value for name, value in (settings | {"amp": amp}).items() if value is not None}

@@ -156,12 +156,12 @@ class TailEvaluation:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error in [0, 1]: 15 bins, L1."""
-        from torchmetrics.functional.classification import binary_calibration_error
+        """Expected calibration error in [0, 1] over the bins of :meth:`reliability`, Σ_b n_b/N · |conf_b − acc_b|.
 
-        # of several classes it is that of "the prediction is right", whose probability is the confidence
-        hits = (self.labels == self.predicted).long()
-        return float(binary_calibration_error(self.confidence, hits, n_bins=CALIBRATION_BINS, norm="l1"))
+        Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
+        """
+        bins = [row for row in self.reliability() if row["images"]]
+        return sum(row["images"] * abs(row["confidence"] - row["accuracy"]) for row in bins) / len(self.labels)
 
     def reliability(self) -> list[dict[str, Any]]:
         """Bins of equal width of the confidence: ``from``, ``to``, ``images``, ``confidence``, ``accuracy``.

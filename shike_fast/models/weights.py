@@ -64,7 +64,7 @@ def load_pretrained(model: nn.Module, path: str | PathLike[str]) -> PretrainedRe
             f"{path}: cannot be loaded into a {type(model).__name__}; only a MultiExpertNetwork says which "
             "weights of a plain network go where"
         )
-    file = plain_tensors(_read(path), str(path))
+    file = plain_tensors(read_weights(path), str(path))
     ignored = tuple(key for key in file if key.startswith("fc."))
     given = {key: tensor for key, tensor in file.items() if key not in ignored}
 
@@ -91,7 +91,12 @@ def require_weight_file(path: Path) -> None:
         raise CheckpointError(f"--pretrained: {path} is not a file; name weights in .pth or .safetensors format")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> Any:
+    """What a ``.safetensors`` file holds, or what ``torch.save`` wrote: tensors and plain values.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read, or holds more than that.
+    """
     require_weight_file(path)
     try:
         if path.suffix == ".safetensors":

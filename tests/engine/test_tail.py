@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+import torchvision_operators  # noqa: F401  (before torchmetrics, which imports torchvision where it is installed)
 from sklearn import metrics
 from torch import nn
 from torchmetrics.classification import MulticlassCalibrationError
