@@ -51,7 +51,9 @@ def recognise(saved: object, source: str) -> Recognised:
         return _published(given, source)
     if any("layer3s." in key or "layer4s." in key for key in given):
         description = describe_ride_state_dict(given)
-        return Recognised("ride", description, convert_ride_state_dict(given))
+        with torch.device("meta"):
+            model = create_model(**description)
+        return Recognised("ride", model.description, convert_ride_state_dict(given))
     if f"{_HEAD}weight" in given:
         return _plain(given, source)
     raise CheckpointError(f"{source}: holds no {READABLE}")
@@ -65,7 +67,7 @@ def _published(given: dict[str, Tensor], source: str) -> Recognised:
     for name in list_models():
         model = _without_storage(name, options)
         if model is not None and {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes:
-            return Recognised("shike", {"name": name, **options}, state)
+            return Recognised("shike", model.description, state)
     raise CheckpointError(f"{source}: no registered network has as many blocks a stage; there are resnet8, 20 and 32")
 
 
@@ -97,7 +99,7 @@ def _plain(given: dict[str, Tensor], source: str) -> Recognised:
         bias = given.get(f"{_HEAD}bias", torch.zeros(head.shape[0]))
         for heads in ("classifiers", "rt_classifiers"):
             state |= {f"{heads}.weight": head.t().unsqueeze(0).clone(), f"{heads}.bias": bias.unsqueeze(0).clone()}
-        return Recognised("plain", {"name": name, **options}, state)
+        return Recognised("plain", model.description, state)
     raise CheckpointError(f"{source}: no registered network has the names and shapes of these weights ({len(given)})")
 
 

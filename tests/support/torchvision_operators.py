@@ -1,7 +1,7 @@
 """Lets torchvision, and so timm, be imported beside a build of PyTorch that its binary operators do not fit.
 
-torchvision describes its operators to PyTorch when it is imported, which fails where they could not be loaded. Here they
-are declared first, without code. A program that a test starts does this with ``--plugin torchvision_operators``.
+torchvision describes its operators to PyTorch when it is imported, which fails where they could not be loaded. Here
+they are declared first, without code. A program that a test starts does this with ``--plugin torchvision_operators``.
 """
 
 import importlib.util
