@@ -40,6 +40,7 @@ from shike_fast.errors import ConfigError, RunError
 _SUFFIXES = {"torch": TORCH, "onnx": ONNX}
 _BATCHES = (1, 2, 7)  # of the check
 _CLOSE = 1e-4  # of a probability
+_MOST_ONNX = 2**31 - 2**20  # bytes of weights; the rest is for the graph
 
 
 def make_parser() -> ArgumentParser:
@@ -71,6 +72,8 @@ def _export(arguments: dict[str, Any]) -> int:
     if trained.config.ema:
         state = with_average(state, source)
     classifier = Classifier(trained, source)
+    if kind == "onnx":
+        _check_size(classifier)
     metadata = metadata_of(state, classifier.transform, trained.stage)
     if kind == "safetensors":
         _write_weights(output, weights_of(state, metadata), metadata)
@@ -97,6 +100,15 @@ def _check_output(output: Path, kind: str) -> None:
         check_output_file("OUT", output / CARD, is_card, "was not written by this command")
     else:
         check_output_file("OUT", output, lambda path: True, "")
+
+
+def _check_size(classifier: Classifier) -> None:
+    size = sum(tensor.nbytes for tensor in classifier.network.state_dict().values())
+    if size > _MOST_ONNX:
+        raise ConfigError(
+            f"--format onnx: the network has {size / 2**30:.1f} GiB, more than the 2 that one such file holds; "
+            "use --format torch"
+        )
 
 
 def _write_weights(output: Path, content: bytes, metadata: dict[str, Any]) -> None:

@@ -245,6 +245,14 @@ def test_without_the_libraries_of_onnx(finished, tmp_path, capsys, monkeypatch):
     assert "running it needs onnxruntime: pip install onnxruntime" in capsys.readouterr().err
 
 
+def test_a_network_too_large_for_a_file(finished, tmp_path, capsys, monkeypatch):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, sys)
+    monkeypatch.setattr("shike_fast.export._MOST_ONNX", 1000)
+    assert write(finished / "last.pt", "onnx", tmp_path / "model.onnx") == 2
+    assert "more than the 2 that one such file holds; use --format torch" in capsys.readouterr().err
+
+
 def test_files_that_are_no_exports(exported, tmp_path, capsys):
     (tmp_path / "damaged.pt2").write_bytes((exported / "model.pt2").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"damaged.pt2: cannot be read as a program"):
