@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from shike_fast._util.cli import choose_device, use_device
 from shike_fast.engine import checkpoint
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
-from shike_fast.engine.precision import settle_amp
+from shike_fast.engine.precision import make_autocast, settle_amp
 from shike_fast.engine.priors import scores_prior
 from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import check_stage, model_from_checkpoint, with_average
-from shike_fast.engine.steps import make_autocast
 from shike_fast.errors import CheckpointError
 
 
