@@ -87,8 +87,8 @@ class FeatureCache:
                 loader.close()
         if processes.is_distributed:
             self._exchange()
-        self.train_loader = _IndexLoader(loaders[0], self.labels, 0)
-        self.test_loader = _IndexLoader(loaders[1], self.labels, first)
+        self.train_loader = _IndexLoader(loaders[0].dataset, loaders[0], self.labels, 0)
+        self.test_loader = _IndexLoader(loaders[1].dataset, loaders[1], self.labels, first)
 
     def network(self, model: nn.Module) -> CachedNetwork:
         """The network as it works with what is in here.
@@ -104,8 +104,8 @@ class FeatureCache:
         return CachedNetwork(model, self)
 
     def training_in_order(self) -> EpochLoader:
-        """A loader of this process's share of the training images as they are in here."""
-        return _IndexLoader(self.train_loader, self.labels, 0, shuffle=False)
+        """A loader of this process's share of the training images as they are in here, as if they were test images."""
+        return _IndexLoader(self.train_loader.dataset, self.test_loader, self.labels, 0)
 
     def at(self, indices: Tensor) -> dict[str, Tensor]:
         """What is in here at places int64 [B, 1, 1, 1]: the trunk's maps, or ``features`` [B, K, D]."""
@@ -185,18 +185,18 @@ class CachedNetwork(nn.Module):
 
 
 class _IndexLoader(EpochLoader):
-    """The batches of another loader, with places in a cache for images."""
+    """Batches such as another loader's, with places in a cache, from ``first`` on, for images."""
 
-    def __init__(self, like: EpochLoader, labels: Tensor, first: int, *, shuffle: bool | None = None) -> None:
+    def __init__(self, dataset: data.BatchSource, like: EpochLoader, labels: Tensor, first: int) -> None:
         super().__init__(
-            like.dataset,
+            dataset,
             batch_size=like.batch_size,
-            shuffle=like.shuffle if shuffle is None else shuffle,
+            shuffle=like.shuffle,
             seed=like.seed,
             rank=like.rank,
             world_size=like.world_size,
             sampler=like.sampler,
-            views=like.views if shuffle is None else (),
+            views=like.views,
         )
         self._labels = labels
         self._first = first
