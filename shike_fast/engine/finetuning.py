@@ -117,7 +117,9 @@ def prepare_model(model: nn.Module, settings: Any) -> None:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"--freeze: {settings.model}: {error}") from error
+        option = "--freeze" if settings.adapter is None else "--adapter"
+        reason = str(error).partition(": ")[2]  # without the name of the function
+        raise ConfigError(f"{option}: {settings.model}: {reason}") from error
 
 
 def check_stages(model: models.MultiExpertNetwork, stages: Iterable[methods.Stage], settings: Any) -> None:
