@@ -247,7 +247,7 @@ def test_a_run_with_adapters(runs, tmp_path, monkeypatch, capsys, kind):
     top1 = json.loads(capsys.readouterr().out)["top1"]
     assert top1 == pytest.approx(runs.metrics(tmp_path / "run")[-1]["top1"])
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "digit.png")
-    assert predict(["--checkpoint", str(tmp_path / "run" / "last.pt"), str(tmp_path / "digit.png")]) == 0
+    assert predict(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--images", str(tmp_path / "digit.png")]) == 0
 
 
 def test_pretrained_weights_are_loaded_before_adapters_are_put_in(tmp_path):
