@@ -263,9 +263,9 @@ def _take_directory(plan: Plan, held: contextlib.ExitStack) -> None:
 
 
 def _train(trainer: Trainer, note: str | None) -> int:
-    trainer.console.note(_headline(trainer))
-    if note is not None:
-        trainer.console.note(note)
+    for line in (_headline(trainer), note, None if trainer.cache is None else trainer.cache.note):
+        if line is not None:
+            trainer.console.note(line)
     try:
         trainer.run()
     except (Interrupted, NonFiniteLossError) as end:  # in all processes at once

@@ -150,7 +150,6 @@ class Trainer:
         if self.config.cache_features:
             loaders = self.train_loader, self.test_loader
             self.cache = FeatureCache(*setting, loaders=loaders, **options)
-            self.console.note(self.cache.note)
             self.train_loader, self.test_loader = self.cache.train_loader, self.cache.test_loader
         if new and self.config.init_classifier == CLASS_MEANS:
             init_from_class_means(*setting, cache=self.cache, **options)
