@@ -41,6 +41,7 @@ class FeatureCache:
 
     Attributes:
         train_loader, test_loader: what takes the place of ``loaders``.
+        bytes: that it takes.
         note: a line on its size.
 
     Raises:
@@ -64,9 +65,9 @@ class FeatureCache:
         images = first + len(dataset.test)
         self._layout = memory_format(config)
         found = self._compute(torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size))
-        size = images * sum(tensor[0].numel() * tensor.element_size() for tensor in found.values())
-        self.note = f"the features of {images:,} images are computed once and kept: {size / _GIB:.3g} GiB"
-        self._require_memory(size, images)
+        self.bytes = images * sum(tensor[0].numel() * tensor.element_size() for tensor in found.values())
+        self.note = f"the features of {images:,} images are computed once and kept: {self.bytes / _GIB:.3g} GiB"
+        processes.run_on_all(lambda: self._require_memory(images))
         # channels-last maps have their channels last in here
         self._channels_last = {name: _is_channels_last(tensor) for name, tensor in found.items()}
         self._rows = {
@@ -149,15 +150,15 @@ class FeatureCache:
                 dist.all_reduce(part)
         self.labels = on_device.cpu()
 
-    def _require_memory(self, size: int, images: int) -> None:
+    def _require_memory(self, images: int) -> None:
         free = free_memory(self._device)
         if self._device.type == "cpu":
             free //= local_world_size()  # each process keeps all of them
-        if size > _MOST * free:
+        if self.bytes > _MOST * free:
             remedy = "leave it out" if self.pooled else f"use --freeze {ALL}, whose features are small, or leave it out"
             raise ConfigError(
-                f"--cache-features: the features of {images:,} images take {size / _GIB:.3g} GiB, of {free / _GIB:.3g} "
-                f"GiB that are free at most {_MOST:.0%} may be taken; {remedy}"
+                f"--cache-features: the features of {images:,} images take {self.bytes / _GIB:.3g} GiB, of "
+                f"{free / _GIB:.3g} GiB that are free at most {_MOST:.0%} may be taken; {remedy}"
             )
 
 

@@ -123,6 +123,16 @@ def test_a_whole_run_stopped_and_resumed_with_it(runs, tmp_path, monkeypatch, ca
     assert runs.reproducible_metrics(tmp_path / "plain") == runs.reproducible_metrics(tmp_path / "run")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_files_are_decoded_once(image_dir, workers):
+    settings = {"dataset": "imagefolder", "data_dir": str(image_dir), "image_size": 32, "batch_size": 5}
+    settings |= {"workers": workers, "init_classifier": "class-means"}
+    plain, correct = weights_after_two_epochs(**settings)
+    again, correct_again = weights_after_two_epochs(cache_features=True, **settings)
+    assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
+    assert torch.equal(correct, correct_again)
+
+
 # ---- what is refused
 
 
