@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shike_fast import models
-from shike_fast.engine.steps import make_autocast
+from shike_fast.engine.precision import make_autocast
 from shike_fast.models.resnet import BasicBlock, Bottleneck
 
 Way = Callable[[Tensor], Tensor]  # [B, C, H, W] -> [K, B, D]

@@ -33,8 +33,9 @@ from shike_fast.data.images.arrays import ArrayDataset
 from shike_fast.engine.config import resolve
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.precision import make_autocast
 from shike_fast.engine.setup import make_loader
-from shike_fast.engine.steps import StageSteps, make_autocast
+from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.totals import Totals
 
 PHASES = ("loader", "forward", "loss", "backward", "optimizer")

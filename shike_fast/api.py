@@ -22,7 +22,7 @@ from shike_fast.engine.config_file import named_settings, settings_from
 from shike_fast.engine.inference import load_trained, trained_by
 from shike_fast.engine.programs import ONNX, TORCH, load_program
 from shike_fast.engine.run import train as train_run
-from shike_fast.engine.trainer import Interrupted
+from shike_fast.engine.signals import Interrupted
 from shike_fast.errors import ConfigError
 
 _one_at_a_time = threading.Lock()

@@ -14,7 +14,7 @@ from runs import Runs
 
 import shike_fast
 from shike_fast import api, data
-from shike_fast.engine.trainer import Interrupted
+from shike_fast.engine.signals import Interrupted
 from shike_fast.errors import CheckpointError, ConfigError, DataError, RunError
 
 SMALL = {"model": "resnet8", "batch_size": 64, "epochs": 3, "stage2_epochs": 1, "quiet": True}

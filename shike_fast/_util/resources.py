@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import re
+from pathlib import Path
+
+import torch
 
 from shike_fast.errors import RunError
 
@@ -66,3 +71,28 @@ def keep_memory() -> bool:
     most = 2**31 - 2**12
     below = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # versions before 2.35 take 32 MiB at most
     return bool(below and mallopt(trim_threshold, most))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process could still take: of a GPU's memory, or of the machine's and its container's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    free = [int(available[1]) * 1024 if available else pages]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _text(limit).strip(), _text(used).strip()
+        if most.isdecimal() and now.isdecimal():
+            free.append(int(most) - int(now))
+    return max(0, min(free))
+
+
+def _text(path: str) -> str:
+    """What a file of the system says; nothing where it has no such file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -16,6 +16,7 @@ from shike_fast._util.cli import choose_device
 from shike_fast._util.options import Option, options_of
 from shike_fast._util.plugins import missing_plugins
 from shike_fast.data.types import DatasetInfo
+from shike_fast.engine import finetuning
 from shike_fast.engine.epochs import open_stage_epochs, place_steps, split_epochs, stage_epochs
 from shike_fast.engine.options import NO_WEIGHTS, Settings, method_options
 from shike_fast.engine.precision import AUTO, settle_amp
@@ -205,6 +206,8 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
         )
     if values["pretrained"] == NO_WEIGHTS:
         values["pretrained"] = None
+    if values["adapter"] is not None and "freeze" not in given:
+        values["freeze"] = finetuning.TRUNK
     if method.experts is not None:
         values["num_experts"] = _fixed_experts(method, given.get("num_experts", method.experts))
     if values["threads"] is None:
@@ -287,6 +290,7 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             "--cuda-graph: does not record a step with --checkpoint-activations; leave that out, or use --no-cuda-graph"
         )
+    finetuning.check_settings(config)
     methods.find_method(config.method).check_settings(config)
 
 

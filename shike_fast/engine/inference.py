@@ -19,11 +19,10 @@ from shike_fast.engine import checkpoint
 from shike_fast.engine.config import TrainConfig, replace_settings, stored_config
 from shike_fast.engine.exported import exported_weights, read_exported
 from shike_fast.engine.foreign import state_of_weights
-from shike_fast.engine.precision import settle_amp
+from shike_fast.engine.precision import make_autocast, settle_amp
 from shike_fast.engine.priors import scores_prior
 from shike_fast.engine.setup import check_device
 from shike_fast.engine.state import check_stage, data_description, model_from_checkpoint, with_average
-from shike_fast.engine.steps import make_autocast
 from shike_fast.engine.trainer import Trainer
 from shike_fast.errors import CheckpointError
 

@@ -162,6 +162,61 @@ class Settings:
         group="method",
         metavar="FILE|none",
     )
+    freeze: Literal["off", "trunk", "all-but-classifiers"] = option(
+        "off",
+        "what stays as it is, without gradient and in eval mode",
+        group="fine-tuning",
+        default_text="off; trunk with --adapter",
+    )
+    adapter: Literal["lora", "adaptformer"] | None = option(
+        None,
+        "small weights that are trained within a frozen trunk; with --freeze all-but-classifiers in the branches too",
+        group="fine-tuning",
+        default_text="none",
+    )
+    lora_rank: int | None = option(
+        None, "rank of LoRA", group="fine-tuning", metavar="R", default_text="8", check=at_least(1)
+    )
+    lora_alpha: float | None = option(
+        None,
+        "what LoRA adds is multiplied by this over the rank",
+        group="fine-tuning",
+        metavar="A",
+        default_text="the rank",
+        check=positive,
+    )
+    lora_dropout: float | None = option(
+        None, "dropout of what LoRA's weights get", group="fine-tuning", metavar="P", default_text="0", check=_share
+    )
+    lora_targets: tuple[str, ...] | None = option(
+        None,
+        "layers that LoRA adapts, by the ends of their names",
+        group="fine-tuning",
+        metavar="NAME",
+        default_text="the linear layers of attention and MLPs",
+    )
+    adaptformer_width: int | None = option(
+        None,
+        "width of AdaptFormer's bottleneck",
+        group="fine-tuning",
+        metavar="N",
+        default_text="64",
+        check=at_least(1),
+    )
+    adaptformer_scale: float | None = option(
+        None, "factor of what AdaptFormer adds", group="fine-tuning", metavar="S", default_text="0.1", check=positive
+    )
+    init_classifier: Literal["random", "class-means"] = option(
+        "random",
+        "how the classifiers begin; class-means: as the mean features of the classes, by a pass over the images",
+        group="fine-tuning",
+    )
+    cache_features: bool = option(
+        False,
+        "compute what is frozen once for each image and keep it in memory; needs --augmentation none",
+        group="fine-tuning",
+        changeable=True,
+    )
     amp: Literal["auto", "off", "bf16", "fp16"] = option(
         "off", "mixed precision; auto: what is fastest here", group="schedule"
     )
@@ -334,7 +389,7 @@ def _form(one: Option) -> tuple[type, bool, str | None]:
 def add_options(parser: ArgumentParser) -> None:
     """Add all options to the parser of the training command."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for title in ("data", "method", "schedule", "speed", "run", "hyper-parameters of methods"):
+    for title in ("data", "method", "fine-tuning", "schedule", "speed", "run", "hyper-parameters of methods"):
         groups[title] = parser.add_argument_group(title)
     for one in (*options_of(Settings).values(), *options_of(RunOptions).values()):
         if one.flag is not None:

@@ -1,17 +1,29 @@
-"""Which precision is fast where: what ``--amp auto`` comes to, and a word before bfloat16 slows a run down."""
+"""Mixed precision: its context, what ``--amp auto`` comes to, and a word before bfloat16 slows a run down."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 AUTO = "auto"
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 _ROUNDS = 5
 _NOTABLE = 1.1  # times as long: less is within the noise of a few milliseconds
+
+
+def make_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Factory of the mixed-precision context named by ``--amp``: ``off``, ``bf16`` or ``fp16``."""
+    dtype = AMP_DTYPES.get(amp)
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)
 
 
 def settle_amp(amp: str, device: torch.device) -> tuple[str, str | None]:

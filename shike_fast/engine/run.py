@@ -16,10 +16,12 @@ from shike_fast._util.cli import check_workers, choose_device, make_deterministi
 from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.console import RunConsole
+from shike_fast.engine.finetuning import random_trunk_note
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.setup import check_device
+from shike_fast.engine.signals import Interrupted
 from shike_fast.engine.state import load_data
-from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
+from shike_fast.engine.trainer import NonFiniteLossError, Trainer
 from shike_fast.errors import ConfigError, warn
 from shike_fast.models.weights import require_weight_file
 
@@ -132,9 +134,9 @@ def train(given: dict[str, Any], processes: distributed.Processes, *, quiet: boo
         # Whatever is wrong with the input shows before the directory is taken.
         trainer = _prepare(plan, processes, profile, quiet)
         processes.broadcast_from_main(lambda: _take_directory(plan, held))
-        trainer.console.note(_headline(trainer))
-        if plan.note is not None:
-            trainer.console.note(plan.note)
+        for line in (_headline(trainer), plan.note, None if trainer.cache is None else trainer.cache.note):
+            if line is not None:
+                trainer.console.note(line)
         try:
             trainer.run()
         except (Interrupted, NonFiniteLossError) as end:  # in all processes at once
@@ -241,9 +243,13 @@ def _resume(given: dict[str, Any], directory: Path, file: Path | None, held: con
 
 
 def _with_note(plan: Plan, given: dict[str, Any]) -> Plan:
-    """The plan with what there is to say of its precision."""
+    """The plan with what there is to say of its precision, and of a new run's weights."""
     amp = AUTO if given.get("amp") == AUTO and plan.state is None else plan.config.amp
-    return replace(plan, note=settle_amp(amp, choose_device(plan.config.device))[1])
+    notes = [
+        settle_amp(amp, choose_device(plan.config.device))[1],
+        random_trunk_note(plan.config) if plan.state is None else None,
+    ]
+    return replace(plan, note="\n".join(note for note in notes if note is not None) or None)
 
 
 def _prepare(plan: Plan, processes: distributed.Processes, profile: bool, quiet: bool) -> Trainer:

@@ -16,8 +16,9 @@ from shike_fast.data.loaders.loader import EpochLoader
 from shike_fast.data.sampling import Sampler, make_sampler
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes, local_world_size
+from shike_fast.engine.finetuning import check_data
+from shike_fast.engine.precision import AMP_DTYPES
 from shike_fast.engine.state import build_model
-from shike_fast.engine.steps import AMP_DTYPES
 from shike_fast.errors import ConfigError
 
 _ALONE = Processes()
@@ -154,6 +155,7 @@ def check_setting(
             f"{config.accumulate} need at least {2 * passes}, got {config.batch_size}"
         )
     _views(config, dataset)
+    check_data(config, dataset)
     for stage in range(1, len(config.stages) + 1):
         stage_sampler(config, dataset, stage)
     _check_last_batch(config, dataset, processes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -49,3 +50,18 @@ class GracefulStop:
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C ended the run; what was done is saved.
+
+    Attributes:
+        exit_status: 128 plus the signal's number, as a shell reports it.
+    """
+
+    def __init__(self, number: int, saved: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; state saved in {saved}; "
+            f"go on with --output-dir {saved.parent} --resume"
+        )
+        self.exit_status = 128 + number

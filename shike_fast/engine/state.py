@@ -10,11 +10,15 @@ import torch
 from shike_fast import data, methods, models
 from shike_fast._util.options import options_of
 from shike_fast._version import __version__
+from shike_fast.engine import finetuning
 from shike_fast.engine.averaging import WeightAverage
 from shike_fast.engine.config import TrainConfig, how_to_register
+from shike_fast.engine.distributed import Processes
 from shike_fast.errors import CheckpointError, ConfigError
 from shike_fast.methods import Method
+from shike_fast.models.class_means import require_class_mean_heads
 from shike_fast.models.multi_expert import TRAINABLE
+from shike_fast.nn import convert_sync_batchnorm
 
 _MOST_CHARACTERS = 400  # of torch's list of keys
 
@@ -71,10 +75,51 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
             f"--model: {config.model} needs images of at least {least}x{least}, {dataset.name} has {size}x{size}; "
             "use resnet8, resnet20 or resnet32"
         )
-    methods.find_method(config.method).extend_model(model, config)
     if pretrained and config.pretrained is not None:
         models.load_pretrained(model, Path(config.pretrained))
+    finetuning.prepare_model(model, config)
+    method = methods.find_method(config.method)
+    method.extend_model(model, config)
+    finetuning.check_stages(model, method.stages, config)
+    if config.init_classifier == finetuning.CLASS_MEANS:
+        require_class_mean_heads(model)
     return model
+
+
+def prepared_model(
+    config: TrainConfig,
+    dataset: data.LongTailData,
+    device: torch.device,
+    processes: Processes,
+    state: dict[str, Any],
+    source: Path,
+) -> models.MultiExpertNetwork:
+    """The network of a run on its device, in its layout: new, or with the weights of the checkpoint ``state``.
+
+    Args:
+        config, dataset, device, processes: of the run.
+        state: a checkpoint; empty for a new run.
+        source: its file, for errors.
+
+    Raises:
+        ConfigError: if the settings make no network.
+        CheckpointError: if the checkpoint is of other data or of another network.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model(config, dataset, pretrained=not state)
+    if state:
+        restore_data(state, dataset, source)
+        restore_model(state, model, source)
+    model.to(device)
+    model.to(memory_format=memory_format(config))  # type: ignore[call-overload]
+    if config.sync_batch_norm and processes.is_distributed:
+        convert_sync_batchnorm(model)
+    return model
+
+
+def memory_format(config: TrainConfig) -> torch.memory_format:
+    """The layout of images and maps."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def model_from_checkpoint(

@@ -15,26 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 from shike_fast import models
 from shike_fast.data.loaders.loader import joined
 from shike_fast.engine.averaging import WeightAverage
+from shike_fast.engine.cached import FeatureCache
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.distributed import Processes
 from shike_fast.engine.graph import CudaGraphRunner, on_side_stream
 from shike_fast.engine.mixing import Mixing, mix_images
 from shike_fast.engine.optimizer import load_optimizer_state, lr_factors, make_optimizer, optimizer_state
+from shike_fast.engine.precision import make_autocast
 from shike_fast.engine.totals import Totals
 from shike_fast.errors import RunError
 from shike_fast.methods import Method
 
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WARM_UP = 3  # calls before a step is recorded: libraries choose their algorithms, buffers find their place
 _WARM_UP_SEVERAL = 11  # DistributedDataParallel rearranges its buckets meanwhile
-
-
-def make_autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """Factory of the mixed-precision context named by ``--amp``: ``off``, ``bf16`` or ``fp16``."""
-    dtype = AMP_DTYPES.get(amp)
-    if dtype is None:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=dtype)
 
 
 class StageNetwork(nn.Module):
@@ -46,7 +39,7 @@ class StageNetwork(nn.Module):
         stage: one of its stages, counted from 1.
     """
 
-    def __init__(self, model: models.MultiExpertNetwork, method: Method, stage: int) -> None:
+    def __init__(self, model: nn.Module, method: Method, stage: int) -> None:
         super().__init__()
         self.model = model
         self.method = method
@@ -73,6 +66,7 @@ class StageSteps:
         record: record the step as a CUDA graph and replay it.
         method: the run's method; default a new one, made by ``config``.
         average: takes in the weights after every step.
+        cache: what the network's frozen part makes of the images; then steps take places in there for images.
     """
 
     def __init__(
@@ -87,12 +81,13 @@ class StageSteps:
         record: bool = False,
         method: Method | None = None,
         average: WeightAverage | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.method = method or config.create_method(class_counts)
         self.stage = self.method.stages[stage - 1]
         trained = {id(parameter) for parameter in self.stage.trains(model)}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(id(parameter) in trained and name not in getattr(model, "frozen", ()))
         model.checkpoint_activations = config.checkpoint_activations
         totals.track(self.stage.terms, functools.partial(self.method.scores, stage=self.stage))
         self.model = model
@@ -130,7 +125,8 @@ class StageSteps:
             changeable_lr=record,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.network: nn.Module = StageNetwork(model, self.method, stage)
+        network = model if cache is None else cache.network(model)
+        self.network: nn.Module = StageNetwork(network, self.method, stage)
         self._distributed: DistributedDataParallel | None = None
         stream = torch.cuda.Stream(self.device) if record else None
         if processes.is_distributed:

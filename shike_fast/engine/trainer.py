@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,27 @@ from shike_fast.data.loaders.loader import EpochLoader, LoadingStopped
 from shike_fast.data.shots import SHOTS
 from shike_fast.engine import checkpoint, rundir
 from shike_fast.engine.averaging import WeightAverage
+from shike_fast.engine.cached import FeatureCache
+from shike_fast.engine.class_means import init_from_class_means
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.distributed import Processes
+from shike_fast.engine.finetuning import CLASS_MEANS
 from shike_fast.engine.loading import loader_metrics, speed_note
 from shike_fast.engine.metrics import Evaluation, EvaluationInterrupted, Evaluator, NonFiniteLogitsError
 from shike_fast.engine.optimizer import set_lr
+from shike_fast.engine.precision import make_autocast
 from shike_fast.engine.priors import scores_prior, usual_priors
 from shike_fast.engine.profile import Profile
 from shike_fast.engine.report import write_report
 from shike_fast.engine.setup import check_setting, make_loader, records, stage_sampler
-from shike_fast.engine.signals import GracefulStop
+from shike_fast.engine.signals import GracefulStop, Interrupted
 from shike_fast.engine.state import (
-    build_model,
     check_stage,
     data_description,
+    memory_format,
+    prepared_model,
     restore_average,
-    restore_data,
-    restore_model,
     rng_state,
     set_rng_state,
 )
@@ -45,7 +47,6 @@ from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.tail import TailEvaluation, evaluate_tails
 from shike_fast.engine.totals import Means, Totals
 from shike_fast.errors import CheckpointError, DataError, RunError
-from shike_fast.nn import convert_sync_batchnorm
 
 _EVENTS = "events.out.tfevents"  # TensorBoard's files begin so
 _READ_EVERY = 20  # steps between readings of the totals, where reading waits for the device or for other processes
@@ -53,21 +54,6 @@ _READ_EVERY = 20  # steps between readings of the totals, where reading waits fo
 
 class NonFiniteLossError(RunError):
     """The loss or the weights became NaN or infinite."""
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C ended the run; what was done is saved.
-
-    Attributes:
-        exit_status: 128 plus the signal's number, as a shell reports it.
-    """
-
-    def __init__(self, number: int, saved: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; state saved in {saved}; "
-            f"go on with --output-dir {saved.parent} --resume"
-        )
-        self.exit_status = 128 + number
 
 
 class Trainer:
@@ -122,16 +108,9 @@ class Trainer:
         self.profile = Profile(output_dir, self.console, device) if profile and processes.is_main else None
 
         state = state or {}
-        torch.manual_seed(config.seed)
-        self.model = build_model(config, dataset, pretrained=not state)
-        if state:
-            restore_data(state, dataset, source)
-            restore_model(state, self.model, source)
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model.to(device)
-        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        if config.sync_batch_norm and processes.is_distributed:
-            convert_sync_batchnorm(self.model)
+        self.model = prepared_model(config, dataset, device, processes, state, source)
+        self.memory_format = memory_format(config)
+        self._fine_tune(new=not state)
         self.epoch: int = state.get("epoch", 0)  # epochs finished
         self.batch: int = state.get("batch", 0)  # batches finished in the present epoch
         self.history: list[dict[str, Any]] = state.get("history", [])
@@ -159,6 +138,21 @@ class Trainer:
                 raise CheckpointError(
                     f"{source}: the checkpoint's training state does not fit its model: {error}"
                 ) from error
+
+    def _fine_tune(self, *, new: bool) -> None:
+        """Compute what is frozen once for all images, and what a new run's classifiers begin with."""
+        setting = (self.model, self.config, self.dataset, self.device)
+        options: dict[str, Any] = {
+            "processes": self.processes,
+            "autocast": make_autocast(self.config.amp, self.device),
+        }
+        self.cache: FeatureCache | None = None
+        if self.config.cache_features:
+            loaders = self.train_loader, self.test_loader
+            self.cache = FeatureCache(*setting, loaders=loaders, **options)
+            self.train_loader, self.test_loader = self.cache.train_loader, self.cache.test_loader
+        if new and self.config.init_classifier == CLASS_MEANS:
+            init_from_class_means(*setting, cache=self.cache, **options)
 
     def _checked_loaders(self) -> tuple[EpochLoader, EpochLoader]:
         setting = (self.config, self.dataset, self.device)
@@ -345,7 +339,7 @@ class Trainer:
         learned = scores_prior(self.method, self.steps.stage, self.config.sampler)
         priors = usual_priors(self.dataset.class_counts), learned
         return evaluate_tails(
-            self.tested, self.test_loader.epoch(0), *priors, processes=self.processes, **self.test_setting
+            self._seen, self.test_loader.epoch(0), *priors, processes=self.processes, **self.test_setting
         )
 
     def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
@@ -400,6 +394,7 @@ class Trainer:
             record=record,
             method=self.method,
             average=self.average,
+            cache=self.cache,
         )
         self.tested = self.method.evaluated(self.model if self.average is None else self.average.network)
         self.test_setting: dict[str, Any] = {
@@ -409,7 +404,8 @@ class Trainer:
             "autocast": self.steps.autocast,
             "scores": functools.partial(self.method.scores, stage=self.steps.stage),
         }
-        self.evaluator = Evaluator(self.tested, record=record, **self.test_setting)
+        self._seen = self.tested if self.cache is None else self.cache.network(self.tested)
+        self.evaluator = Evaluator(self._seen, record=record, **self.test_setting)
 
     def _stop_if_asked(self, stop: GracefulStop) -> None:
         """Save and end the run, in all processes at the same step, after a signal to any of them."""

@@ -138,6 +138,18 @@ class Method(ABC):
         """
         return (None,)
 
+    @classmethod
+    def looks_at_images(cls, settings: Any) -> bool:
+        """Whether :meth:`forward` does more with images than to call ``model`` or ``model.features`` with them.
+
+        Only where it does not, ``--cache-features`` can hand it something else in their place. By default every
+        ``forward`` of a method's own is taken to do so.
+
+        Args:
+            settings: has every setting of the run as an attribute, the method's own among them.
+        """
+        return cls.forward is not Method.forward
+
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
         """What a stage trains: images [B, channels, H, W] -> logits [K, B, C].
 

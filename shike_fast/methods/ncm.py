@@ -40,6 +40,10 @@ class NearestClassMean(Decoupled):
         heads = linear_heads(model, cls.name)
         model.rt_classifiers = ClassMeanClassifier(heads.num_experts, heads.dim, heads.num_classes)
 
+    @classmethod
+    def looks_at_images(cls, settings: Any) -> bool:
+        return False
+
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
         if stage is TRAINING:
             return super().forward(model, images, stage)

@@ -115,6 +115,10 @@ class Ride(Method):
             load_teacher(settings.teacher)  # a file that does not fit shows before the run begins
         return ride_network(settings)
 
+    @classmethod
+    def looks_at_images(cls, settings: Any) -> bool:
+        return settings.teacher is not None
+
     def forward(self, model: Any, images: Tensor, stage: Stage) -> Tensor | dict[str, Tensor]:
         logits: Tensor = model(images, stage=stage.classifiers)
         if self.network is None:

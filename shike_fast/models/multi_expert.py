@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from shike_fast.nn.fusion import has_hooks, is_batch_norm
 # What the commands use of a network besides ``forward(images, stage=…)``; any module that has it can be trained.
 TRAINABLE = ("min_image_size", "features", "classify", "stage2_parameters", "checkpoint_activations")
 
+BRANCHES = ("experts", "fusions")  # what follows the trunk, by the names of its attributes
+HEADS = ("classifiers", "rt_classifiers")
 _NEW_PARTS = ("fusions.", "classifiers.", "rt_classifiers.")  # what a plain network does not have
 Result = TypeVar("Result")
 
@@ -94,6 +96,8 @@ class MultiExpertNetwork(nn.Module, ABC):
         checkpoint_activations: a switch, off at first. When it is on, only the inputs of what :meth:`run` runs are
             stored, and the backward pass computes the rest again: same results, less memory, more time. Forward hooks
             in there are called twice.
+        frozen: names of the parameters and modules that :func:`~shike_fast.models.freeze` keeps as they are.
+        adapters: names of the modules that :func:`~shike_fast.models.add_adapters` has put in.
 
     Args:
         min_image_size: the smallest height and width of an image.
@@ -137,6 +141,8 @@ class MultiExpertNetwork(nn.Module, ABC):
             raise ValueError(f"classifier must be 'cosine' or 'linear', got {classifier!r}")
         self.description = {}
         self.checkpoint_activations = False
+        self.frozen: frozenset[str] = frozenset()
+        self.adapters: frozenset[str] = frozenset()
         self.min_image_size = min_image_size
         self.num_classes = num_classes
         self.num_experts = num_experts
@@ -210,7 +216,10 @@ class MultiExpertNetwork(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features of every expert: images [B, in_channels, H, W] -> [K, B, D]."""
         self._check_images(images)
-        maps = self.feature_maps(images)
+        return self.features_of(self.feature_maps(images))
+
+    def features_of(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """Pooled features [K, B, D] from the maps of :meth:`feature_maps`: of these, ``needed_maps`` will do."""
         x = list(maps.values())[-1]
         if self.fusions is None:
             return torch.stack([self.run_stage(expert, x).mean(dim=(2, 3)) for expert in self.experts])
@@ -235,6 +244,18 @@ class MultiExpertNetwork(nn.Module, ABC):
             shortcut.append(added)
             norms.append(last.last_norm)
         return fuse_experts(fusions, sources, deep, shortcut=shortcut, deep_norms=norms)
+
+    def needed_maps(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the trunk's maps that branches and fusions take."""
+        last = list(maps)[-1]
+        return {name: one for name, one in maps.items() if name in (*self.fused_maps, last)}
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but what is frozen stays in eval mode."""
+        super().train(mode)
+        for name, module in self.named_modules() if mode and self.frozen else ():
+            module.training = name not in self.frozen
+        return self
 
     def classify(self, features: Tensor, stage: int = 1) -> Tensor:
         """Logits from features, [K, B, D] -> [K, B, C]: stage 1 by ``classifiers``, stage 2 by ``rt_classifiers``."""

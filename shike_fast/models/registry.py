@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
 
+from shike_fast.models.adapters import add_adapters
 from shike_fast.models.multi_expert import MultiExpertNetwork
 
 Builder = Callable[..., MultiExpertNetwork]
@@ -83,6 +84,7 @@ def create_model(
     expert_stages: int | Literal["all"] = 1,
     expert_width: float = 1.0,
     shortcut: Literal["projection", "pad"] = "projection",
+    adapter: Mapping[str, Any] | None = None,
 ) -> MultiExpertNetwork:
     """Build a multi-expert network by name, with new random weights.
 
@@ -102,6 +104,7 @@ def create_model(
         expert_width: factor of the width of those stages, such as 0.75; with ``"all"`` of the stem too.
         shortcut: where a basic block changes the shape: ``"projection"`` (1x1 convolution and BatchNorm) or ``"pad"``
             (option A: every second pixel, and zeros as new channels). A bottleneck has projections only.
+        adapter: arguments of :func:`~shike_fast.models.add_adapters`, whose adapters the network then has.
 
     Returns:
         The network, in train mode, float32, on the current default device.
@@ -133,4 +136,6 @@ def create_model(
     if not isinstance(model, nn.Module):
         raise ValueError(f"create_model: {name} must build a torch.nn.Module, got {type(model).__name__}")
     model.description = {"name": name, **options}
+    if adapter is not None:
+        add_adapters(model, **adapter)
     return model

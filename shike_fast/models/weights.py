@@ -64,6 +64,8 @@ def load_pretrained(model: nn.Module, path: str | PathLike[str]) -> PretrainedRe
             f"{path}: cannot be loaded into a {type(model).__name__}; only a MultiExpertNetwork says which "
             "weights of a plain network go where"
         )
+    if model.adapters:
+        raise CheckpointError(f"{path}: the network has adapters, the file has none; load it before add_adapters")
     file = plain_tensors(read_weights(path), str(path))
     ignored = tuple(key for key in file if key.startswith("fc."))
     given = {key: tensor for key, tensor in file.items() if key not in ignored}

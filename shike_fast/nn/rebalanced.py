@@ -90,11 +90,11 @@ class ClassMeanClassifier(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0))
 
     @staticmethod
-    def sums_of(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
-        """What a batch adds to ``sums``: features [K, B, D] and int64 [B] -> [K, C, D]."""
+    def sums_of(features: Tensor, target: Tensor, num_classes: int, *, normalize: bool = True) -> Tensor:
+        """What a batch adds to ``sums``: features [K, B, D], made of length 1, and int64 [B] -> [K, C, D]."""
         classes = torch.arange(num_classes, device=target.device).unsqueeze(1)
         of_class = (classes == target).to(features.dtype)  # [C, B]
-        return of_class @ F.normalize(features, dim=2, eps=NORMALIZE_EPS)
+        return of_class @ (F.normalize(features, dim=2, eps=NORMALIZE_EPS) if normalize else features)
 
     def forward(self, features: Tensor) -> Tensor:
         # the length of a mean does not count, so that the sum serves as well

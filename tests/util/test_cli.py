@@ -16,7 +16,7 @@ from shike_fast._util.cli import (
     run_command,
     use_device,
 )
-from shike_fast.engine.steps import make_autocast
+from shike_fast.engine.precision import make_autocast
 from shike_fast.engine.trainer import NonFiniteLossError
 from shike_fast.errors import ConfigError, DataError
 
