@@ -1,4 +1,4 @@
-"""Modules built on :mod:`shike_fast.ops`: the classifiers of all experts, depth-wise knowledge fusion, two losses.
+"""Modules built on :mod:`shike_fast.ops`: the classifiers of all experts, depth-wise knowledge fusion, losses.
 
 :class:`SyncBatchNorm` takes batch statistics over all processes, on the CPU too.
 
@@ -8,7 +8,7 @@ own network.
 
 from shike_fast.nn.classifiers import CosineClassifier, LinearClassifier
 from shike_fast.nn.fusion import DepthwiseKnowledgeFusion, fuse_experts
-from shike_fast.nn.losses import BalancedSoftmaxLoss, DKTLoss
+from shike_fast.nn.losses import BalancedSoftmaxLoss, DKTLoss, ExpertCrossEntropyLoss, ExpertKLLoss, ExpertLoss
 from shike_fast.nn.rebalanced import BranchClassifier, ClassMeanClassifier, NormalizedClassifier, ScaledClassifier
 from shike_fast.nn.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 
@@ -19,6 +19,9 @@ __all__ = [
     "CosineClassifier",
     "DKTLoss",
     "DepthwiseKnowledgeFusion",
+    "ExpertCrossEntropyLoss",
+    "ExpertKLLoss",
+    "ExpertLoss",
     "LinearClassifier",
     "NormalizedClassifier",
     "ScaledClassifier",
