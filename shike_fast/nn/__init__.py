@@ -6,14 +6,16 @@ Tensor layouts: ``K`` experts, ``B`` samples, ``C`` classes, ``D`` feature chann
 own network.
 """
 
+from shike_fast.nn.batch_first import BatchFirst
 from shike_fast.nn.classifiers import CosineClassifier, LinearClassifier
 from shike_fast.nn.fusion import DepthwiseKnowledgeFusion, fuse_experts
 from shike_fast.nn.losses import BalancedSoftmaxLoss, DKTLoss, ExpertCrossEntropyLoss, ExpertKLLoss, ExpertLoss
 from shike_fast.nn.rebalanced import BranchClassifier, ClassMeanClassifier, NormalizedClassifier, ScaledClassifier
-from shike_fast.nn.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
+from shike_fast.nn.sync_batch_norm import SyncBatchNorm, arguments_of, convert_sync_batchnorm
 
 __all__ = [
     "BalancedSoftmaxLoss",
+    "BatchFirst",
     "BranchClassifier",
     "ClassMeanClassifier",
     "CosineClassifier",
@@ -26,6 +28,7 @@ __all__ = [
     "NormalizedClassifier",
     "ScaledClassifier",
     "SyncBatchNorm",
+    "arguments_of",
     "convert_sync_batchnorm",
     "fuse_experts",
 ]

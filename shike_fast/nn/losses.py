@@ -129,6 +129,8 @@ class ExpertKLLoss(_Loss, loss=ops.expert_kl, of_a_call=("logits",)):
     Raises are those of the operator.
     """
 
-    def forward(self, logits: Tensor | Sequence[Tensor], teacher: Any = None, **options: Any) -> Any:
+    def forward(  # type: ignore[override]  # the operator's second argument is no target
+        self, logits: Tensor | Sequence[Tensor], teacher: Any = None, **options: Any
+    ) -> Any:
         given = options if teacher is None else {**options, "teacher": teacher}
         return ops.expert_kl(logits, **{**self._options(), **given})

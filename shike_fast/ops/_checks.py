@@ -81,7 +81,7 @@ def _check_sequence(op: str, logits: Sequence[Tensor]) -> tuple[Tensor, tuple[in
     return first, (len(logits), first.shape[0], first.shape[1])
 
 
-def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, int], name: str = "target") -> None:
+def check_target(op: str, target: object, first: Tensor, shape: tuple[int, int, int], name: str = "target") -> None:
     """Check the target; its values too where that needs no wait for a device and no tracer is at work."""
     _, batch, classes = shape
     if not isinstance(target, Tensor):

@@ -117,13 +117,12 @@ def _by_groups(
     parts = []
     for i, group in enumerate(groups_of(logits)):
         span = slice(i * MAX_EXPERTS, i * MAX_EXPERTS + len(group))
-        own = {
-            name: value[span] for name, value in zip(tensors._fields, tensors, strict=True) if by_expert(name, value)
-        }
+        named = zip(tensors._fields, tensors, strict=True)
+        own = {name: value[span] for name, value in named if value is not None and by_expert(name, value)}
         parts.append(fused_expert_loss(backend, group, None, tensors._replace(**own), options))
     losses, terms, rows = zip(*parts, strict=True)
     loss = torch.cat(losses) if options.reduction == "none" and options.cross_entropy else torch.stack(losses).sum()
-    return loss, torch.stack(terms).sum(0), torch.cat(rows, 1)
+    return loss, torch.stack(terms).sum(0), torch.cat(rows, 1) if options.rows else rows[0]
 
 
 def _weight_of_experts(count: int, dtype: torch.dtype, tensors: ExpertTensors, options: ExpertOptions) -> Tensor:
@@ -234,7 +233,7 @@ def _refuses_groups(tensors: ExpertTensors, options: ExpertOptions) -> str | Non
     if (
         options.teacher == MEAN
         and options.adjusted
-        and any(by_expert(n, getattr(tensors, n)) for n in ("bias", "scale"))
+        and (by_expert("bias", tensors.bias) or by_expert("scale", tensors.scale))
     ):
         return "their mean as a teacher and a bias or scale by expert"
     if options.reduction == "global_weighted_mean" and None not in (tensors.target_b, tensors.class_weight):

@@ -162,10 +162,12 @@ def test_classifiers_reject_bad_input(kind):
 def test_cosine_classifier_shows_and_checks_its_scale():
     assert "scale=12.0" in repr(nn.CosineClassifier(1, 2, 3, scale=12))
     assert nn.CosineClassifier(1, 2, 3, scale=torch.tensor(12.0)).scale == 12.0
-    with pytest.raises(TypeError, match="^CosineClassifier: scale must be a number, got str$"):
+    with pytest.raises(TypeError, match=r"^CosineClassifier: scale must be a number, got str$"):
         nn.CosineClassifier(1, 2, 3, scale="12")
     for scale in (0, -1.0, math.nan, math.inf, torch.ones((), requires_grad=True)):
-        with pytest.raises(ValueError, match="^CosineClassifier: scale must (be a positive number|be finite|not requ)"):
+        with pytest.raises(
+            ValueError, match=r"^CosineClassifier: scale must (be a positive number|be finite|not requ)"
+        ):
             nn.CosineClassifier(1, 2, 3, scale=scale)
 
 

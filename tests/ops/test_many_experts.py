@@ -54,6 +54,8 @@ def test_against_the_reference(kernels, name, sequence):
         loss, terms, rows = expert_loss(given, **{key: on(value, device) for key, value in options.items()}, **asked)
         (gradient,) = torch.autograd.grad(loss, leaf, torch.arange(1, loss.numel() + 1.0).view(loss.shape).to(device))
         results.append([loss.detach(), terms, *rows, gradient])
+        plain = expert_loss(given, **{key: on(value, device) for key, value in options.items()}, backend=one)
+        assert torch.equal(plain, loss)
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
 
 
