@@ -17,6 +17,7 @@ from shike_fast._util.plugins import add_plugin_option
 from shike_fast.data.longtail import SUBSETS
 from shike_fast.data.sampling import SAMPLERS
 from shike_fast.data.types import MOST_PIXELS_A_SIDE
+from shike_fast.engine.trackers import NO_TRACKER, TRACKERS, are_trackers
 from shike_fast.errors import ConfigError
 
 NO_WEIGHTS = "none"  # --pretrained
@@ -259,6 +260,15 @@ class Settings:
         metavar="STEPS",
         default_text="never",
         check=at_least(0),
+        changeable=True,
+    )
+    tracker: str = option(
+        "tensorboard",
+        "where metrics go besides the directory, separated by commas; wandb, mlflow and trackio stay on this machine "
+        "unless their own variables say otherwise",
+        group="run",
+        metavar="|".join((*TRACKERS, NO_TRACKER)),
+        check=Check(f"{NO_TRACKER}, or some of {', '.join(TRACKERS)}, separated by commas", are_trackers),
         changeable=True,
     )
     loader: Literal["auto", "cpu", "gpu", "device"] = option(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shike_fast import data
-from shike_fast._util.files import atomic_write, naming
+from shike_fast._util.files import atomic_write
 from shike_fast.data.loaders.loader import EpochLoader, LoadingStopped
 from shike_fast.data.shots import SHOTS
 from shike_fast.engine import checkpoint, rundir
@@ -46,9 +46,9 @@ from shike_fast.engine.state import (
 from shike_fast.engine.steps import StageSteps
 from shike_fast.engine.tail import TailEvaluation, evaluate_tails
 from shike_fast.engine.totals import Means, Totals
+from shike_fast.engine.trackers import Tracking, require_trackers
 from shike_fast.errors import CheckpointError, DataError, RunError
 
-_EVENTS = "events.out.tfevents"  # TensorBoard's files begin so
 _READ_EVERY = 20  # steps between readings of the totals, where reading waits for the device or for other processes
 
 
@@ -157,6 +157,8 @@ class Trainer:
     def _checked_loaders(self) -> tuple[EpochLoader, EpochLoader]:
         setting = (self.config, self.dataset, self.device)
         check_setting(*setting, self.processes)
+        if self.processes.is_main:
+            require_trackers(self.config.tracker)
         train, test = (make_loader(*setting, train=part, processes=self.processes) for part in (True, False))
         return train, test
 
@@ -168,19 +170,16 @@ class Trainer:
             NonFiniteLossError: when the loss or a weight is NaN or infinite; the last checkpoint stays as it was.
             RunError: when the data or a loader process fails under way.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self._started = time.perf_counter() - self.seconds
         new = self.processes.broadcast_from_main(lambda: not (self.output_dir / checkpoint.LAST).exists())
         if new:
             self._save()  # from the first moment on there is something to resume from
-        writer = None
+        tracking = None
         if self.processes.is_main:
             self._adopt_best()
             rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
             rundir.write_metrics(self.output_dir, self.history)
-            with naming(self.output_dir / _EVENTS):
-                writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
+            tracking = Tracking(self.config.tracker, self.output_dir, dataclasses.asdict(self.config), self.history)
         try:
             with GracefulStop() as stop:
                 for loader in (self.train_loader, self.test_loader):
@@ -189,7 +188,7 @@ class Trainer:
                     while self.epoch < self.config.epochs:
                         self._train_epoch(stop)
                         row = self._evaluate_epoch(stop)
-                        self._finish_epoch(row, writer)
+                        self._finish_epoch(row, tracking)
                     tail = self._evaluate_tails()
                     self.late_signal = self.processes.largest(stop.number, self.device)
                 except LoadingStopped:  # no batch came: the state is that of the last step
@@ -203,9 +202,8 @@ class Trainer:
             self.console.close()
             self.train_loader.close()
             self.test_loader.close()
-            if writer is not None:
-                with naming(self.output_dir / _EVENTS):
-                    writer.close()
+            if tracking is not None:
+                tracking.close(finished=self.epoch == self.config.epochs)
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             self.console.note(f"device memory at its peak: {allocated / 2**30:.2f} GiB of {reserved / 2**30:.2f} held")
@@ -342,7 +340,7 @@ class Trainer:
             self._seen, self.test_loader.epoch(0), *priors, processes=self.processes, **self.test_setting
         )
 
-    def _finish_epoch(self, row: dict[str, Any], writer: Any) -> None:
+    def _finish_epoch(self, row: dict[str, Any], tracking: Tracking | None) -> None:
         """Record a finished epoch: checkpoints first, so that a kill can only make a resumed run repeat it."""
         self.history.append(row)
         self._started = time.perf_counter()
@@ -360,14 +358,9 @@ class Trainer:
         if note is not None and not self._speed_told:
             self.console.note(note)
             self._speed_told = True
-        if not self.processes.is_main:
-            return
-        rundir.append_metrics(self.output_dir, row)
-        for name, value in row.items():
-            if name not in ("epoch", "stage") and value is not None:
-                group = "train" if name.startswith("train_") else "test" if name in ("top1", *SHOTS) else "run"
-                with naming(self.output_dir / _EVENTS):
-                    writer.add_scalar(f"{group}/{name.removeprefix('train_')}", value, self.epoch)
+        if tracking is not None:
+            rundir.append_metrics(self.output_dir, row)
+            tracking.log(row)
 
     def _leave_stage(self) -> None:
         """Free what only the stage before needed, its recordings above all, before the next one takes memory."""

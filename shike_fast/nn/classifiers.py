@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shike_fast import ops
+from shike_fast.ops._checks import check_finite
 from shike_fast.ops.expert_logits import NORMALIZE_EPS, check_precision
 
 
@@ -96,9 +97,9 @@ class CosineClassifier(_ExpertClassifier):
         backend: str | None = None,
     ) -> None:
         super().__init__(num_experts, dim, num_classes, precision, backend)
-        if not (scale > 0 and math.isfinite(scale)):
+        (self.scale,) = check_finite("CosineClassifier", scale=scale)
+        if self.scale <= 0:
             raise ValueError(f"CosineClassifier: scale must be a positive number, got {scale}")
-        self.scale = float(scale)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -147,8 +147,22 @@ def process_group_of(norm: nn.Module) -> Any:
 
 
 def arguments_of(norm: nn.Module) -> BatchNormArguments:
-    """What BatchNorm2d.forward passes to F.batch_norm: which statistics to use and update, and how fast."""
-    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | SyncBatchNorm)
+    """What a BatchNorm module passes to ``F.batch_norm``, for :func:`shike_fast.ops.dkf_experts` in its place.
+
+    In training it counts the batch, as the module's own ``forward`` does: call it once a step.
+
+    Args:
+        norm: a ``BatchNorm2d``, ``torch.nn.SyncBatchNorm`` or :class:`SyncBatchNorm`, in training or evaluation mode.
+
+    Returns:
+        Weight, bias, the running statistics to use and update, whether to take those of the batch, momentum and eps.
+        As ``ops.dkf_bn_pool`` calls them: ``**nn.arguments_of(norm)._asdict()``.
+
+    Raises:
+        TypeError: it is another module.
+    """
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | SyncBatchNorm):
+        raise TypeError(f"arguments_of: norm must be a BatchNorm2d or SyncBatchNorm, got {type(norm).__name__}")
     training = norm.training or norm.running_mean is None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:

@@ -81,16 +81,17 @@ def _check_sequence(op: str, logits: Sequence[Tensor]) -> tuple[Tensor, tuple[in
     return first, (len(logits), first.shape[0], first.shape[1])
 
 
-def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, int], name: str = "target") -> None:
+def check_target(op: str, target: object, first: Tensor, shape: tuple[int, int, int], name: str = "target") -> None:
     """Check the target; its values too where that needs no wait for a device and no tracer is at work."""
     _, batch, classes = shape
     if not isinstance(target, Tensor):
-        raise TypeError(f"{op}: {name} must be an int64 tensor [B={batch}], got {type(target).__name__}")
+        hint = f"; pass torch.as_tensor({name})" if isinstance(target, list | tuple | np.ndarray) else ""
+        raise TypeError(f"{op}: {name} must be an int64 tensor [B={batch}], got {type(target).__name__}{hint}")
     check_dense(op, name, target)
     if target.dtype != torch.int64 or target.dim() != 1 or target.shape[0] != batch:
         error = TypeError if target.dtype != torch.int64 else ValueError
         raise error(
-            f"{op}: {name} must be int64 [B={batch}], got {describe(target)}{_target_hint(target, first, shape)}"
+            f"{op}: {name} must be int64 [B={batch}], got {describe(target)}{_target_hint(target, first, shape, name)}"
         )
     check_device(op, name, target, first, "logits")
     if values_are_readable(target) and batch > 0:
@@ -104,14 +105,36 @@ def check_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, 
             )
 
 
-def _target_hint(target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> str:
+def is_soft(target: object) -> bool:
+    """Whether a target is one of class probabilities: floating point [B, C] or [K, B, C]."""
+    return isinstance(target, Tensor) and target.is_floating_point() and target.dim() > 1
+
+
+def check_soft_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> None:
+    """Check a target of class probabilities."""
+    experts, batch, classes = shape
+    check_dense(op, "target", target)
+    if tuple(target.shape) not in (shape[1:], shape):
+        raise ValueError(
+            f"{op}: target must be int64 [B={batch}], or probabilities [B={batch}, C={classes}] or [K={experts}, B, C]"
+            f", got {describe(target)}{_target_hint(target, first, shape)}"
+        )
+    check_device(op, "target", target, first, "logits")
+
+
+def _target_hint(target: Tensor, first: Tensor, shape: tuple[int, int, int], name: str = "target") -> str:
     """What is likely to help with a target of another shape or dtype."""
     experts, batch, classes = shape
     if tuple(target.shape) == (batch, classes):
-        return "; if it is one-hot, pass target.argmax(1)"
-    if first.dim() == 3 and target.dim() == 1 and target.shape[0] == experts:
-        return f"; logits {list(shape)} are read as [K, B, C], if they are [B, K, C] pass logits.transpose(0, 1)"
-    return ""
+        soft = ", for probabilities take expert_cross_entropy or expert_loss(soft_target=...)"
+        return f"; if it is one-hot, pass {name}.argmax(1){soft if target.is_floating_point() else ''}"
+    if tuple(target.shape) in ((experts,), (experts, classes)) and experts != batch:
+        if first.dim() == 3:
+            return f"; logits {list(shape)} are read as [K, B, C], if they are [B, K, C] pass logits.transpose(0, 1)"
+        return (
+            "; a list of logits is read as K tensors [B, C], if yours are B tensors [K, C] pass torch.stack(logits, 1)"
+        )
+    return f"; pass {name}.long()" if target.dtype in INTEGER_DTYPES[:-1] and target.dim() == 1 else ""
 
 
 def values_are_readable(tensor: Tensor) -> bool:

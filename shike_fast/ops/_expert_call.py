@@ -68,10 +68,21 @@ def split(args: Sequence[Any]) -> tuple[ExpertTensors, ExpertOptions]:
     return ExpertTensors(*args[:count]), ExpertOptions(*args[count : count + len(ExpertOptions._fields)])
 
 
+def by_expert(name: str, value: Tensor | None) -> bool:
+    """Whether a field of :class:`ExpertTensors` has a part for each expert."""
+    shared = {"expert_weight": 0, "class_mask": 2, "teacher": 2}.get(name, 1)  # dimensions of what all share
+    return value is not None and value.dim() > shared
+
+
 def of_experts(value: Tensor, dtype: torch.dtype) -> Tensor:
     """[C] or [K, C] (or [B] or [K, B]) as [K or 1, ...] in the accumulation dtype."""
     value = value.to(dtype)
     return value if value.dim() == 2 else value.unsqueeze(0)
+
+
+def soft_rows(log_p: Tensor, soft: Tensor) -> Tensor:
+    """-sum_c soft[c] log p[c], where 0 log 0 = 0, [K, B], from log p [K, B, C] and soft [B, C] or [K, B, C]."""
+    return -(soft * torch.where((soft == 0) & (log_p == -torch.inf), 0.0, log_p)).sum(2)
 
 
 def at_target(of_classes: Tensor, target: Tensor) -> Tensor:
@@ -106,9 +117,9 @@ def row_weights(
         weight = weight.expand(experts, batch)
         if options.reduction == "global_weighted_mean":
             weight = weight if tensors.expert_weight is None else weight * tensors.expert_weight.to(dtype).unsqueeze(1)
-            weight = _share_of(weight, weight.sum())
+            weight = share_of(weight, weight.sum())
         elif options.reduction == "weighted_mean":
-            weight = _share_of(weight, weight.sum(1, keepdim=True))
+            weight = share_of(weight, weight.sum(1, keepdim=True))
         elif options.reduction in ("mean", "mean/K"):
             weight = weight / (max(batch, 1) * (experts if options.reduction == "mean/K" else 1))
         if tensors.expert_weight is not None and options.reduction != "global_weighted_mean":
@@ -120,7 +131,7 @@ def row_weights(
     return weight_a, weight_b
 
 
-def _share_of(weight: Tensor, total: Tensor) -> Tensor:
+def share_of(weight: Tensor, total: Tensor) -> Tensor:
     """weight / total, and 0 where the total is 0."""
     return torch.where(total == 0, torch.zeros_like(weight), weight / torch.where(total == 0, 1, total))
 
@@ -144,7 +155,7 @@ def kl_row_weights(tensors: ExpertTensors, options: ExpertOptions, logits: Tenso
         weight = weight * tensors.kl_weight.to(logits.dtype)
     weight = (weight if gate is None else weight * gate).expand(experts, rows)
     if options.kl_reduction == "gated_mean" and gate is not None:
-        weight = _share_of(weight, gate.sum(1, keepdim=True))
+        weight = share_of(weight, gate.sum(1, keepdim=True))
     else:
         weight = weight / (max(rows, 1) * (classes if options.kl_reduction == "mean" else 1))
     mean = options.temperature if tensors.temperature is None else tensors.temperature.to(logits.dtype).mean()

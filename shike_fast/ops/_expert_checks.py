@@ -128,7 +128,7 @@ def check_labels(op: str, name: str, target: object, first: Tensor, shape: tuple
             name=name,
         )
     else:
-        check_target(op, target, first, shape, name=name)  # type: ignore[arg-type]
+        check_target(op, target, first, shape, name=name)
 
 
 def text_of(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from shike_fast.ops import _native_expert, _triton_expert
 from shike_fast.ops._checks import accumulation_dtype, as_list
-from shike_fast.ops._dispatch import Operator
+from shike_fast.ops._dispatch import MAX_EXPERTS, Operator
 from shike_fast.ops._expert_call import (
+    GIVEN,
     MEAN,
     NO_TEACHER,
     OPTIONS,
@@ -21,6 +22,9 @@ from shike_fast.ops._expert_call import (
     VIEW,
     ExpertOptions,
     ExpertTensors,
+    by_expert,
+    row_weights,
+    share_of,
 )
 from shike_fast.ops._expert_reference import composite_expert_loss, row_logits
 from shike_fast.ops._guards import is_plain, materialised
@@ -54,6 +58,8 @@ def fused_expert_loss(
 ) -> Sequence[Tensor]:
     """The loss, its terms and the rows; all tensors beside the logits count as constants."""
     experts = as_list(logits)
+    if len(logits) > MAX_EXPERTS:
+        return _by_groups(backend, logits, tensors, options)
     dtype = accumulation_dtype(experts[0].dtype)
     ready: dict[str, Tensor] = {}
     for name, value in zip(_NUMBERS, tensors[2:9] + tensors[11:], strict=True):
@@ -83,6 +89,52 @@ def fused_expert_loss(
     if options.gated and not in_pass:
         tensors, options = _with_gate(backend, experts, tensors, options)
     return run_expert_loss(backend, experts, tensors, options)
+
+
+def groups_of(logits: Tensor | Sequence[Tensor]) -> list[Tensor | Sequence[Tensor]]:
+    """The experts by groups that the kernels take."""
+    if isinstance(logits, Tensor):
+        return list(logits.split(MAX_EXPERTS))  # whose derivative joins the gradients in one copy
+    return [logits[i : i + MAX_EXPERTS] for i in range(0, len(logits), MAX_EXPERTS)]
+
+
+def _by_groups(
+    backend: str, logits: Tensor | Sequence[Tensor], tensors: ExpertTensors, options: ExpertOptions
+) -> Sequence[Tensor]:
+    """The loss of more experts than the kernels take, each group with what belongs to its experts.
+
+    The loss is a sum over the experts, and so is every divergence whose teacher is known before; what is not a sum,
+    a mean over the experts, becomes a weight of each expert.
+    """
+    count = len(logits)
+    dtype = accumulation_dtype(as_list(logits)[0].dtype)
+    if options.teacher == MEAN:
+        teacher = logits.to(dtype).mean(0) if isinstance(logits, Tensor) else torch.stack([*logits]).to(dtype).mean(0)
+        tensors, options = tensors._replace(teacher=teacher.detach()), options._replace(teacher=GIVEN)
+    if options.reduction in ("mean/K", "global_weighted_mean"):
+        tensors = tensors._replace(expert_weight=_weight_of_experts(count, dtype, tensors, options))
+        options = options._replace(reduction="mean" if options.reduction == "mean/K" else "weighted_mean")
+    parts = []
+    for i, group in enumerate(groups_of(logits)):
+        span = slice(i * MAX_EXPERTS, i * MAX_EXPERTS + len(group))
+        named = zip(tensors._fields, tensors, strict=True)
+        own = {name: value[span] for name, value in named if value is not None and by_expert(name, value)}
+        parts.append(fused_expert_loss(backend, group, None, tensors._replace(**own), options))
+    losses, terms, rows = zip(*parts, strict=True)
+    loss = torch.cat(losses) if options.reduction == "none" and options.cross_entropy else torch.stack(losses).sum()
+    return loss, torch.stack(terms).sum(0), torch.cat(rows, 1) if options.rows else rows[0]
+
+
+def _weight_of_experts(count: int, dtype: torch.dtype, tensors: ExpertTensors, options: ExpertOptions) -> Tensor:
+    """What a mean over the experts makes of the weight of each, [K], where each has its sum or weighted mean."""
+    assert tensors.target is not None
+    if options.reduction == "mean/K":
+        share = torch.full((count,), 1.0 / count, dtype=dtype, device=tensors.target.device)
+        return share if tensors.expert_weight is None else share * tensors.expert_weight.to(dtype)
+    shape = count, tensors.target.shape[-1], 0
+    one_label = tensors._replace(target_b=None, lam=None)
+    weight, _ = row_weights(one_label, options._replace(reduction="none"), shape, dtype)
+    return share_of(weight.sum(1), weight.sum()).detach()
 
 
 def run_expert_loss(
@@ -151,6 +203,8 @@ def refuses_expert_loss(
     """Why the fused kernels of a backend do not take a call, or None."""
     if soft_target is not None:
         return "soft targets are a matter of the reference"
+    if len(logits) > MAX_EXPERTS and (reason := _refuses_groups(tensors, options)) is not None:
+        return f"more than {MAX_EXPERTS} experts with {reason} are a matter of the reference"
     if torch.is_grad_enabled():
         for i, value in enumerate(tensors):
             if value is not None and value.requires_grad and not (value is tensors.teacher and options.detach):
@@ -172,13 +226,34 @@ def refuses_expert_loss(
     return None
 
 
+def _refuses_groups(tensors: ExpertTensors, options: ExpertOptions) -> str | None:
+    """What cannot be computed group by group, or None."""
+    if options.teacher == OTHERS:
+        return "a divergence between them"
+    if (
+        options.teacher == MEAN
+        and options.adjusted
+        and (by_expert("bias", tensors.bias) or by_expert("scale", tensors.scale))
+    ):
+        return "their mean as a teacher and a bias or scale by expert"
+    if options.reduction == "global_weighted_mean" and None not in (tensors.target_b, tensors.class_weight):
+        return "a global weighted mean over two labels"
+    return None
+
+
 _SCHEMA = f"(Tensor logits, Tensor? soft_target, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
 
 
 def expert_operator(name: str) -> Operator:
     """The record of a public function that takes these arguments."""
     return loss_operator(
-        name, _SCHEMA, composite_expert_loss, fused=fused_expert_loss, refuses=refuses_expert_loss, flat=_flat
+        name,
+        _SCHEMA,
+        composite_expert_loss,
+        fused=fused_expert_loss,
+        refuses=refuses_expert_loss,
+        any_number_of_experts=True,
+        flat=_flat,
     )
 
 

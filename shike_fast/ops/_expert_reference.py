@@ -20,6 +20,7 @@ from shike_fast.ops._expert_call import (
     kl_row_weights,
     of_experts,
     row_weights,
+    soft_rows,
     split,
 )
 
@@ -82,7 +83,7 @@ def _cross_entropy(
 ) -> _Ends:
     weight, weight_b = row_weights(tensors, options, tuple(x.shape), x.dtype)  # type: ignore[arg-type]
     if soft_target is not None:
-        row = -(soft_target.to(x.dtype) * x.log_softmax(2)).sum(2)
+        row = soft_rows(x.log_softmax(2), soft_target.to(x.dtype))
         return _Ends(row, weight * row)
     row = _row_loss(x, target, tensors, options)
     if tensors.target_b is None:

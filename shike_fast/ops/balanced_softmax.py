@@ -14,13 +14,17 @@ from shike_fast.ops._checks import (
     check_dense,
     check_device,
     check_logits,
-    check_target,
     describe,
     values_are_readable,
 )
 from shike_fast.ops._guards import has_tangent
 from shike_fast.ops._losses import loss_operator
-from shike_fast.ops.cross_entropy import composite_cross_entropy, fused_cross_entropy
+from shike_fast.ops.cross_entropy import (
+    check_either_target,
+    composite_cross_entropy,
+    fused_cross_entropy,
+    refuses_soft_target,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +53,8 @@ def balanced_softmax_loss(
         logits: float16, bfloat16, float32 or float64 [K, B, C], or a list or tuple of K tensors [B, C]; any strides.
             K ≥ 1, C ≥ 2; B = 0 gives a loss of 0.
         target: int64 [B], classes in 0..C-1. A value out of range raises on the CPU in eager mode; elsewhere it is as
-            undefined as for ``torch.nn.functional.cross_entropy``.
+            undefined as for ``torch.nn.functional.cross_entropy``. Or class probabilities, floating point [B, C] or
+            [K, B, C], as for :func:`expert_cross_entropy`, on the reference alone.
         class_counts: integer or floating point [C], the number of training images of each class, ≥ 0 and not all 0
             (values are checked on the CPU in eager mode). Treated as a constant. The logarithm is taken in float32, as
             in the published code, unless logits or counts are float64. A list, tuple or array, which counts as float64,
@@ -70,7 +75,7 @@ def balanced_softmax_loss(
     stage 2.
     """
     first, shape = check_logits(_NAME, logits)
-    check_target(_NAME, target, first, shape)
+    check_either_target(_NAME, target, first, shape)
     counts = _checked_counts(as_tensor(class_counts, first.device), first, shape[2])
     loss: Tensor = _OPERATOR.run(backend, logits, target, counts)
     return loss
@@ -119,5 +124,6 @@ _OPERATOR = loss_operator(
     "(Tensor logits, Tensor target, Tensor class_counts) -> Tensor",
     _composite,
     fused=_fused,
+    refuses=refuses_soft_target,
     any_number_of_experts=True,
 )

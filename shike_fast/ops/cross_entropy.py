@@ -16,12 +16,14 @@ from shike_fast.ops._checks import (
     check_device,
     check_finite,
     check_logits,
+    check_soft_target,
     check_target,
     describe,
+    is_soft,
 )
 from shike_fast.ops._dispatch import MAX_EXPERTS
-from shike_fast.ops._expert_call import ExpertOptions, ExpertTensors
-from shike_fast.ops._expert_fused import run_expert_loss
+from shike_fast.ops._expert_call import ExpertOptions, ExpertTensors, soft_rows
+from shike_fast.ops._expert_fused import groups_of, run_expert_loss
 from shike_fast.ops._guards import materialised
 from shike_fast.ops._losses import loss_operator
 
@@ -50,7 +52,9 @@ def expert_cross_entropy(
         logits: float16, bfloat16, float32 or float64 [K, B, C], or a list or tuple of K tensors [B, C]; any strides.
             K ≥ 1, C ≥ 2; B = 0 gives a loss of 0. The fused kernels take eight experts at a time.
         target: int64 [B], classes in 0..C-1. A value out of range raises on the CPU in eager mode; elsewhere it is as
-            undefined as for ``torch.nn.functional.cross_entropy``.
+            undefined as for ``torch.nn.functional.cross_entropy``. Or class probabilities t, floating point [B, C] or
+            [K, B, C], as mixed images have: then −Σ_c t[c] log p_k[c] takes the place of −log p_k[y], on the reference
+            alone.
         bias: floating point or integer [C] (the same for every expert) or [K, C], added to the logits in the
             accumulation dtype. A value of −inf takes the class out of the softmax; then ``label_smoothing`` must be 0
             for a finite loss. A list, tuple or array is copied to the device of the logits in every call.
@@ -58,8 +62,8 @@ def expert_cross_entropy(
         backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
-        The loss, a scalar (float64 for float64 logits, else float32), differentiable with respect to the logits and
-        the bias.
+        The loss, a scalar (float64 for float64 logits, else float32), differentiable with respect to the logits, the
+        bias and probabilities.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -71,13 +75,19 @@ def expert_cross_entropy(
     adjustment", ICLR 2021.
     """
     first, shape = check_logits(_NAME, logits)
-    check_target(_NAME, target, first, shape)
+    check_either_target(_NAME, target, first, shape)
     checked_bias = None if bias is None else _checked_bias(as_tensor(bias, first.device), first, shape)
     (smoothing,) = check_finite(_NAME, label_smoothing=label_smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"{_NAME}: label_smoothing must lie in 0..1, got {label_smoothing}")
     loss: Tensor = _OPERATOR.run(backend, logits, target, checked_bias, smoothing)
     return loss
+
+
+def check_either_target(op: str, target: Tensor, first: Tensor, shape: tuple[int, int, int]) -> None:
+    """Check a target of class numbers or of class probabilities."""
+    check = check_soft_target if is_soft(target) else check_target
+    check(op, target, first, shape)
 
 
 def _checked_bias(bias: object, first: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -100,7 +110,7 @@ def _checked_bias(bias: object, first: Tensor, shape: tuple[int, int, int]) -> T
 
 def composite_cross_entropy(
     logits: Tensor,  # [K, B, C]
-    target: Tensor,  # [B]
+    target: Tensor,  # [B], or probabilities [B, C] or [K, B, C]
     bias: Tensor | None,  # [C] or [K, C]
     label_smoothing: float,
 ) -> Tensor:
@@ -112,6 +122,9 @@ def composite_cross_entropy(
     if bias is not None:
         z = z + (bias.to(z.dtype) if bias.dim() == 1 else bias.to(z.dtype).unsqueeze(1))
     log_p = z.log_softmax(2)
+    if is_soft(target):
+        soft = (1.0 - label_smoothing) * target.to(z.dtype) + label_smoothing / classes
+        return soft_rows(log_p, soft).sum() / max(batch, 1)
     loss = -(1.0 - label_smoothing) * log_p.gather(2, target.unsqueeze(1).expand(experts, -1, -1)).sum()
     if label_smoothing != 0.0:
         loss = loss - (label_smoothing / classes) * log_p.sum()
@@ -134,16 +147,18 @@ def fused_cross_entropy(
     tensors = ExpertTensors(target, bias=bias)
     if len(logits) <= MAX_EXPERTS:
         return run_expert_loss(backend, experts, tensors, options)[0]
-    if isinstance(logits, Tensor):
-        groups = [[group] for group in logits.split(MAX_EXPERTS)]  # whose derivative joins the gradients in one copy
-    else:
-        groups = [experts[i : i + MAX_EXPERTS] for i in range(0, len(experts), MAX_EXPERTS)]
+    groups = groups_of(logits)
     biases = bias.split(MAX_EXPERTS) if bias is not None and bias.dim() == 2 else [bias] * len(groups)
     parts = (
-        run_expert_loss(backend, group, tensors._replace(bias=bias), options)[0]
+        run_expert_loss(backend, as_list(group), tensors._replace(bias=bias), options)[0]
         for group, bias in zip(groups, biases, strict=True)
     )
     return torch.stack([*parts]).sum()
+
+
+def refuses_soft_target(backend: str, logits: object, target: Tensor, *_: object) -> str | None:
+    """Why the kernels do not take a target of class probabilities; None for one of class numbers."""
+    return "soft targets are a matter of the reference" if is_soft(target) else None
 
 
 def _refuses(
@@ -151,7 +166,7 @@ def _refuses(
 ) -> str | None:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "the bias requires a gradient, which only the reference computes"
-    return None
+    return refuses_soft_target(backend, logits, target)
 
 
 # ---- the record

@@ -337,13 +337,28 @@ def _refuses(
             return reason
         if map_.dtype != deep[0].dtype:
             return f"it takes maps of one dtype, got {describe(deep[0])} and {describe(map_)}"
-    if len(deep) > _dispatch.MAX_EXPERTS:
-        return f"it takes at most {_dispatch.MAX_EXPERTS} experts, got {len(deep)}"
     if any(norm.training != norms[0].training for norm in norms):
         return "some normalisations train and some do not"
     if deep[0].shape[0] == 0:
         return "the batch is empty"
     return None
+
+
+def _fuse_by_groups(
+    backend: str,
+    deep: list[Tensor],
+    shallow: list[Tensor],
+    shortcut: list[Tensor],
+    norms: list[BatchNormArguments],
+    relu: list[bool],
+) -> Tensor:
+    """The kernels take eight experts at most; no expert needs another."""
+    experts, most = len(deep), _dispatch.MAX_EXPERTS
+    if experts <= most:
+        return fuse(backend, deep, shallow, shortcut, norms, relu)
+    spans = [slice(i, i + most) for i in range(0, experts, most)]
+    own, of_deep = norms[:experts], norms[experts:]  # the latter with a shortcut
+    return torch.cat([fuse(backend, deep[s], shallow[s], shortcut[s], own[s] + of_deep[s], relu[s]) for s in spans])
 
 
 # ---- the records: dkf_pool and dkf_bn_pool are dkf_experts with one expert, without and with a normalisation
@@ -364,4 +379,4 @@ _BN_POOL.add(
 _EXPERTS.add("reference", _reference)
 for _operator in (_POOL, _BN_POOL):
     _operator.add_fused(lambda *args: fuse(*args).squeeze(0), _refuses)
-_EXPERTS.add_fused(fuse, _refuses)
+_EXPERTS.add_fused(_fuse_by_groups, _refuses)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shike_fast.ops._checks import accumulation_dtype, check_finite, check_logits, stacked
-from shike_fast.ops._expert_call import MASKS, NO_TEACHER, REDUCTIONS, ExpertOptions, ExpertTensors
+from shike_fast.ops._expert_call import MASKS, NO_TEACHER, REDUCTIONS, ExpertOptions, ExpertTensors, by_expert
 from shike_fast.ops._expert_checks import (
     ExpertKL,
     Numbers,
@@ -93,8 +93,8 @@ def expert_loss(
         target_b, lam: a second label and the weight of the first, a number, [] or [B] (mixup, cutmix). Both or neither.
         label_smoothing: s in 0..1. A class weight is that of the label, as of the whole row.
         class_weight: [C] or [K, C]; sample_weight: [B] or [K, B]; expert_weight: [K].
-        soft_target: [B, C], probabilities in place of ``target`` within the cross-entropy; the weights and ``correct``
-            still go by ``target``. Excludes a margin, smoothing and a second label. On the reference alone.
+        soft_target: [B, C] or [K, B, C], probabilities in place of ``target`` within the cross-entropy; the weights and
+            ``correct`` still go by ``target``. Excludes a margin, smoothing and a second label. On the reference alone.
         ensemble: adds ``ensemble_weight`` times the loss of the mean or the sum of the experts' row logits and margins,
             as one more expert of weight 1; a bias, margin, scale or weight by expert excludes ``scale`` [K, C].
         class_mask: bool [B, C], such as :func:`hardest_classes` finds; the targets are among the classes it keeps.
@@ -105,7 +105,7 @@ def expert_loss(
         return_terms: also return float32 [2], detached: the cross-entropy and the divergence, weights applied.
         return_rows: also return :class:`ExpertRows`.
         backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. The fused
-            kernels take at most eight experts, no soft target, and no gradient but that of the logits.
+            kernels take no soft target, no gradient but that of the logits, and more than eight experts by groups.
 
     Returns:
         The loss, a scalar or [K, B] (float64 for float64 logits, else float32), differentiable with respect to the
@@ -154,7 +154,7 @@ def expert_loss(
         None if class_mask is None else checked_mask(_NAME, class_mask, first, shape),
     )
     if soft_target is not None:
-        soft_target = optional(_NAME, "soft_target", soft_target, first, (shape[1:],))
+        soft_target = optional(_NAME, "soft_target", soft_target, first, (shape[1:], shape))
         if margin is not None or target_b is not None or smoothing != 0.0:
             raise ValueError(f"{_NAME}: soft_target excludes margin, target_b and label_smoothing")
     options = ExpertOptions(True, lam_number, scale_number, smoothing, reduction, masked_kind, rows=return_rows)
@@ -195,8 +195,11 @@ def _of_ensemble(
     """The loss of the mean or the sum of the experts' row logits, as of a single expert."""
     experts = logits.shape[0] if isinstance(logits, Tensor) else len(logits)
     of_one_row = ("scale", "class_weight", "sample_weight", "target", "target_b")
-    if by_expert := [name for name in of_one_row if _by_expert(getattr(tensors, name))]:
-        raise ValueError(f"{_NAME}: ensemble has one row of all experts, got {', '.join(by_expert)} by expert")
+    of_each = [name for name in of_one_row if by_expert(name, getattr(tensors, name))]
+    if soft_target is not None and soft_target.dim() == 3:
+        of_each.append("soft_target")
+    if of_each:
+        raise ValueError(f"{_NAME}: ensemble has one row of all experts, got {', '.join(of_each)} by expert")
     if options.reduction == "none":
         raise ValueError(f"{_NAME}: ensemble needs a reduction other than 'none'")
     share = 1.0 / experts if kind == "mean" else 1.0
@@ -222,10 +225,6 @@ def _of_ensemble(
     of_options = options._replace(teacher=NO_TEACHER, rows=False)
     loss, _, _ = _OPERATOR.run(backend, one * share, soft_target, of_one, of_options)
     return loss
-
-
-def _by_expert(value: Tensor | None) -> bool:
-    return value is not None and value.dim() == 2
 
 
 _OPERATOR = expert_operator(_NAME)

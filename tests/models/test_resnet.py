@@ -234,7 +234,7 @@ def test_unknown_stage(stage):
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"classifier": "euclid"}, "classifier must be 'cosine' or 'linear', got 'euclid'"),
         ({"scale": 0.0}, "scale must be a positive number, got 0.0"),
-        ({"scale": float("inf")}, "scale must be a positive number, got inf"),
+        ({"scale": float("inf")}, "scale must be finite, got inf"),
     ],
 )
 def test_arguments_out_of_range(options, message):

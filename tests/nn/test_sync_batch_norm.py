@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shike_fast import models, ops
-from shike_fast.nn import SyncBatchNorm, convert_sync_batchnorm, sync_batch_norm
+from shike_fast.nn import SyncBatchNorm, arguments_of, convert_sync_batchnorm, sync_batch_norm
 from shike_fast.nn.fusion import is_batch_norm
 from shike_fast.nn.sync_batch_norm import process_group_of
 
@@ -408,3 +408,13 @@ def test_pickles_copies_and_state_dicts():
     assert [*plain.state_dict()] == [*norm.state_dict()]
     x = torch.randn(4, CHANNELS, 2, 2, dtype=torch.float64)
     assert torch.equal(plain(x), norm(x)) and torch.equal(plain.eval()(x), norm.eval()(x))
+
+
+def test_arguments_of_a_norm():
+    norm, deep, shallow = torch.nn.BatchNorm2d(4), torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    expected = (deep * torch.nn.functional.batch_norm(shallow, None, None, training=True)).mean((2, 3))
+    pooled = ops.dkf_bn_pool(deep, shallow, **arguments_of(norm)._asdict())
+    torch.testing.assert_close(pooled, expected)
+    assert norm.num_batches_tracked == 1 and (norm.running_mean != 0).all()
+    with pytest.raises(TypeError, match=r"^arguments_of: norm must be a BatchNorm2d or SyncBatchNorm, got LayerNorm$"):
+        arguments_of(torch.nn.LayerNorm(4))

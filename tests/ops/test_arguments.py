@@ -24,11 +24,10 @@ LOSSES = {
 
 BAD = {
     "target of another dtype": (
-        LOGITS, TARGET.int(), TypeError, "target must be int64 [B=4], got int32 [4]",
+        LOGITS, TARGET.int(), TypeError, "target must be int64 [B=4], got int32 [4]; pass target.long()",
     ),
-    "one-hot target": (
-        LOGITS, torch.eye(C)[:B], TypeError,
-        "target must be int64 [B=4], got float32 [4, 5]; if it is one-hot, pass target.argmax(1)",
+    "target of floating point": (
+        LOGITS, TARGET.float(), TypeError, "target must be int64 [B=4], got float32 [4]",
     ),
     "one-hot int64 target": (
         LOGITS, torch.eye(C, dtype=torch.int64)[:B], ValueError,
@@ -40,7 +39,9 @@ BAD = {
         "if they are [B, K, C] pass logits.transpose(0, 1)",
     ),
     "a list of too many experts": (
-        list(LOGITS.transpose(0, 1)), TARGET, ValueError, "target must be int64 [B=3], got int64 [4]",
+        list(LOGITS.transpose(0, 1)), TARGET, ValueError,
+        "target must be int64 [B=3], got int64 [4]; a list of logits is read as K tensors [B, C], "
+        "if yours are B tensors [K, C] pass torch.stack(logits, 1)",
     ),
     "sparse logits": (
         LOGITS.to_sparse(), TARGET, TypeError, "logits must be a dense tensor, got a sparse_coo one",
@@ -52,7 +53,11 @@ BAD = {
         LOGITS, TARGET[:, None], ValueError, "target must be int64 [B=4], got int64 [4, 1]",
     ),
     "target a list": (
-        LOGITS, [0, 1, 2, 4], TypeError, "target must be an int64 tensor [B=4], got list",
+        LOGITS, [0, 1, 2, 4], TypeError,
+        "target must be an int64 tensor [B=4], got list; pass torch.as_tensor(target)",
+    ),
+    "target nothing": (
+        LOGITS, object(), TypeError, "target must be an int64 tensor [B=4], got object",
     ),
     "target too large": (
         LOGITS, torch.tensor([0, 1, 2, 5]), IndexError, "target must lie in 0..4 (C=5), got 5",

@@ -22,6 +22,11 @@ def norm(channels=6, training=True, **changes):
     return BatchNormArguments(*vectors, training=training)._replace(**changes)
 
 
+def copied(one):
+    """The same norm with running statistics that no other changes."""
+    return one._replace(running_mean=one.running_mean.clone(), running_var=one.running_var.clone())
+
+
 def arguments(**changes):
     """Valid arguments of two experts with a residual end, changed as asked."""
     values = {
@@ -62,17 +67,25 @@ def test_argument_errors(changes, error, message):
         dkf_experts(**arguments(**changes))
 
 
-def test_more_experts_than_the_kernels_take():
-    nine = {"deep": maps(9), "shallow": maps(9), "norms": [norm() for _ in range(9)], "relu": [True] * 9}
-    with pytest.raises(RuntimeError, match="'cpu' cannot run: it takes at most 8 experts, got 9"):
-        dkf_experts(**nine, backend="cpu")
+@pytest.mark.parametrize("experts", [9, 17])
+@pytest.mark.parametrize("training", [True, False])
+def test_more_experts_than_the_kernels_take_at_once(experts, training):
+    norms, of_deep = ([norm(training=training) for _ in range(experts)] for _ in range(2))
+    given = {"deep": maps(experts), "shallow": maps(experts), "relu": [k % 3 > 0 for k in range(experts)]}
     expected = torch.stack(
         [
-            dkf_bn_pool(d, s, *n[:4], training=True, relu=True)
-            for d, s, n in zip(nine["deep"], nine["shallow"], nine["norms"], strict=True)
+            dkf_bn_pool(d, s, *copied(n)[:4], training=training, relu=relu)
+            for d, s, n, relu in zip(given["deep"], given["shallow"], norms, given["relu"], strict=True)
         ]
     )
-    torch.testing.assert_close(dkf_experts(**nine), expected)
+    torch.testing.assert_close(dkf_experts(**given, norms=[*map(copied, norms)], backend="cpu"), expected)
+    given |= {"shortcut": maps(experts)}
+    results = []
+    for backend in ("cpu", "reference"):
+        own, deep_norms = [*map(copied, norms)], [*map(copied, of_deep)]
+        f = dkf_experts(**given, norms=own, deep_norms=deep_norms, backend=backend)
+        results.append([f, *(statistic for n in own + deep_norms for statistic in n[2:4])])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

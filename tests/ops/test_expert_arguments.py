@@ -14,14 +14,22 @@ OF_CLASSES, OF_ROWS = "[5] or [3, 5]", "[4] or [3, 4]"
 BACKENDS = "None or one of 'reference', 'cpu', 'triton', 'cuda'"
 
 BOTH = {  # of both ops
-    "target of another dtype": ({"target": TARGET.int()}, TypeError, "target must be int64 [B=4], got int32 [4]"),
+    "target of another dtype": (
+        {"target": TARGET.int()},
+        TypeError,
+        "target must be int64 [B=4], got int32 [4]; pass target.long()",
+    ),
     "target too large": ({"target": TARGET + 1}, IndexError, "target must lie in 0..4 (C=5), got 5"),
     "target elsewhere": (
         {"target": TARGET.to("meta")},
         ValueError,
         "target must be on cpu as logits, got int64 [4] on meta",
     ),
-    "target a list": ({"target": [0, 1, 2, 4]}, TypeError, "target must be an int64 tensor [B=4], got list"),
+    "target a list": (
+        {"target": [0, 1, 2, 4]},
+        TypeError,
+        "target must be an int64 tensor [B=4], got list; pass torch.as_tensor(target)",
+    ),
     "target an expert too large": (
         {"target": torch.stack([TARGET, TARGET, TARGET + 1])},
         IndexError,
@@ -175,7 +183,7 @@ LOSS = {
     "soft target of another shape": (
         {"soft_target": torch.ones(5)},
         ValueError,
-        "soft_target must be [4, 5], got float32 [5]",
+        "soft_target must be [4, 5] or [3, 4, 5], got float32 [5]",
     ),
     **{
         f"soft target and {name}": (

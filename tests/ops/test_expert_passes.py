@@ -162,7 +162,7 @@ def test_ties_go_to_the_lowest_class(kernels):
 # ---- what the kernels refuse
 
 
-def test_more_than_eight_experts_go_to_the_reference(kernels):
+def test_all_pairs_of_more_than_eight_experts_go_to_the_reference(kernels):
     backend, device = kernels
     logits, target = torch.randn(9, 14, 37, device=device), TARGET.to(device)
     calls = {
@@ -173,7 +173,8 @@ def test_more_than_eight_experts_go_to_the_reference(kernels):
         assert torch.equal(call(), call(backend="reference"))
         with pytest.raises(RuntimeError) as caught:
             call(backend=backend)
-        assert str(caught.value) == f"{name}: backend {backend!r} cannot run: it takes at most 8 experts, got 9"
+        reason = "more than 8 experts with a divergence between them are a matter of the reference"
+        assert str(caught.value) == f"{name}: backend {backend!r} cannot run: {reason}"
 
 
 def wanted(*shape):
