@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ FILE = "trackers.json"
 _PROJECT = "shike_fast"
 
 
-class Tracker:
+class Tracker(ABC):
     """One of the libraries that show metrics.
 
     Attributes:
@@ -49,6 +50,7 @@ class Tracker:
         """
         return importlib.import_module(cls.module)
 
+    @abstractmethod
     def open(self, directory: Path, config: dict[str, Any], known: dict[str, Any]) -> None:
         """Begin a tracked run, or continue one.
 
@@ -57,15 +59,14 @@ class Tracker:
             config: the settings.
             known: what this method put there when the tracked run began, and ``epoch``, the last one that it has.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def log(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Record the metrics of an epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self, finished: bool) -> None:
         """End the recording; the run may be resumed later if it is not finished."""
-        raise NotImplementedError
 
 
 class TensorBoard(Tracker):
