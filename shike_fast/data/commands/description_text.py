@@ -17,6 +17,7 @@ SHOWN = 5  # of the findings of a kind
 _MOST_CLASSES = 20  # that are all shown; of more, the largest and the smallest
 _ENDS = 8  # so many of each
 _WIDTH = 22  # of the column of names
+_WIDEST = 60  # of that of the classes' names
 _MOST_COPIES = 3  # of an image in a line
 _ENDINGS = 6
 
@@ -85,7 +86,7 @@ def _classes(description: Description, everything: bool) -> Iterator[str]:
     rows = class_rows(description)
     short = len(rows) > _MOST_CLASSES and not everything
     chosen = [*rows[:_ENDS], *rows[-_ENDS:]] if short else rows
-    width = max(_WIDTH, *(len(row[0]) for row in chosen))
+    width = min(_WIDEST, max(_WIDTH, *(len(row[0]) for row in chosen)))
     yield f"  {'class':<{width}} {'training':>9} {'test':>9}  shot"
     for place, (name, train, test, shot) in enumerate(chosen):
         if short and place == _ENDS:
