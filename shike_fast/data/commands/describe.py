@@ -2,7 +2,7 @@
 
 Printed are class sizes with the figures of the field, shots, and what was found: images that are in training and in the
 test, copies with different labels, duplicates, classes on one side alone or with a single image, class names that are
-hard to tell apart, image files that the data set does not name. Images are compared byte by byte; of files, only those
+hard to tell apart, image files that the data set does not name. Images are compared by content; of files, only those
 of one size are read. Exit status: 0 for a report, 1 where something named by --fail-on was found, 2 bad input.
 """
 

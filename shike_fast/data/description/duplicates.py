@@ -88,7 +88,7 @@ def _of(group: tuple[Copy, ...], part: str) -> int:
 
 
 def find_duplicates(data: LongTailData) -> Duplicates | None:
-    """Compare all images of a data set byte by byte, by SHA-256; None where they cannot be compared.
+    """Compare all images of a data set by the SHA-256 of their content; None where they cannot be compared.
 
     Files are compared by size first. Of those of one size the last 4 KiB are read, and whole files only where these are
     the same. Other encoded images are all read once. Images in memory are compared as pixels.

@@ -60,11 +60,12 @@ def find_unnamed(data: LongTailData, folder: Path | None) -> UnnamedFiles | None
     for part in (data.train, data.test):
         files = files_of(part.store) if isinstance(part, ImageDataset) else None
         if files is not None:
-            named.update(os.path.abspath(files.name(index)) for index in range(len(files)))
-            roots.append(os.path.abspath(files.root))
+            roots.append(os.path.realpath(files.root))  # the folder may be called by way of a link
+            paths = (os.path.join(roots[-1], files.paths[index]) for index in range(len(files)))
+            named.update(map(os.path.normpath, paths))
     if not roots:
         return None
-    top = os.path.abspath(os.path.commonpath(roots) if folder is None else folder)
+    top = os.path.commonpath(roots) if folder is None else os.path.realpath(folder)
     images, others = _Found(), _Found()
     closed: list[str] = []
     for path in _visible(top, closed):

@@ -76,6 +76,20 @@ def test_relative_folders_are_the_same_place(image_dir, monkeypatch):
     assert (found.folder, found.image_names) == (str(image_dir), ("train/loose.jpg",))
 
 
+def test_a_folder_called_by_way_of_a_link(image_dir, tmp_path):
+    (tmp_path / "link").symlink_to(image_dir)
+    picture(image_dir / "loose.jpg")
+    for root, folder in ((image_dir, tmp_path / "link"), (tmp_path / "link", image_dir)):
+        found = find_unnamed(load_dataset("imagefolder", data_dir=root), folder)
+        assert (found.folder, found.image_names) == (str(image_dir), ("loose.jpg",))
+
+
+def test_links_to_folders_are_not_followed(image_dir, tmp_path):
+    picture(tmp_path / "elsewhere" / "x.jpg")
+    (image_dir / "elsewhere").symlink_to(tmp_path / "elsewhere")
+    assert find(image_dir).images == 0
+
+
 def test_lists(tmp_path):
     for name in ("train/n00000000/0.JPEG", "train/n00000001/0.JPEG", "val/0.JPEG", "train/n00000001/unlisted.JPEG"):
         picture(tmp_path / name)
