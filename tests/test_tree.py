@@ -23,6 +23,7 @@ FLOORS = (
     ("methods", "data.pack"),
     ("data.registry",),
     ("data.datasets", "data.loaders"),
+    ("data.description",),
     ("data",),
     ("data.commands", "engine"),
     ("_full_verification",),

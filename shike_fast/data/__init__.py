@@ -12,6 +12,7 @@ from shike_fast.data.datasets import digits, fashion_mnist, cifar, imagenet_lt, 
 from shike_fast.data.augment.photo import photo_augmentations
 from shike_fast.data.datasets.layouts import load_listed_images
 from shike_fast.data.datasets.lists import read_list
+from shike_fast.data.description.describe import Description, describe
 from shike_fast.data.images.arrays import ArrayDataset, build_arrays
 from shike_fast.data.images.files import ImageDataset, ImagePart, build_images
 from shike_fast.data.images.paths import PathTable
@@ -32,6 +33,7 @@ __all__ = [
     "BatchSource",
     "Counts",
     "DatasetInfo",
+    "Description",
     "DeviceLoader",
     "FileStore",
     "ImageDataset",
@@ -45,6 +47,7 @@ __all__ = [
     "build_images",
     "cifar",
     "datasets",
+    "describe",
     "digits",
     "fashion_mnist",
     "imagefolder",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shike_fast._util.files import atomic_write
+from shike_fast._util.page import REPORT, is_page_of
+from shike_fast._util.pictures import SHOT_COLOURS, name_numbers, save, subplots
 from shike_fast.data import LongTailData
 from shike_fast.data.shots import SHOTS, shot_names
 from shike_fast.engine.config import TrainConfig
 from shike_fast.engine.console import RunConsole
 from shike_fast.engine.metrics import Evaluation
-from shike_fast.engine.page.document import document, is_report
+from shike_fast.engine.page.document import document
 from shike_fast.engine.tail import TailEvaluation
 
 CURVES = "curves.png"
@@ -26,9 +27,7 @@ PAGE = "report.html"
 
 _COLUMNS = ("class", "name", "train_images", "test_images", "correct", "accuracy", "shot")
 _MOST_NAMED_CLASSES = 10
-_WIDE, _WIDEST = 6, 2000  # between these ratios of an axis's ends, 1, 2 and 5 of every decade are named; then only 1
 _STYLES = ("-", "--", "-.", ":")  # of the stages' lines
-_SHOT_COLOURS = {"many": "tab:blue", "medium": "tab:orange", "few": "tab:red"}
 
 
 def write_report(
@@ -79,8 +78,7 @@ def write_report(
 
 def is_page(path: Path) -> bool:
     """Whether the file at ``path`` was written by :func:`write_page`."""
-    with open(path, "rb") as file:
-        return is_report(file.readline())
+    return is_page_of(REPORT, path)
 
 
 def write_page(path: Path, title: str, tail: TailEvaluation, class_names: Sequence[str], **contents: Any) -> None:
@@ -124,9 +122,7 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
 
     Classes are named where they are few enough to tell their names apart.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    figure, axes = _subplots(1)
+    figure, axes = subplots(1)
     shot_of = shot_names(evaluation.class_counts)
     means = evaluation.shots()
     for shot in SHOTS:
@@ -139,7 +135,7 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
         if not points or mean is None:
             continue
         counts, accuracies = zip(*points, strict=True)
-        colour = _SHOT_COLOURS[shot]
+        colour = SHOT_COLOURS[shot]
         axes[0].scatter(counts, accuracies, s=18, color=colour, label=f"{shot}-shot: {mean:.1f} %", zorder=3)
         axes[0].hlines(mean, min(counts), max(counts), color=colour, linewidth=1, alpha=0.6)
     if len(class_names) <= _MOST_NAMED_CLASSES:
@@ -150,26 +146,21 @@ def plot_class_accuracy(path: Path, evaluation: Evaluation, class_names: Sequenc
                 place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
                 axes[0].annotate(text, (int(count), accuracy), parse_math=False, **place)
     axes[0].set_xscale("log")
-    left, right = axes[0].get_xlim()
-    numbers = FuncFormatter(lambda number, _: f"{number:.10g}")  # not powers of ten
-    axes[0].xaxis.set_major_formatter(numbers)
-    axes[0].xaxis.set_minor_formatter(NullFormatter() if right > _WIDE * left else numbers)
-    if _WIDE * left < right < _WIDEST * left:
-        axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    name_numbers(axes[0].xaxis, *axes[0].get_xlim())
     axes[0].invert_xaxis()  # head classes first, as the field draws it
     axes[0].set_ylim(-4, 107)
     axes[0].set_xlabel("training images of the class")
     axes[0].set_ylabel("test accuracy (%)")
     axes[0].set_title(f"{title}: top-1 {evaluation.top1:.2f} %")
     figure.legend(loc="outside lower center", ncols=len(SHOTS), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
     """Draw the training loss and the test accuracy of every epoch; dotted lines part the stages."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, (loss_axes, accuracy_axes) = _subplots(2)
+    figure, (loss_axes, accuracy_axes) = subplots(2)
     epochs = [row["epoch"] for row in history]
     stages = sorted({row["stage"] for row in history})
     for stage in stages:
@@ -189,7 +180,7 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
     for name, label in (("top1", "all"), *((shot, shot) for shot in SHOTS)):
         values = [row[name] for row in history]
         if any(value is not None for value in values):
-            colour = _SHOT_COLOURS.get(name, "black")
+            colour = SHOT_COLOURS.get(name, "black")
             order = 3 if name == "top1" else 2  # the mean stays visible where a shot coincides with it
             accuracy_axes.plot(epochs, values, marker=".", color=colour, label=label, zorder=order)
     accuracy_axes.set_ylim(-3, 103)
@@ -202,25 +193,4 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
         for epoch in begins:
             axes.axvline(epoch - 0.5, color="gray", linestyle=":", linewidth=1)
     figure.suptitle(title)
-    _save(figure, path)
-
-
-def _subplots(columns: int) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display and without touching the user's matplotlib state
-    axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-    for one in axes:
-        one.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    image = io.BytesIO()
-    with warnings.catch_warnings():
-        # a class name in a script that the font lacks is drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(image, format="png", dpi=120)
-    atomic_write(path, image.getvalue())
+    save(figure, path)

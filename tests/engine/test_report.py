@@ -76,7 +76,7 @@ def test_class_picture_of_many_classes(tmp_path):
 )
 def test_sizes_of_classes_can_be_read(tmp_path, monkeypatch, most, least):
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
     counts = torch.linspace(most, least, 8).long()
     evaluation = Evaluation(torch.ones(8), torch.ones(8), counts, torch.tensor([8]))
     report.plot_class_accuracy(tmp_path / "classes.png", evaluation, [str(c) for c in range(8)], "title")

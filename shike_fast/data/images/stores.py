@@ -90,17 +90,24 @@ class Subset:
     """
 
     def __init__(self, store: ImageStore, kept: NDArray[np.int64]) -> None:
-        self._store = store
-        self._kept = kept
+        self.store = store
+        self.kept = kept
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.kept)
 
     def open(self, index: int) -> Picture:
-        return self._store.open(int(self._kept[index]))
+        return self.store.open(int(self.kept[index]))
 
     def read(self, index: int) -> Encoded | None:
-        return self._store.read(int(self._kept[index]))
+        return self.store.read(int(self.kept[index]))
 
     def name(self, index: int) -> str:
-        return self._store.name(int(self._kept[index]))
+        return self.store.name(int(self.kept[index]))
+
+
+def files_of(store: ImageStore) -> FileStore | None:
+    """The files that a store takes its images from, all of them; None where it does not take them from files."""
+    while isinstance(store, Subset):
+        store = store.store
+    return store if isinstance(store, FileStore) else None

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shike_fast._util.page import shown
 from shike_fast.data.shots import SHOTS, shot_names
 from shike_fast.engine.page.svg import Axis, Chart, Point, linear, logarithmic
 from shike_fast.engine.tail import TailEvaluation, UnderPrior
@@ -22,11 +23,6 @@ _GROUPS = 100  # of classes, where there are more
 _MOST_LETTERS = 14  # of a name below an axis
 _BLUE = (31, 111, 180)  # of the confusion matrix
 _FAINT = 0.004  # shares below are not drawn: one image of 250
-
-
-def shown(name: str) -> str:
-    """A class name that UTF-8 can hold: file names need not."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def short(name: str) -> str:

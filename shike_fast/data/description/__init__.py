@@ -1,0 +1,1 @@
+"""What a data set is like: its imbalance, and what is odd about its classes and files."""
