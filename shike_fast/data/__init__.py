@@ -23,6 +23,7 @@ from shike_fast.data.longtail import long_tail_counts
 from shike_fast.data.recipes import PHOTOGRAPHS, SMALL_IMAGES
 from shike_fast.data.registry import datasets, load_dataset, register_dataset
 from shike_fast.data.sampling import SAMPLERS, Sampler, make_sampler
+from shike_fast.data.shots import shot_accuracy
 from shike_fast.data.types import BatchSource, Counts, DatasetInfo, LoadOptions, LongTailData
 
 __all__ = [
@@ -61,4 +62,5 @@ __all__ = [
     "places_lt",
     "read_list",
     "register_dataset",
+    "shot_accuracy",
 ]

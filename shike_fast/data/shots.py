@@ -1,5 +1,8 @@
 """Many-, medium- and few-shot classes (Liu et al., "Long-Tailed Recognition in an Open World", CVPR 2019)."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 SHOTS = ("many", "medium", "few")
@@ -17,6 +20,34 @@ def shot_masks(class_counts: Tensor) -> dict[str, Tensor]:
     many = class_counts > MANY_SHOT_ABOVE
     few = class_counts < FEW_SHOT_BELOW
     return {"many": many, "medium": ~many & ~few, "few": few}
+
+
+def shot_accuracy(predicted: Tensor, target: Tensor, class_counts: Tensor | Sequence[int]) -> dict[str, float | None]:
+    """Accuracy in percent over all test images, and over those of the many-, medium- and few-shot classes.
+
+    Args:
+        predicted: int64 [N], the class that was predicted for each image.
+        target: int64 [N], its class.
+        class_counts: [C], training images of each class.
+
+    Returns:
+        ``top1``, ``many``, ``medium`` and ``few``; None without images.
+    """
+    counts = torch.as_tensor(class_counts)
+    predicted, target = predicted.cpu(), target.cpu()
+    correct, support = (labels.bincount(minlength=len(counts)) for labels in (target[predicted == target], target))
+    return {"top1": _percent(correct, support)} | percent_by_shot(correct, support, counts.cpu())
+
+
+def percent_by_shot(correct: Tensor, support: Tensor, class_counts: Tensor) -> dict[str, float | None]:
+    """Accuracy in percent of the shots, from the images [C] of each class that are right, and all of them."""
+    return {shot: _percent(correct[mask], support[mask]) for shot, mask in shot_masks(class_counts).items()}
+
+
+def _percent(part: Tensor, whole: Tensor) -> float | None:
+    """The share of two sums in percent; None of nothing."""
+    total = int(whole.sum())
+    return 100.0 * int(part.sum()) / total if total else None
 
 
 def shot_names(class_counts: Tensor) -> list[str]:

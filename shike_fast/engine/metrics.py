@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shike_fast.data.shots import shot_masks
+from shike_fast.data.shots import percent_by_shot
 from shike_fast.engine.graph import CudaGraphRunner
 from shike_fast.errors import RunError
 
@@ -66,11 +66,7 @@ class Evaluation:
 
     def shots(self) -> dict[str, float | None]:
         """Accuracy in percent over the images of the many-, medium- and few-shot classes; None without images."""
-        result: dict[str, float | None] = {}
-        for shot, mask in shot_masks(self.class_counts).items():
-            images = self.support[mask].sum()
-            result[shot] = _percent(self.correct[mask].sum(), images) if images else None
-        return result
+        return percent_by_shot(self.correct, self.support, self.class_counts)
 
 
 def _percent(part: Tensor | int, whole: Tensor | int) -> float:
