@@ -183,7 +183,7 @@ class Trainer:
         writer = None
         if self.processes.is_main:
             self._adopt_best()
-            rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
+            rundir.write_config(self.output_dir, dataclasses.asdict(self.config), self.dataset.validation)
             rundir.write_metrics(self.output_dir, self.history)
             with naming(self.output_dir / _EVENTS):
                 writer = SummaryWriter(str(self.output_dir), purge_step=self.epoch + 1)
