@@ -171,6 +171,7 @@ class Option:
             return
         default = f" (default {self.shown_default})" if self.shown_default else ""
         options: dict[str, Any] = {"dest": self.name, "help": f"{self.help_of()}{default}{note}".replace("%", "%%")}
+        options["default"] = argparse.SUPPRESS  # what is not given does not appear
         if self.kind is not bool:
             options |= {"type": self.kind, "metavar": self.metavar} | ({"nargs": "+"} if self.several else {})
         elif self.is_both:

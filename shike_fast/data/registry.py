@@ -43,8 +43,8 @@ def register_dataset(info: DatasetInfo) -> Callable[[LoadFunction], LoadFunction
             return data.load_listed_images(info, options, train="train.txt", test="test.txt", folder="images")
 
     A loading function for images in memory returns :func:`shike_fast.data.build_arrays` of uint8 arrays; one that finds
-    its image files in another way returns :func:`shike_fast.data.build_images`; one that has PyTorch's data sets returns
-    :func:`shike_fast.data.from_dataset`.
+    its image files in another way returns :func:`shike_fast.data.build_images`; one that has data sets of PyTorch
+    returns :func:`shike_fast.data.from_dataset`.
 
     Args:
         info: the description. What its recipe leaves out is as in :data:`shike_fast.data.recipes.PHOTOGRAPHS` if it is
@@ -88,7 +88,7 @@ def dataset_options(taken: Mapping[str, Option] | None = None) -> Owned:
 
 def named_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the parsed arguments of a command that are options of data sets, and were given."""
-    return {name: arguments[name] for name in dataset_options() if arguments.get(name) is not None}
+    return {name: arguments[name] for name in dataset_options() if name in arguments}
 
 
 def load_dataset(

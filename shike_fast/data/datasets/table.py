@@ -224,11 +224,13 @@ def _rows(source: Path, options: TableOptions, *, with_split: bool) -> Iterator[
     number, header = next(lines, (1, []))
     if not header:
         raise DataError(f"{source}: is empty; its first line must name the columns")
-    chosen = places([name.strip() for name in header])
     width = len(header)
+    while not header[width - 1].strip():  # what a spreadsheet leaves behind the last column
+        width -= 1
+    chosen = places([name.strip() for name in header[:width]])
     for number, fields in lines:
         while len(fields) > width and not fields[-1].strip():
-            fields.pop()  # what a spreadsheet leaves behind the last column
+            fields.pop()
         if len(fields) != width:
             raise DataError(
                 f"{source}: line {number} has {len(fields):,} field{'s' if len(fields) != 1 else ''}, the first line "
@@ -252,7 +254,7 @@ def _lines(source: Path) -> Iterator[tuple[int, list[str]]]:
     tabbed = source.name.lower().endswith((".tsv", ".tab"))
     delimiter = "\t" if tabbed else max(_DELIMITERS, key=first.count)  # of none the first one, a comma
     try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         for fields in lines:
             if any(map(str.strip, fields)):
                 yield lines.line_num, fields

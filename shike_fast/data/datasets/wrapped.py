@@ -62,7 +62,7 @@ def from_dataset(
         mean, std: of the normalisation, for pixels in [0, 1]; default ImageNet's. For float tensors: those that their
             transform used, which ``predict`` needs; default 0 and 1.
         info: description, augmentations and recipe; None for those of photographs, or of small images for tensors.
-        options: in a loading function (:func:`shike_fast.data.register_dataset`) those that it was given, with its info.
+        options: in a loading function (:func:`shike_fast.data.register_dataset`) those that it was given, with info.
         settings: elsewhere any of ``image_size``, ``augmentation``, ``imbalance_factor``, ``long_tail``, ``subset``,
             ``seed`` and ``strict``, as for :func:`shike_fast.data.load_dataset`; ``val_share`` and ``split_seed``.
 

@@ -43,11 +43,14 @@ def kind_of(image: object, what: str) -> str:
         return TENSORS
     if isinstance(image, Tensor | np.ndarray) and str(image.dtype).endswith("uint8") and _layout(image.shape):
         return IMAGES
-    found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else type(image).__name__
     raise DataError(
-        f"{what}: its image must be one of Pillow, uint8 [H, W, C], [C, H, W] or [H, W], or a float32 tensor [C, S, S], "
-        f"got {found}"
+        f"{what}: its image must be one of Pillow, uint8 [H, W, C], [C, H, W] or [H, W], or a float32 tensor [C, S, S]"
+        f", got {_found(image)}"
     )
+
+
+def _found(image: object) -> str:
+    return f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else type(image).__name__
 
 
 def _layout(shape: tuple[int, ...]) -> str:
@@ -152,9 +155,9 @@ class TensorSource:
                 _seed_generators(word)
                 image = self._samples[index][0]
                 if not isinstance(image, Tensor) or image.dtype != torch.float32 or image.shape != self._shape:
-                    found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
                     raise DataError(
-                        f"{self._name} {index}: expected a float32 tensor {list(self._shape)} like the first one, got {found}"
+                        f"{self._name} {index}: expected a float32 tensor {list(self._shape)} like the first one, got "
+                        f"{_found(image)}"
                     )
                 images[row] = image
         return images, torch.from_numpy(self.labels[indices])
