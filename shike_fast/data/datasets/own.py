@@ -259,8 +259,10 @@ def name_classes(train: NDArray[np.int64], val: NDArray[np.int64], names: Sequen
         DataError: as :func:`number_classes`.
     """
     present = np.flatnonzero(np.bincount(train, minlength=len(names)))
-    if len(present) < 2:
-        raise DataError(f"{source}: holds {len(present)} classes; there must be two or more")
+    if len(present) == 0:
+        raise DataError(f"{source}: has no training images")
+    if len(present) == 1:
+        raise DataError(f"{source}: holds one class, {_shown(names[present[0]])}; there must be two or more")
     lacking = np.setdiff1d(val, present)
     if len(lacking):
         raise DataError(
