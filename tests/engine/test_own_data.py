@@ -1,5 +1,6 @@
 """Data sets with options of their own: how these reach a run, are kept by it, and come back from its checkpoint."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -170,6 +171,37 @@ def test_settings_of_a_data_set_are_those_of_its_run(tmp_path):
         resolve({"dataset": "digits-lt", "files": "x"})
     assert {"files", "val_share"} <= options_for("ce", "table").keys() - options_for("ce").keys()
     assert [name for name, _ in own_options()["split_seed"]] == ["imagefolder", "table", "huggingface", "webdataset"]
+
+
+def test_options_of_a_data_set_of_ones_own(monkeypatch, runs, tmp_path, failed):
+    monkeypatch.setattr(data.registry, "_REGISTRY", dict(data.registry._REGISTRY))
+    digits, load_digits = data.registry._REGISTRY["digits-lt"]
+    seen = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options:
+        region: str | None = data.option(None, "only digits of this region", metavar="NAME")
+        inverted: bool = data.option(False, "black on white")
+
+    @data.register_dataset(dataclasses.replace(digits, name="mine", options=Options))
+    def load(info, options):
+        seen.append(options.own)
+        return load_digits(info, options)
+
+    small = [*runs.small, "--epochs", 1, "--stage2-epochs", 0, "--output-dir", tmp_path / "run"]
+    assert runs.train("--dataset", "mine", "--region", "north", "--inverted", *small) == 0
+    assert evaluate(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--workers", "0"]) == 0
+    assert prepare(["check", "--dataset", "mine"]) == 0
+    assert seen == [Options(region="north", inverted=True)] * 2 + [Options()]
+    failed(runs.train("--inverted"), "--inverted: data set 'digits-lt' has no such setting, it belongs to 'mine'")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Taken:
+        epochs: int = data.option(1, "of rock")
+
+    data.register_dataset(dataclasses.replace(digits, name="other", options=Taken))(load)
+    with pytest.raises(ConfigError, match="data set 'other': another option is called epochs or --epochs; rename"):
+        own_options()
 
 
 def test_a_checkpoint_of_a_data_set_that_is_not_registered(monkeypatch):

@@ -170,9 +170,7 @@ def _table_paths(labels: Labels, classes: int, seed: int) -> dict[str, list[str]
 def _table_files(splits: Mapping[str, Listed], classes: int, seed: int) -> dict[str, bytes]:
     lines = ["path,label,split\n"]
     for name, split in splits.items():
-        lines += [
-            f"{path},pattern {label:04d},{name}\n" for path, label in zip(split.paths, split.labels, strict=True)
-        ]
+        lines += [f"{path},pattern {label:04d},{name}\n" for path, label in zip(split.paths, split.labels, strict=True)]
     return {"labels.csv": "".join(lines).encode()}
 
 

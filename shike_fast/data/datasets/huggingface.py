@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,13 +98,13 @@ class _ArrowStore:
     """
 
     def __init__(self, root: Path, part: str, dataset: Any, column: str) -> None:
-        self._place = f"{root}{os.sep}{part}"
+        self._root = root
         self._column = column
         self._rows = _encoded(dataset.select_columns([column]), column)
         files, self.sizes = _files(self._rows, column)
         if None in files or len(set(files)) < len(files):
             files = [f"{number}{f' {file}' if file else ''}" for number, file in enumerate(files)]
-        self.names = PathTable(file or "" for file in files)
+        self.names = PathTable(f"{part}/{file}" for file in files)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,7 +120,7 @@ class _ArrowStore:
         return open_image(self.read(index))
 
     def name(self, index: int) -> str:
-        return f"{self._place}{os.sep}{self.names[index]}"
+        return str(self._root / self.names[index])
 
 
 def _open_parts(root: Path, options: FileOptions) -> dict[str, Any]:

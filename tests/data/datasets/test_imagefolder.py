@@ -158,6 +158,15 @@ def test_names_that_are_not_utf_8(image_dir):
     assert len(data.fingerprint) == 64
 
 
+@pytest.mark.parametrize("name", ["a b.jpg", ' "a",.JPG', "a\tb.jpeg", "a\nb.jpg", "\u00e4 \u2603.png"])
+def test_odd_names(image_dir, name):
+    (image_dir / "train" / "cat" / "0.jpg").rename(image_dir / "train" / "cat" / name)
+    data = load(image_dir, strict=True)
+    assert data.class_counts.tolist() == [6, 4, 2]
+    assert f"train/cat/{name}" in [path_of(data.train, image_dir, i) for i in range(6)]
+    data.train.batch(np.arange(6), seed=0, epoch=0)
+
+
 def test_no_train_folder(image_dir, data_error):
     (image_dir / "train").rename(image_dir / "training")
     with data_error(f"no folder {image_dir / 'train'}", "train/CLASS"):

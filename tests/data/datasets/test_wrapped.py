@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision_operators  # noqa: F401  (lets torchvision be imported)
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
@@ -181,6 +182,16 @@ def test_files_of_an_image_folder(tmp_path):
     assert (inner.validation, inner.fingerprint) == (own.validation, own.fingerprint)
     named = data.from_dataset(images, names=[f"x{i}" for i in range(12)])
     assert named.fingerprint != own.fingerprint
+
+
+def test_image_folders_of_torchvision(image_dir):
+    folders = pytest.importorskip("torchvision").datasets.ImageFolder
+    own = data.from_dataset(
+        folders(image_dir / "train"), folders(image_dir / "val"), image_size=16, augmentation="none"
+    )
+    files = data.load_dataset("imagefolder", data_dir=image_dir, image_size=16, augmentation="none")
+    assert (own.class_names, own.class_counts.tolist()) == (files.class_names, files.class_counts.tolist())
+    assert torch.equal(own.test[3][0], files.test[3][0])
 
 
 @pytest.mark.parametrize(
