@@ -131,8 +131,11 @@ def _settings_of(dataset: LongTailData, given: dict[str, Any]) -> dict[str, Any]
         "dataset": dataset.name,
         "imbalance_factor": dataset.imbalance_factor,
         "augmentation": dataset.augmentation,
+        "image_size": dataset.image_size if dataset.info is not None and dataset.info.resizable else None,
+        "val_share": None if dataset.validation is None else dataset.validation.share,
+        "split_seed": None if dataset.validation is None else dataset.validation.seed,
     }
-    loading = {*settled, "data_dir", "download", "image_size", "subset"} & given.keys()
+    loading = {*settled, "data_dir", "download", "long_tail", "subset", "strict"} & given.keys()
     if loading:
         raise ConfigError(
             f"{', '.join(sorted(loading))}: says how a data set is loaded, but {dataset.name} is passed as an object; "

@@ -278,3 +278,18 @@ def image_dir(tmp_path: Path) -> Path:
                 extension = (".jpg", ".png", ".JPEG")[i % 3]
                 Image.fromarray(pixels).save(folder / f"{i}{extension}")
     return root
+
+
+@pytest.fixture
+def failed(capsys):
+    """``failed(status, "a", "b")``: whether the command printed one line of an error that holds these texts."""
+
+    def check(status, *texts, expected=2):
+        error = capsys.readouterr().err
+        assert status == expected, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        for text in texts:
+            assert str(text) in error
+
+    return check

@@ -253,3 +253,20 @@ def test_loading_leaves_the_process_alone(run):
 def test_predictions_can_be_pickled(run, images):
     found = run.model.predict(images)
     assert torch.equal(pickle.loads(pickle.dumps(found)).probabilities, found.probabilities)
+
+
+def test_a_data_set_of_pytorch(tmp_path):
+    """The split that was made for it is in the settings, and the run resumes where it is passed again."""
+    random = np.random.default_rng(0)
+    labels = [0] * 12 + [1] * 8 + [2] * 4
+    samples = [(Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)), label) for label in labels]
+    own = data.from_dataset(samples, labels=labels, name="own", image_size=16, val_share=0.25)
+    options = {"model": "resnet8", "epochs": 2, "batch_size": 6, "workers": 0, "quiet": True}
+    run = shike_fast.train(own, "ce", output_dir=tmp_path / "run", **options)
+    settings = {name: run.config[name] for name in ("dataset", "image_size", "val_share", "split_seed")}
+    assert settings == {"dataset": "own", "image_size": 16, "val_share": 0.25, "split_seed": 0}
+    assert len(run.model.predict([image for image, _ in samples])) == 24
+    assert shike_fast.train(own, output_dir=run.directory, resume=True, quiet=True).history == run.history
+    other = data.from_dataset(samples, labels=labels, name="own", image_size=16, val_share=0.5)
+    with pytest.raises(CheckpointError, match="val_share is 0.25"):
+        shike_fast.train(other, output_dir=run.directory, resume=True, quiet=True)

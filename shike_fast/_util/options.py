@@ -171,6 +171,7 @@ class Option:
             return
         default = f" (default {self.shown_default})" if self.shown_default else ""
         options: dict[str, Any] = {"dest": self.name, "help": f"{self.help_of()}{default}{note}".replace("%", "%%")}
+        options["default"] = argparse.SUPPRESS  # what is not given does not appear
         if self.kind is not bool:
             options |= {"type": self.kind, "metavar": self.metavar} | ({"nargs": "+"} if self.several else {})
         elif self.is_both:
@@ -187,6 +188,44 @@ def options_of(cls: type) -> dict[str, Option]:
         TypeError: for a type that no option can have.
     """
     return _options_of(cls)
+
+
+Owned = dict[str, list[tuple[str, Option]]]
+"""Options by name, each with the names of those that have it."""
+
+
+def collect_options(kind: str, owners: Mapping[str, type | None], taken: Mapping[str, Option] | None = None) -> Owned:
+    """The options that methods, or data sets, declare beside the general ones.
+
+    Args:
+        kind: what an error calls an owner: "method", for example.
+        owners: their dataclasses by name; None for one without options.
+        taken: options of others, whose names and flags are not to be had.
+
+    Raises:
+        ConfigError: if one is called as another option is, or two of a name are of different types.
+    """
+    taken = taken or {}
+    flags = {one.flag for one in taken.values()} | {"--plugin"}
+    found: Owned = {}
+    for owner, declaring in owners.items():
+        for name, one in ({} if declaring is None else options_of(declaring)).items():
+            others = found.setdefault(name, [])
+            alike = not others or _form(one) == _form(others[0][1])
+            if name in taken or one.flag in flags or not alike:
+                raise ConfigError(f"{kind} '{owner}': another option is called {name} or {one.flag}; rename its own")
+            others.append((owner, one))
+    return found
+
+
+def _form(one: Option) -> tuple[type, bool, str | None]:
+    return one.kind, one.several, one.flag
+
+
+def add_owned(parser: argparse._ActionsContainer, owned: Owned) -> None:
+    """Add the flags of such options to a parser, each with a note on who has it."""
+    for owners in owned.values():
+        owners[0][1].add_to(parser, f" [{', '.join(owner for owner, _ in owners)}]")
 
 
 @functools.cache

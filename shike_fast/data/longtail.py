@@ -1,4 +1,4 @@
-"""The exponential long-tail subset of a balanced data set (Cui et al., "Class-Balanced Loss", CVPR 2019).
+"""The long-tail subset of a data set: classes that shrink exponentially, or in one step.
 
 Published code agrees on how many images of each class are kept, not on which: :data:`SUBSETS`.
 """
@@ -16,12 +16,25 @@ SUBSETS = {
 }
 """Ways to choose the images of a long-tail subset, and whose code does it so."""
 
+PROFILES = {
+    "exp": 'n_c = int(M · (1/IF)^(c/(C−1))) (Cui et al., "Class-Balanced Loss", CVPR 2019)',
+    "step": "n_c = M in the first half of the classes, int(M/IF) in the last (Buda et al., 2018; LDAM, NeurIPS 2019)",
+}
+"""How the sizes of the classes fall, by class id."""
+
 
 def check_subset(subset: str) -> str:
     """Return the name, or raise DataError unless it is one of :data:`SUBSETS`."""
     if subset not in SUBSETS:
         raise DataError(f"subset must be one of {', '.join(SUBSETS)}, got {subset!r}")
     return subset
+
+
+def check_profile(profile: str) -> str:
+    """Return the name, or raise DataError unless it is one of :data:`PROFILES`."""
+    if profile not in PROFILES:
+        raise DataError(f"long_tail must be one of {', '.join(PROFILES)}, got {profile!r}")
+    return profile
 
 
 def check_imbalance_factor(imbalance_factor: float) -> float:
@@ -33,13 +46,16 @@ def check_imbalance_factor(imbalance_factor: float) -> float:
     return float(imbalance_factor)
 
 
-def long_tail_counts(largest: int, num_classes: int, imbalance_factor: float) -> NDArray[np.int64]:
-    """Images kept of each class: n_c = int(M · (1/IF)^(c/(C−1))).
+def long_tail_counts(
+    largest: int, num_classes: int, imbalance_factor: float, profile: str = "exp"
+) -> NDArray[np.int64]:
+    """Images kept of each class: n_c = int(M · (1/IF)^(c/(C−1))), or in one step: M for c < C/2, else int(M/IF).
 
     Args:
         largest: M, the number of images of the largest class.
-        num_classes: C.
+        num_classes: C. Of an odd number, the class in the middle is one of the large ones.
         imbalance_factor: IF, the ratio between the first class and the last one; 1 keeps every class at M.
+        profile: a key of :data:`PROFILES`.
 
     Returns:
         int64 [C], decreasing in class-id order.
@@ -48,8 +64,12 @@ def long_tail_counts(largest: int, num_classes: int, imbalance_factor: float) ->
         DataError: the factor is below 1 or not finite, or so large that a class would be left without images.
     """
     factor = check_imbalance_factor(imbalance_factor)
-    # A single class has no tail; max() keeps the exponent of the formula defined.
-    counts = [int(largest * (1 / factor) ** (c / max(num_classes - 1.0, 1.0))) for c in range(num_classes)]
+    if check_profile(profile) == "step":
+        small = num_classes // 2
+        counts = [largest] * (num_classes - small) + [int(largest / factor)] * small
+    else:
+        # A single class has no tail; max() keeps the exponent of the formula defined.
+        counts = [int(largest * (1 / factor) ** (c / max(num_classes - 1.0, 1.0))) for c in range(num_classes)]
     if counts[-1] < 1:
         raise DataError(
             f"imbalance_factor {imbalance_factor:g} leaves class {counts.index(0)} without training images; "
@@ -59,7 +79,11 @@ def long_tail_counts(largest: int, num_classes: int, imbalance_factor: float) ->
 
 
 def long_tail_indices(
-    labels: NDArray[np.int64], num_classes: int, imbalance_factor: float, subset: str = "first"
+    labels: NDArray[np.int64],
+    num_classes: int,
+    imbalance_factor: float,
+    subset: str = "first",
+    profile: str = "exp",
 ) -> NDArray[np.int64]:
     """Indices of the long-tail subset: n_c images of each class, class after class.
 
@@ -70,10 +94,11 @@ def long_tail_indices(
         num_classes: C.
         imbalance_factor: IF of :func:`long_tail_counts`.
         subset: which images of a class, a key of :data:`SUBSETS`.
+        profile: how the classes shrink, a key of :data:`PROFILES`.
     """
     check_subset(subset)
     present = np.bincount(labels, minlength=num_classes)
-    counts = long_tail_counts(int(present.max()), num_classes, imbalance_factor)
+    counts = long_tail_counts(int(present.max()), num_classes, imbalance_factor, profile)
     grouped = np.argsort(labels, kind="stable")  # stable: file order within a class
     classes = np.split(grouped, np.cumsum(present)[:-1])
     if subset == "ldam":

@@ -53,6 +53,31 @@ class BatchSource(Protocol):
 
 
 @dataclass(frozen=True)
+class ValidationSplit:
+    """Images that were set aside from a training set that comes without others to test on.
+
+    Attributes:
+        share: of each class.
+        seed: of the choice.
+        names: what the files of these images are called, below the data folder, in the order of the test set.
+        whole: images before the split.
+    """
+
+    share: float
+    seed: int
+    names: tuple[bytes, ...]
+    whole: int
+
+    @property
+    def sentence(self) -> str:
+        """What is said of it."""
+        return (
+            f"no validation images of its own: {len(self.names):,} of {self.whole:,} images set aside "
+            f"(--val-share {self.share:g} of each class, --split-seed {self.seed})"
+        )
+
+
+@dataclass(frozen=True)
 class LongTailData:
     """A long-tailed training set and its test set.
 
@@ -66,6 +91,9 @@ class LongTailData:
         imbalance_factor: the factor of the subset, None where the whole set is used.
         augmentation: name of the training augmentation.
         fingerprint: hash that identifies this training set (its labels, and its pixels or the names of its files).
+        info: the description that it was loaded by; None where the loading function gave none.
+        validation: the test images are a part that was set aside; None where the data set has its own.
+        notes: sentences on what was found and done, for the head of a run.
     """
 
     name: str
@@ -80,6 +108,9 @@ class LongTailData:
     imbalance_factor: float | None
     augmentation: str
     fingerprint: str
+    info: "DatasetInfo | None" = None
+    validation: ValidationSplit | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -117,6 +148,8 @@ class DatasetInfo:
         counts: what its lists must hold; None: any number of images and classes.
         recipe: training settings by name (see :mod:`shike_fast.data.recipes`); what it leaves out has the defaults of
             the commands. Without any, :func:`shike_fast.data.register_dataset` chooses one.
+        options: a dataclass whose fields are options that only this data set has, each declared by
+            :func:`shike_fast.data.option`: flags of the commands, keywords of :func:`shike_fast.data.load_dataset`.
     """
 
     name: str
@@ -128,11 +161,15 @@ class DatasetInfo:
     downloadable: bool = False
     counts: Counts | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    options: type | None = None
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The checked arguments of :func:`shike_fast.data.load_dataset`, as a data set's loading function gets them."""
+    """The checked arguments of :func:`shike_fast.data.load_dataset`, as a data set's loading function gets them.
+
+    Those that only the data set has are ``own``, of the type ``DatasetInfo.options``.
+    """
 
     data_dir: Path | None
     imbalance_factor: float | None
@@ -143,6 +180,8 @@ class LoadOptions:
     image_size: int | None
     strict: bool = False
     subset: str = "first"
+    long_tail: str = "exp"
+    own: Any = None
 
 
 def require_data_dir(info: DatasetInfo, options: LoadOptions) -> Path:

@@ -18,7 +18,7 @@ from shike_fast._util.plugins import missing_plugins
 from shike_fast.data.types import DatasetInfo
 from shike_fast.engine import finetuning
 from shike_fast.engine.epochs import open_stage_epochs, place_steps, split_epochs, stage_epochs
-from shike_fast.engine.options import NO_WEIGHTS, Settings, method_options
+from shike_fast.engine.options import NO_WEIGHTS, Settings, own_options
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.schedule import cosine_with_warmup, scaled_steps, steps_with_warmup
 from shike_fast.errors import CheckpointError, ConfigError
@@ -36,7 +36,7 @@ CHANGEABLE = frozenset(name for name, option in options_of(Settings).items() if 
 class TrainConfig(Settings):
     """Every setting of a run; made by :func:`resolve`, stored in ``config.json`` and in each checkpoint.
 
-    The hyper-parameters of the run's method are fields of a subclass, which :func:`_config_class` makes.
+    The options of the run's method and those of its data set are fields of a subclass that :func:`_config_class` makes.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,13 +140,19 @@ class TrainConfig(Settings):
 
 def _make(values: dict[str, Any]) -> TrainConfig:
     method: Any = methods.find_method(values["method"])
-    return _config_class(method)(**values)
+    return _config_class(method, _options_class(values["dataset"]))(**values)
+
+
+def _options_class(dataset: str | None) -> type | None:
+    """The class of the options that the data set has alone, where it is registered and has any."""
+    info = data.datasets().get(dataset or "")
+    return None if info is None else info.options
 
 
 @functools.cache
-def _config_class(method: type[Method]) -> type[TrainConfig]:
-    """:class:`TrainConfig` with the hyper-parameters of a method as fields."""
-    method_options()  # whose names they must not share
+def _config_class(method: type[Method], dataset: type | None) -> type[TrainConfig]:
+    """:class:`TrainConfig` with the hyper-parameters of a method and the options of a data set as fields."""
+    own_options()  # whose names they must not share
     own = options_of(method)
     settings = {*options_of(Settings), *own}
     for stage in method.stages:
@@ -163,18 +169,22 @@ def _config_class(method: type[Method]) -> type[TrainConfig]:
             )
     fields = [
         (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
-        for field in dataclasses.fields(method)
-        if field.name in own
+        for declaring in (method, dataset)
+        if declaring is not None
+        for field in dataclasses.fields(declaring)
+        if field.name in options_of(declaring)
     ]
     return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, kw_only=True)
 
 
-def options_for(method: str) -> dict[str, Option]:
-    """All settings of a run with this method, by name."""
-    return options_of(Settings) | options_of(methods.find_method(method))
+def options_for(method: str, dataset: str | None = None) -> dict[str, Option]:
+    """All settings of a run with this method on this data set, by name."""
+    declaring = _options_class(dataset)
+    of_dataset = {} if declaring is None else options_of(declaring)
+    return options_of(Settings) | options_of(methods.find_method(method)) | of_dataset
 
 
-def resolve(given: dict[str, Any]) -> TrainConfig:
+def resolve(given: dict[str, Any], info: DatasetInfo | None = None) -> TrainConfig:
     """Fill what the user left out and check every value.
 
     The data set's recipe comes before the defaults, the method's recipe for the data set before that, and what the
@@ -182,14 +192,16 @@ def resolve(given: dict[str, Any]) -> TrainConfig:
 
     Args:
         given: settings that the user named.
+        info: of a data set that is not registered, but at hand (``LongTailData.info``): ``dataset`` is its name.
 
     Raises:
         ConfigError: naming the first unusable value.
     """
     method = _method_of(given)
-    options = options_for(method.name)
-    _require_known(given, method.name)
-    info = _find_dataset(given.get("dataset", options["dataset"].default))
+    dataset = given.get("dataset", options_of(Settings)["dataset"].default)
+    options = options_for(method.name, dataset)
+    _require_known(given, method.name, dataset)
+    info = info or _find_dataset(dataset)
     recipe = {**info.recipe, **method.recipes.get(info.name, {})}
     _require_settings(recipe, info.name)
     usual = {name: one.default for name, one in options.items() if one.has_default} | dict(method.defaults)
@@ -228,19 +240,20 @@ def _method_of(given: dict[str, Any]) -> type[Method]:
     return methods.find_method(option.check(given.get("method", option.default)))
 
 
-def _require_known(given: dict[str, Any], method: str) -> None:
-    """Refuse what is no setting, or one of other methods alone."""
-    unknown = given.keys() - options_of(Settings).keys() - method_options().keys()
+def _require_known(given: dict[str, Any], method: str, dataset: str) -> None:
+    """Refuse what is no setting, or one of other methods or data sets alone."""
+    unknown = given.keys() - options_of(Settings).keys() - own_options().keys()
     if unknown:
         raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}")
-    for name in given.keys() - options_for(method).keys():
-        owners = method_options()[name]
+    for name in sorted(given.keys() - options_for(method, dataset).keys()):
+        owners = own_options()[name]
         others = ", ".join(f"'{owner}'" for owner, _ in owners)
-        raise ConfigError(f"{owners[0][1].label}: method '{method}' has no such setting, it belongs to {others}")
+        here = f"data set '{dataset}'" if owners[0][0] in data.datasets() else f"method '{method}'"
+        raise ConfigError(f"{owners[0][1].label}: {here} has no such setting, it belongs to {others}")
 
 
 def _require_settings(recipe: dict[str, Any], dataset: str) -> None:
-    unknown = recipe.keys() - options_of(Settings).keys() - method_options().keys() - {NEEDS_PRETRAINED}
+    unknown = recipe.keys() - options_of(Settings).keys() - own_options().keys() - {NEEDS_PRETRAINED}
     if unknown:
         raise ConfigError(f"--dataset: the recipe of {dataset} has the unknown setting {', '.join(sorted(unknown))}")
 
@@ -259,7 +272,7 @@ def _find_dataset(name: str) -> DatasetInfo:
 
 
 def _check(config: TrainConfig) -> None:
-    for name, option in options_for(config.method).items():
+    for name, option in options_for(config.method, config.dataset).items():
         option.check(getattr(config, name))
     _check_together(config)
 
@@ -320,7 +333,10 @@ def _check_mixing(config: TrainConfig) -> None:
 
 
 def stored_config(stored: dict[str, Any], source: str) -> TrainConfig:
-    """The settings that a checkpoint holds; those of other methods, which version 0.1.0 stored too, are left out.
+    """The settings that a checkpoint holds.
+
+    Those of other methods, which version 0.1.0 stored too, are left out, and so are those of a data set that is not
+    registered here, for it cannot be loaded.
 
     Args:
         stored: the checkpoint's ``config``.
@@ -339,7 +355,10 @@ def stored_config(stored: dict[str, Any], source: str) -> TrainConfig:
                 f"{how_to_register(stored.get('plugins', ()))}; there are {', '.join(known)}"
             )
     try:
-        foreign = method_options().keys() - options_for(stored["method"]).keys()
+        own = options_for(stored["method"], stored["dataset"])
+        foreign = own_options().keys() - own.keys()
+        if stored["dataset"] not in data.datasets():
+            foreign |= stored.keys() - own.keys()
         config = _make({name: value for name, value in stored.items() if name not in foreign})
         _check(config)
     except (KeyError, TypeError, ValueError) as error:
@@ -381,10 +400,10 @@ def resume_config(stored: dict[str, Any], given: dict[str, Any], source: str) ->
         given = given | {"pretrained": None}
     if given.get("amp") == AUTO:
         given = given | {"amp": config.amp}  # what the run began with: another would alter it
-    options = options_for(config.method)
-    for name, value in sorted(given.items(), key=lambda item: item[0] != "method"):
+    options = options_for(config.method, config.dataset)
+    for name, value in sorted(given.items(), key=lambda item: item[0] not in ("method", "dataset")):
         if name not in options:
-            _require_known({name: value}, config.method)
+            _require_known({name: value}, config.method, config.dataset)
         if not options[name].changeable and getattr(config, name) != options[name].check(value):
             raise CheckpointError(
                 f"checkpoint {source} belongs to another run: {name} is {getattr(config, name)!r}, the command line "

@@ -14,7 +14,7 @@ from typing import Any
 from shike_fast._util.options import Option, options_of
 from shike_fast._util.plugins import missing_plugins
 from shike_fast.engine.config import options_for
-from shike_fast.engine.options import NO_WEIGHTS, RunOptions, Settings, method_options
+from shike_fast.engine.options import NO_WEIGHTS, RunOptions, Settings, own_options
 from shike_fast.errors import ConfigError
 from shike_fast.methods import list_methods
 
@@ -29,8 +29,8 @@ _YAML_KINDS = {
 def settings_from(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a file, overridden by those that the command line names.
 
-    Settings of other methods than the one that results are left out, so that a file serves several. Keys are the names
-    of ``config.json`` or those of the flags.
+    Settings of other methods and data sets than those that result are left out, so that a file serves several. Keys are
+    the names of ``config.json`` or those of the flags.
 
     Args:
         path: ends with .json, .toml, .yaml or .yml; this says what it is.
@@ -48,7 +48,8 @@ def settings_from(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"--config: {path} was written with {missing}; add that")
     method = given.get("method", values.get("method", known["method"].default))
-    wanted = options_for(method) if method in list_methods() else known
+    dataset = given.get("dataset", values.get("dataset", known["dataset"].default))
+    wanted = options_for(method, dataset) if method in list_methods() else known
     checked = {name: _checked(path, wanted[name], value) for name, value in values.items() if name in wanted}
     return {name: value for name, value in checked.items() if value is not None} | given
 
@@ -59,7 +60,7 @@ class UnknownSettingError(ConfigError):
 
 def known_settings() -> dict[str, Option]:
     """Every setting of a run by any method, by name."""
-    return options_of(Settings) | {name: owners[0][1] for name, owners in method_options().items()}
+    return options_of(Settings) | {name: owners[0][1] for name, owners in own_options().items()}
 
 
 def named_settings(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,25 @@ from typing import Literal
 
 from shike_fast import data, methods, models
 from shike_fast._util.cli import ArgumentParser, whole_number
-from shike_fast._util.options import Check, Option, at_least, at_most, not_negative, option, options_of, positive
+from shike_fast._util.options import (
+    Check,
+    Option,
+    Owned,
+    add_owned,
+    at_least,
+    at_most,
+    collect_options,
+    not_negative,
+    option,
+    options_of,
+    positive,
+)
 from shike_fast._util.plugins import add_plugin_option
-from shike_fast.data.longtail import SUBSETS
+from shike_fast.data.longtail import PROFILES, SUBSETS
+from shike_fast.data.registry import dataset_options
 from shike_fast.data.sampling import SAMPLERS
 from shike_fast.data.types import MOST_PIXELS_A_SIDE
 from shike_fast.engine.trackers import NO_TRACKER, TRACKERS, are_trackers
-from shike_fast.errors import ConfigError
 
 NO_WEIGHTS = "none"  # --pretrained
 METHODS_OWN = "the method's own"
@@ -325,6 +337,13 @@ class Settings:
         metavar="|".join(SUBSETS),
         choices=lambda: tuple(SUBSETS),
     )
+    long_tail: str = option(
+        "exp",
+        "how the classes of the subset shrink: exponentially, or in one step to the last half of them",
+        group="data",
+        metavar="|".join(PROFILES),
+        choices=lambda: tuple(PROFILES),
+    )
     sampler: str = option(
         "instance",
         "how training images are drawn: each once an epoch, or classes in equal shares, by the square root of their "
@@ -373,40 +392,42 @@ class RunOptions:
     profile: bool = option(False, "write a trace of ten steps and print what took the most time", group="speed")
 
 
-def method_options() -> dict[str, list[tuple[str, Option]]]:
+def method_options() -> Owned:
     """The hyper-parameters of all methods by name, each with the methods that have it.
 
     Raises:
         ConfigError: if a method calls one as another option is called, or two do that are of different types.
     """
     general = options_of(Settings) | options_of(RunOptions)
-    flags = {one.flag: name for name, one in general.items()}
-    found: dict[str, list[tuple[str, Option]]] = {}
-    for method in methods.list_methods():
-        for name, one in options_of(methods.find_method(method)).items():
-            others = found.setdefault(name, [])
-            alike = not others or (one.kind, one.several, one.flag) == _form(others[0][1])
-            if name in general or one.flag in flags or one.flag == "--plugin" or not alike:
-                raise ConfigError(f"method '{method}': another option is called {name} or {one.flag}; rename its own")
-            others.append((method, one))
-    return found
+    return collect_options("method", {name: methods.find_method(name) for name in methods.list_methods()}, general)
 
 
-def _form(one: Option) -> tuple[type, bool, str | None]:
-    return one.kind, one.several, one.flag
+def own_options() -> Owned:
+    """The options of single data sets and those of methods by name, each with the data sets or methods that have it.
+
+    Raises:
+        ConfigError: if one is called as another option is, or two of a name are of different types.
+    """
+    of_methods = method_options()
+    taken = {name: owners[0][1] for name, owners in of_methods.items()}
+    return dataset_options(options_of(Settings) | options_of(RunOptions) | taken) | of_methods
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Add all options to the parser of the training command."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for title in ("data", "method", "fine-tuning", "schedule", "speed", "run", "hyper-parameters of methods"):
+    for title in (
+        *("data", "data sets of your own", "method", "fine-tuning", "schedule", "speed", "run"),
+        "hyper-parameters of methods",
+    ):
         groups[title] = parser.add_argument_group(title)
     for one in (*options_of(Settings).values(), *options_of(RunOptions).values()):
         if one.flag is not None:
             one.add_to(groups[one.group])
-    for owners in method_options().values():
-        note = f" [{', '.join(method for method, _ in owners)}]"
-        owners[0][1].add_to(groups["hyper-parameters of methods"], note)
+    of_methods = method_options()
+    of_data_sets = {name: owners for name, owners in own_options().items() if name not in of_methods}
+    add_owned(groups["data sets of your own"], of_data_sets)
+    add_owned(groups["hyper-parameters of methods"], of_methods)
     add_plugin_option(groups["run"])
 
 
@@ -415,7 +436,7 @@ def markdown_table() -> str:
     lines = ["| option | default | meaning | may change on resume |", "|---|---|---|---|"]
     for one in (*options_of(Settings).values(), *options_of(RunOptions).values()):
         lines += _row(one)
-    for owners in method_options().values():
+    for owners in own_options().values():
         lines += _row(owners[0][1], f" ({', '.join(method for method, _ in owners)})")
     return "\n".join(lines)
 

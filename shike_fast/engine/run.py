@@ -299,9 +299,13 @@ def _headline(trainer: Trainer) -> str:
     processes = trainer.processes.world_size
     where = f"{processes} processes on {trainer.device.type}" if processes > 1 else str(trainer.device)
     going_on = f", going on after epoch {trainer.epoch}" if trainer.epoch else ""
+    notes = "".join(f"{note}\n" for note in dataset.notes)
+    if dataset.validation is not None:
+        notes += f"{dataset.validation.sentence}, named in {rundir.VALIDATION}\n"
     return (
         f"{config.dataset}: {int(counts.sum()):,} training images, {dataset.num_classes} classes "
         f"of {int(counts.max())} to {int(counts.min())}, {len(dataset.test):,} test images\n"
+        f"{notes}"
         f"{config.method}, {config.model}, {config.num_experts} expert{'s' if config.num_experts > 1 else ''}, "
         f"{config.shown_epochs} epochs, {where}, seed {config.seed}{going_on}\n"
         f"{_kernels(trainer.device)}\n"

@@ -18,11 +18,13 @@ from shike_fast._util.files import (
     temporary_of,
     why_not_writable,
 )
+from shike_fast.data.types import ValidationSplit
 from shike_fast.engine.checkpoint import LAST
 from shike_fast.errors import ConfigError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.txt"
 _LOCK = ".lock"
 
 
@@ -98,9 +100,11 @@ def signed_by(path: Path) -> str:
         return ""
 
 
-def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write ``config.json``."""
+def write_config(path: Path, config: dict[str, Any], validation: ValidationSplit | None = None) -> None:
+    """Write ``config.json`` and, where images were set aside for validation, ``validation.txt``: one name a line."""
     atomic_write(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    if validation is not None:
+        atomic_write(path / VALIDATION, b"".join(name.replace(b"\n", b"\\n") + b"\n" for name in validation.names))
 
 
 def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:

@@ -102,7 +102,8 @@ def stage_sampler(config: TrainConfig, dataset: data.LongTailData, stage: int) -
 def _views(config: TrainConfig, dataset: data.LongTailData) -> list[data.BatchSource]:
     """The training images as each view of the method shows them."""
     source, names = dataset.train, config.views
-    known = data.datasets()[config.dataset].augmentations if config.dataset in data.datasets() else ()
+    info = dataset.info or data.datasets().get(config.dataset)
+    known = () if info is None else info.augmentations
     for name in names:
         if name is not None and (name not in known or not isinstance(source, AugmentedDataset)):
             raise ConfigError(

@@ -35,6 +35,8 @@ def load_data(config: TrainConfig) -> data.LongTailData:
             f"the data set '{config.dataset}' is not registered in this process; {how_to_register(config.plugins)}; "
             f"there are {', '.join(data.datasets())}"
         )
+    declaring = data.datasets()[config.dataset].options
+    own = {} if declaring is None else {name: getattr(config, name) for name in options_of(declaring)}
     return data.load_dataset(
         config.dataset,
         data_dir=config.data_dir,
@@ -46,6 +48,8 @@ def load_data(config: TrainConfig) -> data.LongTailData:
         image_size=config.image_size,
         strict=config.strict,
         subset=config.subset,
+        long_tail=config.long_tail,
+        **own,
     )
 
 

@@ -177,7 +177,7 @@ class Trainer:
         tracking = None
         if self.processes.is_main:
             self._adopt_best()
-            rundir.write_config(self.output_dir, dataclasses.asdict(self.config))
+            rundir.write_config(self.output_dir, dataclasses.asdict(self.config), self.dataset.validation)
             rundir.write_metrics(self.output_dir, self.history)
             tracking = Tracking(self.config.tracker, self.output_dir, dataclasses.asdict(self.config), self.history)
         try:

@@ -124,18 +124,3 @@ def fashion_dir(tmp_path: Path) -> Path:
         (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
         (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(index % 10)))
     return folder
-
-
-@pytest.fixture
-def failed(capsys):
-    """``failed(status, "a", "b")``: whether the command printed one line of an error that holds these texts."""
-
-    def check(status, *texts, expected=2):
-        error = capsys.readouterr().err
-        assert status == expected, error
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        for text in texts:
-            assert str(text) in error
-
-    return check

@@ -34,6 +34,21 @@ def test_cifar100_shots_at_factor_100():
     assert ((counts > 100).sum(), ((counts >= 20) & (counts <= 100)).sum(), (counts < 20).sum()) == (35, 35, 30)
 
 
+def test_a_step():
+    assert long_tail_counts(500, 10, 100, "step").tolist() == [500] * 5 + [5] * 5
+    assert long_tail_counts(9, 5, 2, "step").tolist() == [9, 9, 9, 4, 4]
+    assert long_tail_counts(7, 1, 100, "step").tolist() == [7]
+    labels = np.repeat(np.arange(4), 6)
+    assert np.bincount(labels[long_tail_indices(labels, 4, 3, "ldam", "step")]).tolist() == [6, 6, 2, 2]
+
+
+def test_a_profile_that_is_none(data_error):
+    with data_error("long_tail must be one of exp, step, got 'linear'"):
+        long_tail_counts(7, 4, 1, "linear")
+    with data_error("imagefolder: long_tail 'step' needs an imbalance factor"):
+        load_dataset("imagefolder", long_tail="step")
+
+
 def test_factor_one_is_balanced():
     assert long_tail_counts(7, 4, 1).tolist() == [7, 7, 7, 7]
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from shike_fast.data import ValidationSplit
 from shike_fast.engine import rundir
 from shike_fast.errors import ConfigError
 
@@ -73,3 +74,10 @@ def test_metrics_lines(tmp_path):
 def test_metrics_are_strict_json(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         rundir.append_metrics(tmp_path, {"train_loss": float("nan")})
+
+
+def test_images_that_were_set_aside_are_listed_one_a_line(tmp_path):
+    rundir.write_config(tmp_path, {"lr": 1})
+    assert not (tmp_path / "validation.txt").exists()
+    rundir.write_config(tmp_path, {"lr": 1}, ValidationSplit(0.1, 0, (b"a b.jpg", b"caf\xe9.jpg", b"a\nb.jpg"), 30))
+    assert (tmp_path / "validation.txt").read_bytes() == b"a b.jpg\ncaf\xe9.jpg\na\\nb.jpg\n"

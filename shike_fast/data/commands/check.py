@@ -22,6 +22,7 @@ from typing import Protocol, runtime_checkable
 
 from shike_fast._util.cli import cores, whole_number
 from shike_fast._util.files import naming, why_not_writable
+from shike_fast._util.options import add_owned
 from shike_fast._util.processes import Tell, work
 from shike_fast._util.progress import progress
 from shike_fast._util.text import printable
@@ -30,7 +31,7 @@ from shike_fast.data.images.decode import BrokenImageError, open_image
 from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.images.stores import FileStore, ImageStore, open_regular
 from shike_fast.data.pack.format import LeftOut
-from shike_fast.data.registry import datasets, load_dataset
+from shike_fast.data.registry import dataset_options, datasets, load_dataset, named_options
 from shike_fast.data.shots import SHOTS, shot_masks
 from shike_fast.data.types import Counts, LongTailData
 from shike_fast.errors import DataError
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-verify", action="store_true", help="accept any number of records")
     add("--all", action="store_true", help=f"show all files, not just {SHOWN} of a kind")
     add("--report", type=Path, metavar="FILE", help="write all faulty files to FILE, one a line: kind, file, reason")
+    add_owned(parser.add_argument_group("data sets of your own"), dataset_options())
 
 
 @runtime_checkable
@@ -84,7 +86,8 @@ class Fault:
 def run(arguments: argparse.Namespace) -> int:
     """Check and print what was found; returns the exit status."""
     _check_report(arguments.report)
-    data = load_dataset(arguments.dataset, data_dir=arguments.data_dir, verify=not arguments.no_verify)
+    own = named_options(vars(arguments))
+    data = load_dataset(arguments.dataset, data_dir=arguments.data_dir, verify=not arguments.no_verify, **own)
     faults: list[Fault] = []
     for part, dataset in (("training", data.train), ("test", data.test)):
         if isinstance(dataset, ImageDataset):
@@ -215,6 +218,8 @@ def _print(data: LongTailData, faults: list[Fault], arguments: argparse.Namespac
     shots = [f"{int(mask.sum()):,}" for mask in shot_masks(data.class_counts).values()]
     print(f"  {' / '.join(SHOTS):<{_WIDTH}} {' / '.join(shots)} classes")
     images = len(train) + len(test)
+    for note in data.notes if data.validation is None else (*data.notes, data.validation.sentence):
+        print(f"  {note}")
     if not in_files:
         print(f"  {'images':<{_WIDTH}} kept in memory: reading them was the check")
     elif not verified:

@@ -11,10 +11,11 @@ import argparse
 from pathlib import Path
 
 from shike_fast._util.cli import cores, whole_number
+from shike_fast._util.options import add_owned
 from shike_fast.data.images.files import ImageDataset
 from shike_fast.data.pack import reader, writer
-from shike_fast.data.pack.format import EXTENSIONS, MANIFEST, PARTS, Manifest, Settings
-from shike_fast.data.registry import datasets, load_dataset
+from shike_fast.data.pack.format import EXTENSIONS, MANIFEST, PARTS, Manifest, Settings, Split
+from shike_fast.data.registry import dataset_options, datasets, load_dataset, named_options
 from shike_fast.errors import ConfigError, DataError
 
 QUALITY = 90  # of JPEG
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-images", type=whole_number(1), default=8192, metavar="N", help="images of a file (default 8192)")
     add("--strict", action="store_true", help="stop at the first image that cannot be read instead of leaving it out")
     add("--no-verify", action="store_true", help="accept any number of records in the source")
+    add_owned(parser.add_argument_group("data sets of your own"), dataset_options())
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise _in_memory(arguments.dataset)
     out: Path = arguments.out
     writer.check_place(out)
-    data = load_dataset(arguments.dataset, data_dir=arguments.data_dir, verify=not arguments.no_verify)
+    own = named_options(vars(arguments))
+    data = load_dataset(arguments.dataset, data_dir=arguments.data_dir, verify=not arguments.no_verify, **own)
     sources: dict[str, writer.Source] = {}
     for part, dataset in zip(PARTS, (data.train, data.test), strict=True):
         if not isinstance(dataset, ImageDataset):
@@ -67,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         quality=(arguments.quality or QUALITY) if arguments.format == "jpeg" else None,
         shard_images=arguments.shard_images,
         source=writer.identity(data, sources),
+        options=own,
+        split=None if data.validation is None else Split.of(data.validation),
     )
     description = datasets()[data.name].description
     workers = arguments.workers or cores()

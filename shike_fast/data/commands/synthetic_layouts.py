@@ -147,8 +147,37 @@ def _lists(splits: Mapping[str, Listed], names: tuple[str, str, str]) -> dict[st
     return files
 
 
+def _folder_paths(labels: Labels, classes: int, seed: int) -> dict[str, list[str]]:
+    folders = {"train": "train", "test": "val"}
+    return {
+        name: [f"{folders[name]}/pattern {label:04d}/{number:08d}.jpg" for number, label in enumerate(values.tolist())]
+        for name, values in labels.items()
+    }
+
+
+def _no_files(splits: Mapping[str, Listed], classes: int, seed: int) -> dict[str, bytes]:
+    return {}
+
+
+def _table_paths(labels: Labels, classes: int, seed: int) -> dict[str, list[str]]:
+    first = {"train": 0, "test": len(labels["train"])}
+    return {
+        name: [f"images/{number:08d}.jpg" for number in range(first[name], first[name] + len(values))]
+        for name, values in labels.items()
+    }
+
+
+def _table_files(splits: Mapping[str, Listed], classes: int, seed: int) -> dict[str, bytes]:
+    lines = ["path,label,split\n"]
+    for name, split in splits.items():
+        lines += [f"{path},pattern {label:04d},{name}\n" for path, label in zip(split.paths, split.labels, strict=True)]
+    return {"labels.csv": "".join(lines).encode()}
+
+
 LAYOUTS = {
     "inat18": Layout(500.0, 3, False, _inat18_paths, _inat18_files),
     "imagenet-lt": Layout(256.0, 50, True, _imagenet_paths, _imagenet_files),
     "places-lt": Layout(996.0, 100, True, _places_paths, _places_files),
+    "imagefolder": Layout(100.0, 10, False, _folder_paths, _no_files),
+    "table": Layout(100.0, 10, False, _table_paths, _table_files),
 }

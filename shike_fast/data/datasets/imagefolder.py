@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shike_fast._util.text import printable
 from shike_fast.data.augment.photo import photo_augmentations
-from shike_fast.data.images.files import ImagePart, build_images
+from shike_fast.data.datasets.validation import SplitOptions, build_parts
+from shike_fast.data.images.files import ImagePart
 from shike_fast.data.images.paths import PathTable
 from shike_fast.data.images.stores import FileStore
-from shike_fast.data.images.transforms import IMAGENET_MEAN, IMAGENET_STD
 from shike_fast.data.recipes import PHOTOGRAPHS
 from shike_fast.data.registry import register_dataset
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, require_data_dir
@@ -23,47 +24,56 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 INFO = DatasetInfo(
     name="imagefolder",
     description="your own images, 224x224 colour crops, one folder a class",
-    how_obtained="--data-dir DIR with the images in DIR/train/CLASS and DIR/val/CLASS (or DIR/test/CLASS)",
+    how_obtained=(
+        "--data-dir DIR with the images in DIR/train/CLASS and DIR/val/CLASS (or DIR/test/CLASS), or all in DIR/CLASS"
+    ),
     default_imbalance_factor=None,
     augmentations=photo_augmentations("rrc"),
     resizable=True,
     recipe=PHOTOGRAPHS,
+    options=SplitOptions,
 )
 
 
 @register_dataset(INFO)
 def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
-    """List the files of train/CLASS and val/CLASS (without a val: test/CLASS); classes in alphabetical order."""
+    """List the files of train/CLASS and val/CLASS (without a val: test/CLASS); classes in alphabetical order.
+
+    Without a val and a test some training images are set aside. Without a train as well all images are in DIR/CLASS.
+    """
     root = require_data_dir(info, options)
     train_dir = root / "train"
     test_dir = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
     if not train_dir.is_dir():
-        raise DataError(f"{info.name}: no folder {train_dir}; {info.how_obtained}")
-    if test_dir is None:
-        raise DataError(f"{info.name}: neither {root / 'val'} nor {root / 'test'} is a folder; {info.how_obtained}")
-    class_names = _class_names(train_dir)
-    if len(class_names) < 2:
-        raise DataError(f"{train_dir}: holds one class, {class_names[0]}; there must be two class folders or more")
-    for name in _class_names(test_dir):
-        if name not in class_names:
-            raise DataError(
-                f"{test_dir / name}: a class without a folder in {train_dir}; add its training images or remove it"
-            )
-    paths, labels, sizes = _list_part(root, train_dir, class_names)
-    test_paths, test_labels, _ = _list_part(root, test_dir, class_names)
-    return build_images(
+        if test_dir is not None:
+            raise DataError(f"{info.name}: no folder {train_dir}; {info.how_obtained}")
+        train_dir = root
+    folders = _class_folders(train_dir)
+    if len(folders) < 2:
+        raise DataError(f"{train_dir}: holds one class, {folders[0]}; there must be two class folders or more")
+    paths, labels, sizes = _list_part(root, train_dir, folders)
+    test = None
+    if test_dir is not None:
+        for name in _class_folders(test_dir):
+            if name not in folders:
+                raise DataError(
+                    f"{test_dir / name}: a class without a folder in {train_dir}; add its training images or remove it"
+                )
+        test_paths, test_labels, _ = _list_part(root, test_dir, folders)
+        test = ImagePart(FileStore(root, test_paths), test_labels)
+    return build_parts(
         info,
         options,
         train=ImagePart(FileStore(root, paths), labels),
-        test=ImagePart(FileStore(root, test_paths), test_labels),
-        class_names=class_names,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        identity=(*paths.arrays, sizes),
+        test=test,
+        names=paths,
+        sizes=sizes,
+        class_names=tuple(printable(os.fsencode(name)) for name in folders),
+        source=root,
     )
 
 
-def _class_names(part: Path) -> tuple[str, ...]:
+def _class_folders(part: Path) -> tuple[str, ...]:
     with _reading(part):
         names = sorted(entry.name for entry in os.scandir(part) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
@@ -74,13 +84,13 @@ def _class_names(part: Path) -> tuple[str, ...]:
 
 
 def _list_part(
-    root: Path, part: Path, class_names: tuple[str, ...]
+    root: Path, part: Path, folders: tuple[str, ...]
 ) -> tuple[PathTable, NDArray[np.int64], NDArray[np.int64]]:
     """Paths relative to ``root``, labels and sizes in bytes of the images of a part, sorted by class and name."""
     paths: list[str] = []
     labels: list[int] = []
     sizes: list[int] = []
-    for label, name in enumerate(class_names):
+    for label, name in enumerate(folders):
         folder = part / name
         if not folder.is_dir():
             continue  # a class without test images: it counts in no test average

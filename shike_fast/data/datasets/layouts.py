@@ -65,7 +65,7 @@ def build_listed(
         DataError: none of the files of a list is anywhere.
     """
     root = require_data_dir(info, options)
-    train, test = (_find_files(info, root, images, layouts) for images in (lists.train, lists.test))
+    train, test = (find_files(info, root, images, layouts) for images in (lists.train, lists.test))
     identity = lists.train.paths.arrays
     return build_images(
         info, options, train=train, test=test, class_names=tuple(class_names), mean=mean, std=std, identity=identity
@@ -111,7 +111,7 @@ def numbered_names(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class {label:04d}" for label in range(num_classes))
 
 
-def _find_files(info: DatasetInfo, root: Path, images: ListedImages, layouts: Sequence[Layout]) -> ImagePart:
+def find_files(info: DatasetInfo, root: Path, images: ListedImages, layouts: Sequence[Layout]) -> ImagePart:
     """The layout in which the files of a list are on disk: the first of those with most of some evenly spaced files."""
     probes = np.unique(np.linspace(0, len(images) - 1, PROBES, dtype=np.int64))
     best: Layout | None = None

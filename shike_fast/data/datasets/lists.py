@@ -18,7 +18,7 @@ from shike_fast.data.images.paths import PathTable
 from shike_fast.data.types import DatasetInfo, LoadOptions, require_data_dir
 from shike_fast.errors import DataError
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before the first line
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before the first line
 _LARGEST = 10**6  # classes, where nothing says how many there are: more would only be a damaged file
 _DIGITS = 10  # of a label
 
@@ -58,7 +58,7 @@ def read_list(path: Path, num_classes: int | None = None) -> ListedImages:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                    line = line.removeprefix(BYTE_ORDER_MARK)
                 fields = line.rsplit(None, 1)
                 if not fields:
                     continue  # a blank line
@@ -184,5 +184,5 @@ def read_names(path: Path) -> list[str]:
     Raises:
         DataError: it cannot be read.
     """
-    text = read_file(path).removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "replace")
+    text = read_file(path).removeprefix(BYTE_ORDER_MARK).decode("utf-8", "replace")
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -88,7 +88,7 @@ def build_arrays(
             raise DataError(f"{info.name}: there are no {part} images; {info.how_obtained}")
     images, labels = train
     if options.imbalance_factor is not None:
-        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor, options.subset)
+        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor, options.subset, options.long_tail)
         images, labels = images[kept], labels[kept]
     _, channels, side, _ = images.shape
     return LongTailData(
@@ -104,4 +104,5 @@ def build_arrays(
         imbalance_factor=options.imbalance_factor,
         augmentation=options.augmentation,
         fingerprint=fingerprint(images, labels),
+        info=info,
     )

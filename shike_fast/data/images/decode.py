@@ -178,6 +178,12 @@ def plain_jpeg(data: Encoded, width: int, height: int) -> Picture:
     return _Jpeg(data, width, height, orientation=1, plain=True)
 
 
+def picture_of(image: Image.Image) -> Picture:
+    """An image that Pillow has opened, or made."""
+    _check_size(*image.size)
+    return _Pillow(image)
+
+
 def _with_pillow(data: Encoded) -> Picture:
     with _decoding():
         image = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -21,7 +21,14 @@ from shike_fast.data.images.decode import BrokenImageError, Picture, Pixels
 from shike_fast.data.images.stores import ImageStore, Subset
 from shike_fast.data.images.transforms import MARGIN, evaluation_pixels, training_pixels
 from shike_fast.data.longtail import long_tail_indices
-from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, count_classes, fingerprint
+from shike_fast.data.types import (
+    DatasetInfo,
+    LoadOptions,
+    LongTailData,
+    ValidationSplit,
+    count_classes,
+    fingerprint,
+)
 from shike_fast.errors import DataError
 
 DEFAULT_SIZE = 224
@@ -297,6 +304,8 @@ def build_images(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     identity: tuple[bytes | NDArray[np.generic], ...],
+    validation: ValidationSplit | None = None,
+    notes: tuple[str, ...] = (),
 ) -> LongTailData:
     """A data set of image files: ``train``, or the long-tail subset of it that is asked for, and ``test``.
 
@@ -307,13 +316,15 @@ def build_images(
         class_names: one name a class.
         mean, std: of its normalisation.
         identity: what tells the whole training set from every other: the names of its images, for example.
+        validation: ``test`` is a part that was set aside from the training images.
+        notes: sentences on what was found and done, for the head of a run.
     """
     for part, images in (("training", train), ("test", test)):
         if len(images.labels) == 0:
             raise DataError(f"{info.name}: there are no {part} images; {info.how_obtained}")
     labels, store = train.labels, train.store
     if options.imbalance_factor is not None:
-        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor, options.subset)
+        kept = long_tail_indices(labels, len(class_names), options.imbalance_factor, options.subset, options.long_tail)
         labels, store = labels[kept], Subset(store, kept)
     size = options.image_size or DEFAULT_SIZE
 
@@ -343,4 +354,7 @@ def build_images(
         imbalance_factor=options.imbalance_factor,
         augmentation=options.augmentation,
         fingerprint=fingerprint(*identity, labels),
+        info=info,
+        validation=validation,
+        notes=notes,
     )

@@ -80,6 +80,10 @@ class FileStore:
     def name(self, index: int) -> str:
         return str(self.root / self.paths[index])
 
+    def take(self, kept: NDArray[np.int64]) -> FileStore:
+        """Some of the files, in the order of their numbers here."""
+        return FileStore(self.root, self.paths.take(kept))
+
 
 class Subset:
     """Some images of a store.

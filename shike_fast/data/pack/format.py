@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from shike_fast._util.text import printable
 from shike_fast.data.images.paths import PathTable
+from shike_fast.data.types import ValidationSplit
 
 T = TypeVar("T")
 
@@ -66,7 +67,20 @@ class PartRecord(msgspec.Struct, frozen=True):
     left_out: list[LeftOut]
 
 
-class Settings(msgspec.Struct, frozen=True):
+class Split(msgspec.Struct, frozen=True):
+    """How the test images were set aside: see :class:`shike_fast.data.types.ValidationSplit`."""
+
+    share: float
+    seed: int
+    whole: int
+
+    @classmethod
+    def of(cls, split: ValidationSplit) -> Split:
+        """What a pack keeps of it: the names are in the index."""
+        return cls(split.share, split.seed, split.whole)
+
+
+class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     """What decides every byte of a pack.
 
     Attributes:
@@ -76,6 +90,8 @@ class Settings(msgspec.Struct, frozen=True):
         quality: of JPEG; None for raw pixels.
         shard_images: images of the source that a shard is made of.
         source: hash of the names and labels of all images of the source.
+        options: those of the data set alone that it was packed with.
+        split: its test images were set aside from the training images.
     """
 
     dataset: str
@@ -84,6 +100,8 @@ class Settings(msgspec.Struct, frozen=True):
     quality: int | None
     shard_images: int
     source: str
+    options: dict[str, Any] = {}
+    split: Split | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True):

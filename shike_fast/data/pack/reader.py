@@ -10,12 +10,14 @@ import hashlib
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from shike_fast._util.options import options_of
 from shike_fast.data.images.decode import BrokenImageError, Picture, RawPicture, plain_jpeg, unreadable
 from shike_fast.data.images.files import ImagePart, build_images
 from shike_fast.data.pack.format import (
@@ -29,11 +31,12 @@ from shike_fast.data.pack.format import (
     LeftOut,
     Manifest,
     PartRecord,
+    Split,
     decode_json,
     index_name,
     shard_name,
 )
-from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, check_labels
+from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, ValidationSplit, check_labels
 from shike_fast.errors import DataError, warn
 
 
@@ -90,7 +93,7 @@ def load_pack(info: DatasetInfo, options: LoadOptions, folder: Path) -> LongTail
     """Load a data set from a pack of it.
 
     Raises:
-        DataError: it is a pack of another data set, unfinished or damaged.
+        DataError: it is a pack of another data set, was packed with other options, is unfinished or damaged.
     """
     manifest = read_manifest(folder)
     if manifest.settings.dataset != info.name:
@@ -98,7 +101,9 @@ def load_pack(info: DatasetInfo, options: LoadOptions, folder: Path) -> LongTail
             f"{folder}: a pack of {manifest.settings.dataset}, not of {info.name}; "
             f"use --dataset {manifest.settings.dataset} or another --data-dir"
         )
+    _require_packed(folder, options.own, manifest.settings.options)
     train, test = open_parts(folder, manifest)
+    split = manifest.settings.split
     for part, store in (("training", train), ("test", test)):
         if store.left_out:
             warn(
@@ -114,7 +119,22 @@ def load_pack(info: DatasetInfo, options: LoadOptions, folder: Path) -> LongTail
         mean=manifest.mean,
         std=manifest.std,
         identity=(b"pack", *train.names.arrays, train.index.crc32),
+        validation=None if split is None else _validation(split, test),
     )
+
+
+def _require_packed(folder: Path, own: Any, packed: Mapping[str, Any]) -> None:
+    """Refuse an option of the data set that the pack was not made with: it has the images that were chosen then."""
+    for name, one in ({} if own is None else options_of(type(own))).items():
+        wanted, there = getattr(own, name), packed.get(name, one.default)
+        there = tuple(there) if isinstance(there, list) else there
+        if wanted not in (one.default, there):
+            made = f"with {there}" if name in packed else "without it"
+            raise DataError(f"{one.label}: {folder} was packed {made}, not with {wanted}; leave it out, or pack anew")
+
+
+def _validation(split: Split, test: PackStore) -> ValidationSplit:
+    return ValidationSplit(split.share, split.seed, tuple(map(test.names.raw, range(len(test)))), split.whole)
 
 
 class PackStore:

@@ -179,7 +179,7 @@ def _is_complete(out: Path, settings: Settings, strict: bool) -> bool:
 def _same(out: Path, what: str, found: Settings, wanted: Settings) -> None:
     for name in Settings.__struct_fields__:
         there, here = getattr(found, name), getattr(wanted, name)
-        if there == here:
+        if there == here or name in ("options", "split"):  # which count as far as they choose other images
             continue
         if name == "source":
             raise DataError(f"{out}: {what} of other images than those of --data-dir; choose another folder")

@@ -306,7 +306,7 @@ def test_what_cannot_be_packed(image_dir, tmp_path, failed):
         pack(image_dir, out, "--dataset", "digits-lt"), "digits-lt: its images are kept in memory", "nothing to pack"
     )
     failed(pack(image_dir, out, "--dataset", "nothing"), "unknown data set 'nothing'")
-    failed(pack(image_dir / "train", out), "no folder")
+    failed(pack(image_dir / "train" / "cat", out), "no class folders")
     failed(pack(image_dir, out, "--format", "raw", "--quality", "3"), "--quality: raw pixels have none")
     assert not out.exists()
     assert pack(image_dir, out) == 0

@@ -45,6 +45,15 @@ def test_a_generated_set_loads_like_the_real_one(tmp_path, like, capsys):
     assert "  training images        40  (generated: 40)\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("like", ["imagefolder", "table"])
+def test_a_generated_set_in_a_form_for_ones_own_images(tmp_path, like):
+    assert synth(tmp_path, like) == 0
+    data = load_dataset(like, data_dir=tmp_path, image_size=16, strict=True)
+    assert data.class_names == tuple(f"pattern {label:04d}" for label in range(4))
+    assert (len(data.train), np.bincount(data.test.labels).tolist(), data.validation) == (40, [2, 2, 2, 2], None)
+    assert data.test.batch(np.arange(8), seed=0, epoch=0)[0].isfinite().all()
+
+
 def test_the_form_of_inat18(tmp_path):
     synth(tmp_path)
     train = json.loads((tmp_path / "train2018.json").read_text())

@@ -158,16 +158,72 @@ def test_names_that_are_not_utf_8(image_dir):
     assert len(data.fingerprint) == 64
 
 
+@pytest.mark.parametrize("name", ["a b.jpg", ' "a",.JPG', "a\tb.jpeg", "a\nb.jpg", "\u00e4 \u2603.png"])
+def test_odd_names(image_dir, name):
+    (image_dir / "train" / "cat" / "0.jpg").rename(image_dir / "train" / "cat" / name)
+    data = load(image_dir, strict=True)
+    assert data.class_counts.tolist() == [6, 4, 2]
+    assert f"train/cat/{name}" in [path_of(data.train, image_dir, i) for i in range(6)]
+    data.train.batch(np.arange(6), seed=0, epoch=0)
+
+
 def test_no_train_folder(image_dir, data_error):
     (image_dir / "train").rename(image_dir / "training")
     with data_error(f"no folder {image_dir / 'train'}", "train/CLASS"):
         load(image_dir)
 
 
-def test_neither_val_nor_test(image_dir, data_error):
+def test_without_val_and_test_some_of_each_class_are_set_aside(image_dir, data_error):
+    with data_error("--val-share:", "has validation images"):
+        load(image_dir, val_share=0.5)
     shutil.rmtree(image_dir / "val")
-    with data_error(image_dir / "val", image_dir / "test", "is a folder"):
+    data = load(image_dir)
+    assert (data.class_counts.tolist(), data.test.labels.tolist()) == ([5, 3, 1], [0, 1, 2])
+    assert data.validation.sentence == (
+        "no validation images of its own: 3 of 12 images set aside (--val-share 0.1 of each class, --split-seed 0)"
+    )
+    assert [os.fsencode(path_of(data.test, image_dir, i)) for i in range(3)] == list(data.validation.names)
+    files = {path_of(part, image_dir, i) for part in (data.train, data.test) for i in range(len(part))}
+    assert len(files) == 12
+    others = [load(image_dir, **options) for options in ({"val_share": 0.5}, {"split_seed": 1})]
+    assert others[0].class_counts.tolist() == [3, 2, 1]
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 3
+    assert load(image_dir, seed=5).validation == data.validation
+
+
+def test_all_images_in_class_folders(image_dir):
+    expected = load(image_dir)
+    shutil.rmtree(image_dir / "val")
+    for folder in (image_dir / "train").iterdir():
+        folder.rename(image_dir / folder.name)
+    (image_dir / "train").rmdir()
+    (image_dir / ".DS_Store").write_bytes(b"x")
+    (image_dir / "cat" / "Thumbs.db").write_bytes(b"x")
+    shutil.copy(image_dir / "cat" / "0.jpg", image_dir / "cat" / "0.GIF")
+    data = load(image_dir, imbalance_factor=2, long_tail="step")
+    assert data.class_names == expected.class_names
+    assert data.class_counts.tolist() == [6, 3, 1]
+    assert data.test.labels.tolist() == [0, 1, 2]
+
+
+def test_a_class_of_one_image_is_trained_on(image_dir, data_error):
+    shutil.rmtree(image_dir / "val")
+    (image_dir / "train" / "eel" / "1.png").unlink()
+    data = load(image_dir, val_share=0.9)
+    assert (data.class_counts.tolist(), sorted(data.test.labels)) == ([1, 1, 1], [0] * 5 + [1] * 3)
+    for name in ("cat", "dog"):
+        for path in sorted((image_dir / "train" / name).iterdir())[1:]:
+            path.unlink()
+    with data_error("no validation images, and none can be set aside"):
         load(image_dir)
+
+
+def test_a_class_whose_name_is_not_utf_8(image_dir):
+    (image_dir / "train" / "eel").rename(image_dir / "train" / os.fsdecode(b"\xe9el"))
+    shutil.rmtree(image_dir / "val")
+    data = load(image_dir)
+    assert data.class_names == ("cat", "dog", "\\xe9el")
+    assert data.train[len(data.train) - 1][1] == 2
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
