@@ -86,7 +86,7 @@ def load_dataset(
         data_dir: folder with its files, or a pack of it; None for the place where the system's package puts them.
         imbalance_factor: IF of the long-tail subset, n_c = int(M · (1/IF)^(c/(C−1))); None for the data set's default.
         augmentation: training augmentation; None for the data set's default.
-        image_size: side of the images in pixels, for data sets of image files (default 224).
+        image_size: side of the images in pixels, for data sets of image files (default 224) and ``digits-lt`` (8).
         download: fetch missing files into ``data_dir`` (data sets that say so in :func:`datasets`).
         verify: check archive checksums and the exact number of records. Labels and formats are checked always.
         seed: seed of the augmentation, unless a loader names its own.

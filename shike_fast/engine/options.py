@@ -31,6 +31,14 @@ def _text(value: str) -> str:
     return value
 
 
+def _model_names() -> list[str]:
+    return [*models.list_models(), *models.list_model_families()]
+
+
+def _is_count(value: str) -> bool:
+    return value.isascii() and value.isdecimal() and int(value) >= 1
+
+
 def _path(value: str) -> Path:
     return Path(_text(value))
 
@@ -47,7 +55,12 @@ class Settings:
         choices=methods.list_methods,
     )
     model: str = option(
-        help=lambda: f"one of {', '.join(models.list_models())}", group="method", choices=models.list_models
+        help=lambda: (
+            f"one of {', '.join(_model_names())}, where timm:NAME is any of timm's networks that can be divided"
+        ),
+        group="method",
+        choices=_model_names,
+        also=models.is_model,
     )
     num_experts: int = option(3, "number of experts", group="method", flag="--experts", metavar="K", check=at_least(1))
     fusion: bool | None = option(
@@ -59,11 +72,14 @@ class Settings:
     classifier: Literal["cosine", "linear"] | None = option(
         None, "the heads of the experts", group="method", default_text=METHODS_OWN
     )
-    expert_stages: Literal["1", "2", "all"] | None = option(
+    expert_stages: str | None = option(
         None,
-        "how many of the last stages each expert has as its own copy; all: whole networks, which need --no-fusion",
+        "how many of the last stages, or of the last blocks of a vision transformer, each expert has as its own copy; "
+        "all: whole networks, which need --no-fusion",
         group="method",
+        metavar="N|all",
         default_text=METHODS_OWN,
+        check=Check("a whole number of at least 1, or all", lambda value: value == "all" or _is_count(value)),
     )
     expert_width: float | None = option(
         None,
@@ -158,9 +174,10 @@ class Settings:
     )
     pretrained: str | None = option(
         None,
-        "torchvision-named weights to start from (.pth or .safetensors)",
+        "weights to start from, named as torchvision does (.pth or .safetensors), or as timm does for its networks; "
+        "timm: those that it publishes, which it fetches",
         group="method",
-        metavar="FILE|none",
+        metavar="FILE|timm|none",
     )
     amp: Literal["auto", "off", "bf16", "fp16"] = option(
         "off", "mixed precision; auto: what is fastest here", group="schedule"
@@ -244,10 +261,10 @@ class Settings:
     )
     image_size: int | None = option(
         None,
-        "side of the images, for data sets of image files",
+        "side of the images, for data sets of image files and for digits-lt",
         group="data",
         metavar="PX",
-        default_text="224",
+        default_text="224, and 8 for digits-lt",
         check=Check(f"from 1 to {MOST_PIXELS_A_SIDE}", lambda value: 1 <= value <= MOST_PIXELS_A_SIDE),
     )
     strict: bool = option(

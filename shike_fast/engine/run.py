@@ -17,7 +17,7 @@ from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.config import TrainConfig, resolve, resume_config
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.setup import check_device
-from shike_fast.engine.state import load_data
+from shike_fast.engine.state import load_data, normalisation_note
 from shike_fast.engine.trainer import Interrupted, NonFiniteLossError, Trainer
 from shike_fast.errors import ConfigError, warn
 from shike_fast.models.weights import require_weight_file
@@ -258,8 +258,9 @@ def _take_directory(plan: Plan, held: contextlib.ExitStack) -> None:
 
 def _train(trainer: Trainer, note: str | None) -> int:
     trainer.console.note(_headline(trainer))
-    if note is not None:
-        trainer.console.note(note)
+    for more in (note, normalisation_note(trainer.config, trainer.dataset, trainer.model)):
+        if more is not None:
+            trainer.console.note(more)
     try:
         trainer.run()
     except (Interrupted, NonFiniteLossError) as end:  # in all processes at once

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from functools import partial
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -104,7 +104,8 @@ def list_model_families() -> list[str]:
 
 def is_model(name: str) -> bool:
     """Whether the name is registered, or of a registered family, which need not know it."""
-    return name in _BUILDERS or name.partition(":")[0] in _FAMILIES and ":" in name
+    family, colon, _ = name.partition(":")
+    return name in _BUILDERS or (colon == ":" and family in _FAMILIES)
 
 
 def create_model(

@@ -1,34 +1,31 @@
 """Networks of timm with several experts: the last stage, or the last blocks of a vision transformer, once an expert.
 
-timm is imported where such a network is built. Its modules keep their names, so that files of its weights fit.
+The modules keep their names, so that files of timm's weights fit.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
-import inspect
 import math
 import re
 import sys
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.errors import CheckpointError
 from shike_fast.models.multi_expert import FeatureMap, MultiExpertNetwork
 from shike_fast.models.registry import register_model_family
+from shike_fast.models.timm_parts import Part, TimmSource, TransformerPart, sections_of, whole_patches
 
 _FAMILY = "timm"
 _FITTING = "ResNet, ResNeXt, RegNet, EfficientNet, ConvNeXt and Swin, and vision transformers (vit_*, deit*, eva02_*)"
-_ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # of networks that else take images of one size
-_HEADS = ("global_pool", "head", "head_drop", "head_fc", "fc", "classifier")  # where timm's networks begin to pool
+_TRANSFORMER = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens")
 _EXPERT = re.compile(r"experts\.\d+\.net\.")
 _FINEST = 4  # the smallest stride of a map that experts fuse: those of a stem are left out
 
@@ -56,82 +53,8 @@ def timm_network(
     """
     source = TimmSource(name, options.get("in_channels", 3), network_options or {})
     template = source.template()
-    is_transformer = hasattr(template, "_pos_embed") and isinstance(getattr(template, "blocks", None), nn.Sequential)
-    is_transformer = is_transformer or _has_rotary_blocks(template)
-    kind = TimmTransformer if is_transformer else TimmStages
+    kind = TimmTransformer if all(hasattr(template, part) for part in _TRANSFORMER) else TimmStages
     return kind(source, template, expert_stages=expert_stages, **options)
-
-
-def import_timm() -> Any:
-    """timm, where it is installed.
-
-    Raises:
-        ConfigError: saying what helps.
-    """
-    try:
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        if error.name != "timm":
-            raise ConfigError(f"timm cannot be imported ({error})") from error
-        raise ConfigError("timm is not installed; pip install timm") from error
-    except (ImportError, RuntimeError) as error:  # a torchvision of another PyTorch, for example
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"timm cannot be imported ({reason})") from error
-
-
-class TimmSource:
-    """Makes a network of timm, without its classifier, as often as it is wanted."""
-
-    def __init__(self, name: str, in_channels: int, options: Mapping[str, Any]) -> None:
-        timm = import_timm()
-        if not timm.is_model(name):
-            close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"timm has no network {name!r}{hint}")
-        self.name = name
-        self.options = {"num_classes": 0, "in_chans": max(1, in_channels), **options}
-        takes = inspect.signature(type(self.template()).__init__).parameters
-        for option, value in _ANY_SIZE.items():
-            if option in takes:
-                self.options.setdefault(option, value)
-                break
-
-    def make(self, *, pretrained: bool = False) -> Any:
-        """A new one, with random or with published weights."""
-        timm = import_timm()
-        try:
-            return timm.create_model(self.name, pretrained=pretrained, **self.options)
-        except Exception as error:  # whatever a network raises that does not take an option, or a tag that is none
-            if pretrained:
-                raise
-            reason = " ".join(f"{error}".split())
-            raise ValueError(f"timm cannot build {self.name!r}: {reason}") from error
-
-    def template(self) -> Any:
-        """One without storage."""
-        with torch.device("meta"):
-            return self.make()
-
-
-class Part(nn.Module):
-    """Some modules of a network of timm, under their names there.
-
-    Args:
-        net: the network, changed: it keeps these modules and what they lie in.
-        names: dotted, in the order in which :meth:`forward` calls them.
-        kept: more of them that are not called.
-    """
-
-    def __init__(self, net: nn.Module, names: Sequence[str], kept: Collection[str] = ()) -> None:
-        super().__init__()
-        _prune(net, {*names, *kept})
-        self.net: Any = net
-        self.names = tuple(names)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for name in self.names:
-            x = self.net.get_submodule(name)(x)
-        return x
 
 
 class TimmNetwork(MultiExpertNetwork):
@@ -192,7 +115,7 @@ class TimmNetwork(MultiExpertNetwork):
 
     def expert_features(self, maps: dict[str, Tensor]) -> Tensor:
         deep = [self._run_branch(expert, maps) for expert in self.experts]
-        networks = [expert.net for expert in self.experts]
+        networks: list[Any] = [expert.net for expert in self.experts]
         if self.fusions is None:
             return torch.stack([net.forward_head(y, pre_logits=True) for net, y in zip(networks, deep, strict=True)])
         fused = self.fuse(*self._pairs(maps, deep))
@@ -220,7 +143,7 @@ class TimmNetwork(MultiExpertNetwork):
         return {key: value for key, value in weights.items() if key not in unused and not key.startswith(heads)}
 
     def _unfit(self, reason: str) -> ValueError:
-        return ValueError(f"timm's {self.source.name} has another form than what can be divided: {reason}; {_FITTING} fit")
+        return ValueError(f"timm's {self.source.name} cannot be divided among experts: {reason}; {_FITTING} can")
 
     def _some_images(self) -> Tensor:
         """Two images, the same ones every time, without a random number."""
@@ -259,7 +182,7 @@ class TimmNetwork(MultiExpertNetwork):
         if mine.shape != deep.shape or not torch.allclose(mine, deep, rtol=1e-3, atol=1e-4):
             raise self._unfit("its modules are not called one after the other")
         if features.shape[1:] != pooled.shape:
-            raise self._unfit(f"its head makes {list(pooled.shape[1:])} features, of fused ones {list(features.shape[2:])}")
+            raise self._unfit(f"its head makes {pooled.shape[1]} features, of fused ones {features.shape[2]}")
 
 
 class TimmStages(TimmNetwork):
@@ -267,7 +190,7 @@ class TimmStages(TimmNetwork):
 
     def _divide(self, template: Any, expert_stages: Any) -> dict[str, FeatureMap]:
         info = [dict(entry) for entry in getattr(template, "feature_info", ())]
-        sections, self._tail = _sections(template, [str(entry["module"]) for entry in info])
+        sections, self._tail = sections_of(template, [str(entry["module"]) for entry in info])
         stages = [entry for entry in info if entry["module"] in sections]
         if len(stages) < 2:
             raise self._unfit("it has no feature maps")
@@ -277,6 +200,7 @@ class TimmStages(TimmNetwork):
         self._shared, self._own_sections = tuple(sections[:start]), tuple(sections[start:])
         last = stages[-1]["reduction"]
         self.min_image_size = last
+        self._patch: tuple[int, int] = getattr(getattr(template, "patch_embed", None), "patch_size", (1, 1))
         shared = stages[: len(stages) - own]
         coarse = [entry for entry in shared if entry["reduction"] >= _FINEST] or shared
         return {entry["module"]: self._map(entry, last) for entry in coarse}
@@ -300,13 +224,30 @@ class TimmStages(TimmNetwork):
 
     def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
         if self.trunk is None:
-            return {"images": images}
-        x, maps = images, {}
-        for name in self._shared:
-            x = self.run_stage(self.trunk.net.get_submodule(name), x)
-            if name in self.fused_maps:
-                maps[name] = self._as_map(x)
+            return {"images": whole_patches(images, self._patch)}
+        x, maps = whole_patches(images, self._patch), {}
+        for names in self._steps():
+            members = [self.trunk.net.get_submodule(name) for name in names]
+            x = self.run_stage(members[0], x) if len(names) == 1 else self.run(partial(_chain, members), x, *members)
+            if names[-1] in self.fused_maps:
+                maps[names[-1]] = self._as_map(x)
         return maps | {"last": x}
+
+    def _steps(self) -> list[list[str]]:
+        """The shared modules as they are recomputed: a sequence of blocks alone, what lies between two at once.
+
+        An activation that works in place may not get what was stored to be recomputed from.
+        """
+        steps: list[list[str]] = []
+        open_step = False
+        for name in self._shared:
+            is_stage = _is_sequence_of_blocks(self.trunk.net.get_submodule(name))
+            if open_step and not is_stage:
+                steps[-1].append(name)
+            else:
+                steps.append([name])
+            open_step = not is_stage and name not in self.fused_maps
+        return steps
 
     def _run_branch(self, expert: Any, maps: dict[str, Tensor]) -> Tensor:
         return self.run(expert, list(maps.values())[-1], expert)
@@ -327,55 +268,6 @@ class TimmStages(TimmNetwork):
 
     def _as_map(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2) if self._channels_last else x
-
-
-class TransformerPart(nn.Module):
-    """Blocks of a vision transformer of timm, and before or behind them what it has there.
-
-    Args:
-        net: the network, changed.
-        blocks: which of its blocks are kept.
-        embeds: whether the embedding of patches and positions is kept, so that images come in.
-        ends: whether the last norm and the head are kept.
-    """
-
-    def __init__(self, net: Any, blocks: range, *, embeds: bool, ends: bool, pools: bool) -> None:
-        super().__init__()
-        kept = {f"blocks.{i}" for i in blocks}
-        if embeds:
-            kept |= {"patch_embed", "pos_drop", "patch_drop", "norm_pre", "rope"}
-        if ends:
-            kept |= {"norm", "fc_norm", "head_drop"}
-        if ends and pools:
-            kept.add("attn_pool")
-        elif hasattr(net, "attn_pool"):
-            net.attn_pool = None
-        _prune(net, kept, parameters=embeds)
-        self.net: Any = net
-
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, P+N, D], and rotary embeddings of the positions where the blocks want some."""
-        net = self.net
-        height, width = net.patch_embed.patch_size
-        images = F.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height))
-        embedded = net._pos_embed(net.patch_embed(images))
-        tokens, rope = embedded if isinstance(embedded, tuple) else (net.patch_drop(embedded), None)
-        return net.norm_pre(tokens), rope
-
-    def step(self, name: str, rope: Tensor | None, tokens: Tensor) -> Tensor:
-        """One block."""
-        block = self.net.blocks.get_submodule(name)
-        if rope is None:
-            return block(tokens)
-        return block(tokens, rope=rope[int(name)] if getattr(self.net, "rope_mixed", False) else rope)
-
-    def forward(self, tokens: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Tokens, or images where it embeds, through all blocks and the last norm."""
-        if hasattr(self.net, "patch_embed"):
-            tokens, rope = self.embed(tokens)
-        for name in self.net.blocks._modules:
-            tokens = self.step(name, rope, tokens)
-        return self.net.norm(tokens)
 
 
 class TimmTransformer(TimmNetwork):
@@ -445,11 +337,14 @@ def published_weights(model: MultiExpertNetwork) -> dict[str, Tensor]:
         ) from error
 
 
-# ---- division
+def _chain(members: list[nn.Module], x: Tensor) -> Tensor:
+    for member in members:
+        x = member(x)
+    return x
 
 
-def _has_rotary_blocks(template: Any) -> bool:
-    return all(hasattr(template, name) for name in ("_pos_embed", "blocks", "rope", "norm_pre", "num_prefix_tokens"))
+def _is_sequence_of_blocks(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential and all(list(block.children()) for block in module)
 
 
 def _own(expert_stages: Any, count: int, what: str) -> int:
@@ -459,39 +354,3 @@ def _own(expert_stages: Any, count: int, what: str) -> int:
     if not isinstance(expert_stages, int) or not 1 <= expert_stages < count:
         raise ValueError(f"expert_stages must be from 1 to {count - 1} {what}, or 'all', got {expert_stages!r}")
     return expert_stages
-
-
-def _sections(net: nn.Module, features: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What a network calls one after the other, by dotted names, and its head.
-
-    A container of stages is taken apart; timm's own feature extraction relies on the same order.
-    """
-    sections: list[str] = []
-    children = list(net._modules)
-    heads = [name for name in children if name in _HEADS]
-    before = children[: children.index(heads[0])] if heads else children
-    for name in before:
-        child = net._modules[name]
-        if child is None:
-            continue
-        if any(feature.startswith(f"{name}.") for feature in features) and type(child) in (nn.Sequential, nn.ModuleList):
-            sections += [f"{name}.{inner}" for inner in child._modules]
-        else:
-            sections.append(name)
-    return sections, children[len(before) :]
-
-
-def _prune(module: nn.Module, kept: Collection[str], *, parameters: bool = False) -> None:
-    """Leave of a module only the named descendants and what they lie in; of its own parameters all, or none."""
-    if not parameters:
-        module._parameters.clear()
-        module._buffers.clear()
-    for name in list(module._modules):
-        if name in kept:
-            continue
-        inner = {other.removeprefix(f"{name}.") for other in kept if other.startswith(f"{name}.")}
-        child = module._modules[name]
-        if inner and child is not None:
-            _prune(child, inner, parameters=parameters)
-        else:
-            del module._modules[name]

@@ -20,9 +20,9 @@ class DepthwiseKnowledgeFusion(nn.Module):
     .. math:: f = \mathrm{mean}_{hw}\left( deep \odot S(shallow) \right)
 
     ``S`` repeats [3x3 convolution, stride 2, padding 1, no bias -> BatchNorm -> ReLU], doubling the channels each
-    time (the last one goes to ``channels_out``). The convolution with index 1 has no ReLU, as published. For two maps of
-    one size (``depth=0``) ``S`` is [1x1 convolution, no bias -> BatchNorm -> ReLU], on tokens a linear layer. The last
-    BatchNorm, its ReLU, the product and the pooling are one operator, :func:`shike_fast.ops.dkf_experts`, so
+    time (the last one goes to ``channels_out``). The convolution with index 1 has no ReLU, as published. For two maps
+    of one size (``depth=0``) ``S`` is [1x1 convolution, no bias -> BatchNorm -> ReLU], on tokens a linear layer. The
+    last BatchNorm, its ReLU, the product and the pooling are one operator, :func:`shike_fast.ops.dkf_experts`, so
     ``S(shallow)`` is never stored. :func:`fuse_experts` serves several experts with one call of it.
 
     ``convs`` and ``norms`` hold plain :class:`torch.nn.Conv2d` and :class:`torch.nn.BatchNorm2d`; the last norm keeps
@@ -50,13 +50,20 @@ class DepthwiseKnowledgeFusion(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, depth: int) -> None:
         super().__init__()
-        for name, value, least in (("channels_in", channels_in, 1), ("channels_out", channels_out, 1), ("depth", depth, 0)):
+        for name, value, least in (
+            ("channels_in", channels_in, 1),
+            ("channels_out", channels_out, 1),
+            ("depth", depth, 0),
+        ):
             if value < least:
                 raise ValueError(f"DepthwiseKnowledgeFusion: {name} must be at least {least}, got {value}")
         self.depth = depth
         widths = [channels_in * 2**i for i in range(max(depth, 1))] + [channels_out]
-        form = {"kernel_size": 3, "stride": 2, "padding": 1} if depth > 0 else {"kernel_size": 1}
-        self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, **form, bias=False) for c_in, c_out in pairwise(widths))
+        size, stride = (3, 2) if depth > 0 else (1, 1)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, size, stride=stride, padding=size // 2, bias=False)
+            for c_in, c_out in pairwise(widths)
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
 
     @property

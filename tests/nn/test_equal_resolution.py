@@ -84,7 +84,11 @@ def test_under_autocast_and_in_one_graph():
     [
         (-1, None, "depth must be at least 0, got -1"),
         (1, ((4, 9, 5), (4, 3, 6)), r"tokens \[B, N, C\] have no rows to halve, which depth=1 does .*or use depth=0"),
-        (0, ((4, 9, 5), (4, 8, 6)), r"convolved shallow map, \[4, 9, 6\], got \[4, 8, 6\] \(shallow \[4, 9, 5\], 0 strided"),
+        (
+            0,
+            ((4, 9, 5), (4, 8, 6)),
+            r"convolved shallow map, \[4, 9, 6\], got \[4, 8, 6\] \(shallow \[4, 9, 5\], 0 strided",
+        ),
         (0, ((4, 5, 9, 1), (4, 9, 6)), r"convolved shallow map, \[4, 6, 9, 1\], got \[4, 9, 6\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""dkf_pool, dkf_bn_pool and dkf_experts on tokens [B, N, C]: what they give for the same values as a map [B, C, N, 1]."""
+"""dkf_pool, dkf_bn_pool and dkf_experts on tokens [B, N, C]: as on the same values in a map [B, C, N, 1]."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ CALLS = {
     ),
     "dkf_experts": lambda x, y, **options: dkf_experts([x, y], [y, x], [PLAIN, PLAIN], relu=[True, False], **options),
     "dkf_experts with shortcuts": lambda x, y, **options: dkf_experts(
-        *([x, y], [y, x], [PLAIN] * 2), relu=[True, False], shortcut=[y, x], deep_norms=[PLAIN] * 2, **options
+        [x], [y], [PLAIN], relu=[True], shortcut=[torch.ones_like(y)], deep_norms=[PLAIN], **options
     ),
 }
 
@@ -109,7 +109,7 @@ def test_nothing_is_copied():
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        (([torch.zeros(2, 3)], [torch.zeros(2, 3)]), ValueError, r"deep\[0\] must be \[B, C, H, W\] or \[B, N, C\], got"),
+        (([torch.zeros(2, 3)], [torch.zeros(2, 3)]), ValueError, r"deep\[0\] must be \[B, C, H, W\] or \[B, N, C\]"),
         (
             ([torch.zeros(2, 3, 4)], [torch.zeros(2, 4, 3)]),
             ValueError,
