@@ -284,7 +284,7 @@ def test_a_network_that_does_something_between_its_modules_is_refused(monkeypatc
 
     monkeypatch.setattr(timm_parts.TimmSource, "make", doubling)
     with pytest.raises(
-        ValueError, match="test_resnet cannot be divided .*its modules are not called one after the other"
+        ValueError, match=r"test_resnet cannot be divided .*its modules are not called one after the other"
     ):
         network("test_resnet")
 
