@@ -100,10 +100,17 @@ def test_what_is_dropped_at_random_is_the_same_after_a_resume(runs, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_compiled_and_by_seeds(runs, tmp_path):
-    options = ["--model", "timm:test_vit", *DIGITS[:6], "--epochs", 1, "--stage2-epochs", 0]
-    assert runs.train(*options, "--compile", "--output-dir", tmp_path / "compiled") == 0
-    assert runs.train(*options, "--seeds", 2, "--output-dir", tmp_path / "seeds") == 0
+def test_compiled(runs, tmp_path):
+    options = ["--model", "timm:test_vit", "--image-size", 32, "--experts", 2, "--batch-size", 383]  # one graph
+    options += ["--epochs", 1, "--stage2-epochs", 0, "--lr", 0.01, "--compile"]
+    assert runs.train(*options, "--output-dir", tmp_path / "run") == 0
+
+
+@pytest.mark.slow
+def test_several_seeds(runs, tmp_path):
+    options = ["--model", "timm:test_vit", *DIGITS, "--seeds", 2]
+    assert runs.train(*options, "--output-dir", tmp_path / "seeds") == 0
+    assert len(list((tmp_path / "seeds").glob("*/last.pt"))) == 2
 
 
 @pytest.mark.slow
@@ -131,6 +138,7 @@ def test_two_processes_train_one_network(runs, programs, tmp_path, pytestconfig)
         ),
         (["--model", "timm:test_convnext"], "needs images of at least 32x32, digits-lt has 8x8; use resnet8, resnet20"),
         (["--model", "timm:test_vit", "--shortcut", "pad"], "TimmTransformer has no option shortcut"),
+        (["--model", "timm:test_resnet", "--method", "ride"], "TimmStages has no option expert_width"),
         (["--model", "tim:test_vit"], "--model: must be one of resnet8, "),
         (["--model", "resnet8", "--pretrained", "timm"], "timm publishes weights of its own networks alone"),
         (["--model", "timm:test_vit", "--image-size", 32, "--pretrained", "x.pth"], "x.pth is not a file"),

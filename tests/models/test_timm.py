@@ -22,6 +22,7 @@ MAPS = ("test_convnext", "test_resnet", "test_efficientnet", "test_byobnet", "te
 SMALL = (*TOKENS, *MAPS)
 LARGER = (  # of the families that docs/models.md names
     *("resnet18", "regnetx_002", "convnextv2_atto", "swin_tiny_patch4_window7_224", "efficientnet_b0", "densenet121"),
+    "swinv2_cr_tiny_ns_224",
     *("mobilenetv3_small_050", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
     *("vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"),
     *("vit_xsmall_patch16_clip_224", "vit_base_patch16_siglip_224", "vit_small_patch16_rope_mixed_224"),
