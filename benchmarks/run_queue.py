@@ -26,7 +26,7 @@ import shike_fast
 from shike_fast._util.options import options_of
 from shike_fast.data.shots import SHOTS
 from shike_fast.engine.config import resume_config
-from shike_fast.engine.options import RunOptions
+from shike_fast.engine.settings import RunOptions
 from shike_fast.train import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -60,7 +60,7 @@ def collect() -> dict[str, Any]:
         "registered": {
             "data sets": list(data.datasets()),
             "methods": methods.list_methods(),
-            "models": models.list_models(),
+            "models": [*models.list_models(), *models.list_model_families()],
         },
     }
 

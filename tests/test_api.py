@@ -268,5 +268,5 @@ def test_a_data_set_of_pytorch(tmp_path):
     assert len(run.model.predict([image for image, _ in samples])) == 24
     assert shike_fast.train(own, output_dir=run.directory, resume=True, quiet=True).history == run.history
     other = data.from_dataset(samples, labels=labels, name="own", image_size=16, val_share=0.5)
-    with pytest.raises(CheckpointError, match="val_share is 0.25"):
+    with pytest.raises(CheckpointError, match=r"val_share is 0\.25"):
         shike_fast.train(other, output_dir=run.directory, resume=True, quiet=True)

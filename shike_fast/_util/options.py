@@ -57,6 +57,7 @@ def option(
     metavar: str | None = None,
     default_text: str = "",
     choices: Callable[[], Sequence[str]] | None = None,
+    also: Callable[[str], bool] | None = None,
     check: Check | Sequence[Check] = (),
     changeable: bool = False,
     parser: Mapping[str, Any] | None = None,
@@ -72,6 +73,7 @@ def option(
         metavar: what ``--help`` calls the value; default the choices, else the flag's name.
         default_text: what the default means, where its value does not say so.
         choices: a function that lists the texts that are allowed; ``Literal`` needs none.
+        also: whether a text that is no choice is allowed too, as one of a family of names.
         check: what every value must be.
         changeable: a resumed run may change it, because it does not alter what is learned.
         parser: arguments of ``add_argument`` that the type does not give.
@@ -83,6 +85,7 @@ def option(
         "metavar": metavar,
         "default_text": default_text,
         "choices": choices,
+        "also": also,
         "checks": (check,) if isinstance(check, Check) else tuple(check),
         "changeable": changeable,
         "parser": dict(parser or {}),
@@ -112,6 +115,7 @@ class Option:
     metavar: str | None
     default_text: str
     choices: Callable[[], Sequence[str]] | None
+    also: Callable[[str], bool] | None
     checks: tuple[Check, ...]
     changeable: bool
     parser: dict[str, Any]
@@ -158,7 +162,8 @@ class Option:
             value = float(value)
         if not isinstance(value, self.kind) or (self.kind is not bool and isinstance(value, bool)):
             raise ConfigError(f"{self.label}: must be {_KINDS[self.kind]}, got {value!r}")
-        if self.choices is not None and value not in (choices := self.choices()):
+        is_member = self.also is not None and isinstance(value, str) and self.also(value)
+        if self.choices is not None and not is_member and value not in (choices := self.choices()):
             raise ConfigError(f"{self.label}: must be one of {', '.join(choices)}, got '{value}'")
         for check in self.checks:
             if not check.holds(value):

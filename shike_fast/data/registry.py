@@ -148,7 +148,7 @@ def load_dataset(
         imbalance_factor: IF of the long-tail subset (:func:`shike_fast.data.long_tail_counts`); None for the data set's
             default.
         augmentation: training augmentation; None for the data set's default.
-        image_size: side of the images in pixels, for data sets of image files (default 224).
+        image_size: side of the images in pixels, for data sets of image files (default 224) and ``digits-lt`` (8).
         download: fetch missing files into ``data_dir`` (data sets that say so in :func:`datasets`).
         verify: check archive checksums and the exact number of records. Labels and formats are checked always.
         seed: seed of the augmentation, unless a loader names its own.

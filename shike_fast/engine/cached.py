@@ -178,7 +178,7 @@ class CachedNetwork(nn.Module):
         found = self._cache.at(indices)
         if self._cache.pooled:
             return found["features"].transpose(0, 1).contiguous()
-        return self.model.features_of(found)
+        return self.model.expert_features(found)
 
     def classify(self, features: Tensor, stage: int = 1) -> Tensor:
         """As of the network."""

@@ -18,9 +18,10 @@ from shike_fast._util.plugins import missing_plugins
 from shike_fast.data.types import DatasetInfo
 from shike_fast.engine import finetuning
 from shike_fast.engine.epochs import open_stage_epochs, place_steps, split_epochs, stage_epochs
-from shike_fast.engine.options import NO_WEIGHTS, Settings, own_options
+from shike_fast.engine.options import own_options
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.schedule import cosine_with_warmup, scaled_steps, steps_with_warmup
+from shike_fast.engine.settings import NO_WEIGHTS, Settings
 from shike_fast.errors import CheckpointError, ConfigError
 from shike_fast.methods import Method
 
@@ -345,11 +346,12 @@ def stored_config(stored: dict[str, Any], source: str) -> TrainConfig:
     Raises:
         CheckpointError: if they are not those of this version, or of a model or method that is not registered here.
     """
-    for kind, name, known in (
-        ("network", stored.get("model"), models.list_models()),
-        ("method", stored.get("method"), methods.list_methods()),
+    network, method = stored.get("model"), stored.get("method")
+    for kind, name, is_known, known in (
+        ("network", network, isinstance(network, str) and models.is_model(network), models.list_models()),
+        ("method", method, method in methods.list_methods(), methods.list_methods()),
     ):
-        if isinstance(name, str) and name not in known:
+        if isinstance(name, str) and not is_known:
             raise CheckpointError(
                 f"checkpoint {source} holds the {kind} '{name}', which is not registered in this process; "
                 f"{how_to_register(stored.get('plugins', ()))}; there are {', '.join(known)}"

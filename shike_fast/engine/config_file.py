@@ -14,7 +14,8 @@ from typing import Any
 from shike_fast._util.options import Option, options_of
 from shike_fast._util.plugins import missing_plugins
 from shike_fast.engine.config import options_for
-from shike_fast.engine.options import NO_WEIGHTS, RunOptions, Settings, own_options
+from shike_fast.engine.options import own_options
+from shike_fast.engine.settings import NO_WEIGHTS, RunOptions, Settings
 from shike_fast.errors import ConfigError
 from shike_fast.methods import list_methods
 

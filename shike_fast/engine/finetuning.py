@@ -10,7 +10,7 @@ from torch import nn
 from shike_fast import data, methods, models
 from shike_fast._util.options import options_of
 from shike_fast.data.images.augmented import AugmentedDataset
-from shike_fast.engine.options import Settings
+from shike_fast.engine.settings import Settings
 from shike_fast.errors import ConfigError
 
 OFF, TRUNK, ALL = "off", "trunk", "all-but-classifiers"  # --freeze

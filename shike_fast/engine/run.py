@@ -20,7 +20,7 @@ from shike_fast.engine.finetuning import random_trunk_note
 from shike_fast.engine.precision import AUTO, settle_amp
 from shike_fast.engine.setup import check_device
 from shike_fast.engine.signals import Interrupted
-from shike_fast.engine.state import load_data
+from shike_fast.engine.state import load_data, normalisation_note
 from shike_fast.engine.trainer import NonFiniteLossError, Trainer
 from shike_fast.errors import ConfigError, warn
 from shike_fast.models.weights import require_weight_file
@@ -134,9 +134,15 @@ def train(given: dict[str, Any], processes: distributed.Processes, *, quiet: boo
         # Whatever is wrong with the input shows before the directory is taken.
         trainer = _prepare(plan, processes, profile, quiet)
         processes.broadcast_from_main(lambda: _take_directory(plan, held))
-        for line in (_headline(trainer), plan.note, None if trainer.cache is None else trainer.cache.note):
-            if line is not None:
-                trainer.console.note(line)
+        notes = [
+            _headline(trainer),
+            plan.note,
+            normalisation_note(trainer.config, trainer.dataset, trainer.model),
+            None if trainer.cache is None else trainer.cache.note,
+        ]
+        for note in notes:
+            if note is not None:
+                trainer.console.note(note)
         try:
             trainer.run()
         except (Interrupted, NonFiniteLossError) as end:  # in all processes at once

@@ -19,9 +19,9 @@ from shike_fast.data.shots import SHOTS
 from shike_fast.engine import checkpoint, distributed, rundir
 from shike_fast.engine.config import resolve, resume_config
 from shike_fast.engine.console import RunConsole
-from shike_fast.engine.options import RunOptions, Settings
 from shike_fast.engine.report import PAGE
 from shike_fast.engine.run import EMPTY, WHICH, require_named, saved_by_this_launch, train_one
+from shike_fast.engine.settings import RunOptions, Settings
 from shike_fast.errors import ConfigError
 
 SUMMARY = "summary.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shike_fast import data, methods, models
@@ -77,7 +78,7 @@ def build_model(config: TrainConfig, dataset: data.LongTailData, *, pretrained: 
         least, size = model.min_image_size, dataset.image_size
         raise ConfigError(
             f"--model: {config.model} needs images of at least {least}x{least}, {dataset.name} has {size}x{size}; "
-            "use resnet8, resnet20 or resnet32"
+            "use resnet8, resnet20 or resnet32, or a larger --image-size where the data set takes one"
         )
     if pretrained and config.pretrained is not None:
         models.load_pretrained(model, Path(config.pretrained))
@@ -124,6 +125,23 @@ def prepared_model(
 def memory_format(config: TrainConfig) -> torch.memory_format:
     """The layout of images and maps."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def normalisation_note(config: TrainConfig, dataset: data.LongTailData, model: torch.nn.Module) -> str | None:
+    """What there is to say where pretrained weights know their images normalised in another way than the data set's."""
+    if config.pretrained is None or (theirs := getattr(model, "normalisation", None)) is None:
+        return None
+    ours = dataset.mean, dataset.std
+    if all(len(a) == len(b) and np.allclose(a, b, atol=1e-3) for a, b in zip(ours, theirs, strict=True)):
+        return None
+    shown = [
+        f"mean {' '.join(f'{m:g}' for m in mean)}, std {' '.join(f'{s:g}' for s in std)}"
+        for mean, std in (theirs, ours)
+    ]
+    return (
+        f"normalisation: the weights of {config.model} were made for images of {shown[0]}; {dataset.name} has "
+        f"{shown[1]}, to which training must adapt them"
+    )
 
 
 def model_from_checkpoint(

@@ -39,7 +39,8 @@ class FeatureMap:
 
     Attributes:
         channels: its channels.
-        halvings: how often a branch's map is smaller than this one by a factor of two, rounding up; at least 1.
+        halvings: how often a branch's map is smaller than this one by a factor of two, rounding up; 0 where both are of
+            one size, as those of a transformer, which may be tokens [B, N, C].
     """
 
     channels: int
@@ -151,7 +152,14 @@ class MultiExpertNetwork(nn.Module, ABC):
         self.classifier = classifier
         self.scale = scale
 
-    def add_experts(self, branches: Sequence[nn.Module], dim: int, maps: Mapping[str, FeatureMap]) -> None:
+    def add_experts(
+        self,
+        branches: Sequence[nn.Module],
+        dim: int,
+        maps: Mapping[str, FeatureMap],
+        *,
+        head_dim: int | None = None,
+    ) -> None:
         """Add the branches, the fusions and the heads to the trunk.
 
         Args:
@@ -159,6 +167,7 @@ class MultiExpertNetwork(nn.Module, ABC):
             dim: D.
             maps: the maps that experts fuse, by their names in :meth:`feature_maps`; expert k fuses number k modulo
                 their number.
+            head_dim: the features of an expert, where :meth:`expert_features` makes others of the D pooled ones.
 
         Raises:
             ValueError: there are not K branches, or no map to fuse.
@@ -177,8 +186,8 @@ class MultiExpertNetwork(nn.Module, ABC):
                 DepthwiseKnowledgeFusion(maps[name].channels, dim, depth=maps[name].halvings)
                 for name in self.fused_maps
             )
-        self.classifiers = self._heads(dim)
-        self.rt_classifiers = self._heads(dim)
+        self.classifiers = self._heads(head_dim or dim)
+        self.rt_classifiers = self._heads(head_dim or dim)
 
     def _heads(self, dim: int) -> CosineClassifier | LinearClassifier:
         if self.classifier == "cosine":
@@ -196,6 +205,10 @@ class MultiExpertNetwork(nn.Module, ABC):
         if key.startswith("experts."):
             return f"{self.branch_name}.{key.split('.', 2)[2]}"
         return key
+
+    def adapt_pretrained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a file of weights of the plain network is to be loaded, by the names of :meth:`pretrained_name`."""
+        return {key: tensor for key, tensor in weights.items() if not key.startswith("fc.")}
 
     def forward(self, images: Tensor, stage: int = 1) -> Tensor:
         """Logits of every expert; their mean over K is the prediction.
@@ -216,21 +229,17 @@ class MultiExpertNetwork(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features of every expert: images [B, in_channels, H, W] -> [K, B, D]."""
         self._check_images(images)
-        return self.features_of(self.feature_maps(images))
+        return self.expert_features(self.feature_maps(images))
 
-    def features_of(self, maps: Mapping[str, Tensor]) -> Tensor:
-        """Pooled features [K, B, D] from the maps of :meth:`feature_maps`: of these, ``needed_maps`` will do."""
+    def expert_features(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """What the experts make of the trunk's maps, of which :meth:`needed_maps` will do: [K, B, D]."""
         x = list(maps.values())[-1]
         if self.fusions is None:
             return torch.stack([self.run_stage(expert, x).mean(dim=(2, 3)) for expert in self.experts])
-        fusions = cast(list[DepthwiseKnowledgeFusion], list(self.fusions))
         sources = [maps[name] for name in self.fused_maps]
-        if not all(type(fusion) is DepthwiseKnowledgeFusion and not has_hooks(fusion) for fusion in fusions):
-            pairs = zip(fusions, sources, self.experts, strict=True)
-            return torch.stack([fusion(source, self.run_stage(expert, x)) for fusion, source, expert in pairs])
         branches = [_blocks(expert) for expert in self.experts]
-        if not all(map(_ends_in_residual_block, branches)):
-            return fuse_experts(fusions, sources, [self.run_stage(expert, x) for expert in self.experts])
+        if not (self._plain_fusions and all(map(_ends_in_residual_block, branches))):
+            return self.fuse(sources, [self.run_stage(expert, x) for expert in self.experts])
         deep: list[Tensor] = []
         shortcut: list[Tensor] = []
         norms: list[nn.Module] = []
@@ -243,7 +252,22 @@ class MultiExpertNetwork(nn.Module, ABC):
             deep.append(y)
             shortcut.append(added)
             norms.append(last.last_norm)
-        return fuse_experts(fusions, sources, deep, shortcut=shortcut, deep_norms=norms)
+        return fuse_experts(self._fusions, sources, deep, shortcut=shortcut, deep_norms=norms)
+
+    def fuse(self, shallow: Sequence[Tensor], deep: Sequence[Tensor]) -> Tensor:
+        """The deep map of every expert weighed with its shallow one, and pooled: [K, B, D]."""
+        if self._plain_fusions:
+            return fuse_experts(self._fusions, shallow, deep)
+        return torch.stack([fusion(*pair) for fusion, *pair in zip(self._fusions, shallow, deep, strict=True)])
+
+    @property
+    def _fusions(self) -> list[DepthwiseKnowledgeFusion]:
+        return cast(list[DepthwiseKnowledgeFusion], list(self.fusions or ()))
+
+    @property
+    def _plain_fusions(self) -> bool:
+        """Whether one operator can do the work of all fusions: nothing else observes or replaces them."""
+        return all(type(fusion) is DepthwiseKnowledgeFusion and not has_hooks(fusion) for fusion in self._fusions)
 
     def needed_maps(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the trunk's maps that branches and fusions take."""

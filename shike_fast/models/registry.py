@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -13,10 +14,16 @@ from shike_fast.models.adapters import add_adapters
 from shike_fast.models.multi_expert import MultiExpertNetwork
 
 Builder = Callable[..., MultiExpertNetwork]
+AnyBuilder = TypeVar("AnyBuilder", bound=Builder)
 
 # Options that a builder gets only where they differ from these defaults: it need not know them.
-_OPTIONAL: dict[str, Any] = {"expert_stages": 1, "expert_width": 1.0, "shortcut": "projection"}
+_OPTIONAL: dict[str, tuple[Any, ...]] = {
+    "expert_stages": (None, 1),
+    "expert_width": (1.0,),
+    "shortcut": ("projection",),
+}
 _BUILDERS: dict[str, Builder] = {}
+_FAMILIES: dict[str, Builder] = {}
 
 
 def register_model(builder: Builder) -> Builder:
@@ -67,9 +74,39 @@ def register_model(builder: Builder) -> Builder:
     return builder
 
 
+def register_model_family(prefix: str) -> Callable[[AnyBuilder], AnyBuilder]:
+    """Decorator: make a builder available to :func:`create_model` under all names that begin with ``prefix:``.
+
+    ``builder(name, **options)`` gets what follows the colon, and the options as for :func:`register_model`, but
+    ``expert_stages`` wherever it is named, 1 included: what is usual there is the builder's matter.
+
+    Raises:
+        ValueError: the prefix is taken.
+    """
+
+    def register(builder: AnyBuilder) -> AnyBuilder:
+        if prefix in _FAMILIES:
+            raise ValueError(f"register_model_family: a family named {prefix!r} exists already")
+        _FAMILIES[prefix] = builder
+        return builder
+
+    return register
+
+
 def list_models() -> list[str]:
-    """The names that :func:`create_model` accepts, in the order of registration."""
+    """The names that :func:`create_model` accepts, in the order of registration; beside :func:`list_model_families`."""
     return list(_BUILDERS)
+
+
+def list_model_families() -> list[str]:
+    """The forms of further names that :func:`create_model` accepts, such as ``timm:NAME``."""
+    return [f"{prefix}:NAME" for prefix in _FAMILIES]
+
+
+def is_model(name: str) -> bool:
+    """Whether the name is registered, or of a registered family, which need not know it."""
+    family, colon, _ = name.partition(":")
+    return name in _BUILDERS or (colon == ":" and family in _FAMILIES)
 
 
 def create_model(
@@ -81,7 +118,7 @@ def create_model(
     fusion: bool = True,
     classifier: str = "cosine",
     scale: float = 30.0,
-    expert_stages: int | Literal["all"] = 1,
+    expert_stages: int | Literal["all"] | None = None,
     expert_width: float = 1.0,
     shortcut: Literal["projection", "pad"] = "projection",
     adapter: Mapping[str, Any] | None = None,
@@ -92,7 +129,7 @@ def create_model(
     ``num_experts=1, fusion=False, classifier="linear"`` is the plain network, the usual baseline.
 
     Args:
-        name: one of :func:`list_models`.
+        name: one of :func:`list_models`, or of a family (:func:`list_model_families`).
         num_classes: C, at least 2.
         num_experts: K, at least 1.
         in_channels: channels of the images.
@@ -100,7 +137,8 @@ def create_model(
         classifier: ``"cosine"`` or ``"linear"``.
         scale: factor of the cosine logits; a linear classifier has none.
         expert_stages: how many of the last stages each expert has as its own copy: from 1 to all but the first, or
-            ``"all"`` for K whole networks, which have no map to fuse.
+            ``"all"`` for K whole networks, which have no map to fuse. Of a vision transformer it is the number of
+            blocks. None: the last stage, or the last quarter of the blocks.
         expert_width: factor of the width of those stages, such as 0.75; with ``"all"`` of the stem too.
         shortcut: where a basic block changes the shape: ``"projection"`` (1x1 convolution and BatchNorm) or ``"pad"``
             (option A: every second pixel, and zeros as new channels). A bottleneck has projections only.
@@ -113,10 +151,11 @@ def create_model(
         ValueError: the name is unknown (the message lists the known ones), an argument is out of range, arguments do
             not fit together, or what is registered under the name does not take the options or builds no module.
     """
-    if name not in _BUILDERS:
+    if not is_model(name):
         close = difflib.get_close_matches(str(name), _BUILDERS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"create_model: unknown model {name!r}, known: {', '.join(_BUILDERS)}{hint}")
+        known = ", ".join([*_BUILDERS, *list_model_families()])
+        raise ValueError(f"create_model: unknown model {name!r}, known: {known}{hint}")
     options: dict[str, Any] = {
         "num_classes": num_classes,
         "num_experts": num_experts,
@@ -126,8 +165,13 @@ def create_model(
         "scale": scale,
     }
     optional = {"expert_stages": expert_stages, "expert_width": expert_width, "shortcut": shortcut}
-    options |= {key: value for key, value in optional.items() if value != _OPTIONAL[key]}
-    builder = _BUILDERS[name]
+    options |= {key: value for key, value in optional.items() if value not in _OPTIONAL[key]}
+    if name in _BUILDERS:
+        builder = _BUILDERS[name]
+    else:
+        family, _, member = name.partition(":")
+        builder = partial(_FAMILIES[family], member)
+        options |= {} if expert_stages is None else {"expert_stages": expert_stages}
     try:
         inspect.signature(builder).bind(**options)
     except TypeError as error:

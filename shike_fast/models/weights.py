@@ -18,8 +18,10 @@ from shike_fast.errors import CheckpointError
 from shike_fast.models.multi_expert import MultiExpertNetwork
 from shike_fast.models.resnet import BasicBlock, MultiExpertResNet
 from shike_fast.models.state_dicts import check_fit, count, plain_tensors, saved_tensors
+from shike_fast.models.timm_networks import published_weights
 
 _CONVERT = "convert_reference_state_dict"
+DOWNLOAD = "timm"  # in place of a file: what timm publishes
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,18 @@ class PretrainedReport:
 def load_pretrained(model: nn.Module, path: str | PathLike[str]) -> PretrainedReport:
     """Load weights of the plain network: the trunk's entries as they are, those of its one branch into every expert.
 
-    A residual network has torchvision's names: ``conv1``, ``bn1``, ``layer1`` ...; the last stage is the branch.
-    Another backbone says its names by :meth:`~shike_fast.models.MultiExpertNetwork.pretrained_name`.
+    A residual network of this package has torchvision's names: ``conv1``, ``bn1``, ``layer1`` ...; the last stage is
+    the branch. One of timm has timm's. Another backbone says its names by
+    :meth:`~shike_fast.models.MultiExpertNetwork.pretrained_name`.
 
-    The whole file is checked before anything is loaded. ``fc`` is not used. Files without ``num_batches_tracked``, as
-    torchvision's older ones, are complete. No pickle is executed (``weights_only=True``).
+    The whole file is checked before anything is loaded. The classifier (``fc``) is not used. Files without
+    ``num_batches_tracked``, as torchvision's older ones, are complete. No pickle is executed (``weights_only=True``).
 
     Args:
         model: a :class:`~shike_fast.models.MultiExpertNetwork`, changed in place; its parameters keep their
             dtype and device.
-        path: a ``.safetensors`` file, or anything else for a state_dict saved by ``torch.save`` (``.pth``, ``.pt``).
+        path: a ``.safetensors`` file, or anything else for a state_dict saved by ``torch.save`` (``.pth``, ``.pt``);
+            ``"timm"`` for those that timm publishes for a network of its own, which it fetches unless it has them.
 
     Returns:
         The names of what was loaded, left alone and ignored.
@@ -66,9 +70,13 @@ def load_pretrained(model: nn.Module, path: str | PathLike[str]) -> PretrainedRe
         )
     if model.adapters:
         raise CheckpointError(f"{path}: the network has adapters, the file has none; load it before add_adapters")
-    file = plain_tensors(read_weights(path), str(path))
-    ignored = tuple(key for key in file if key.startswith("fc."))
-    given = {key: tensor for key, tensor in file.items() if key not in ignored}
+    file = plain_tensors(published_weights(model) if str(path) == DOWNLOAD else read_weights(path), str(path))
+    try:
+        given = model.adapt_pretrained(file)
+    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:  # of timm's conversion
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: weights of another network ({reason})") from error
+    ignored = tuple(key for key in file if key not in given)
 
     target = model.state_dict()
     names = {key: model.pretrained_name(key) for key in target}
@@ -89,7 +97,7 @@ def require_weight_file(path: Path) -> None:
     Raises:
         CheckpointError: naming the file.
     """
-    if not path.is_file():
+    if str(path) != DOWNLOAD and not path.is_file():
         raise CheckpointError(f"--pretrained: {path} is not a file; name weights in .pth or .safetensors format")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shike_fast import ops
 from shike_fast.nn.sync_batch_norm import SyncBatchNorm, arguments_of, process_group_of
+from shike_fast.ops._checks import as_map
 
 
 class DepthwiseKnowledgeFusion(nn.Module):
@@ -19,8 +20,9 @@ class DepthwiseKnowledgeFusion(nn.Module):
     .. math:: f = \mathrm{mean}_{hw}\left( deep \odot S(shallow) \right)
 
     ``S`` repeats [3x3 convolution, stride 2, padding 1, no bias -> BatchNorm -> ReLU], doubling the channels each
-    time (the last one goes to ``channels_out``). The convolution with index 1 has no ReLU, as published. The last
-    BatchNorm, its ReLU, the product and the pooling are one operator, :func:`shike_fast.ops.dkf_experts`, so
+    time (the last one goes to ``channels_out``). The convolution with index 1 has no ReLU, as published. For two maps
+    of one size (``depth=0``) ``S`` is [1x1 convolution, no bias -> BatchNorm -> ReLU], on tokens a linear layer. The
+    last BatchNorm, its ReLU, the product and the pooling are one operator, :func:`shike_fast.ops.dkf_experts`, so
     ``S(shallow)`` is never stored. :func:`fuse_experts` serves several experts with one call of it.
 
     ``convs`` and ``norms`` hold plain :class:`torch.nn.Conv2d` and :class:`torch.nn.BatchNorm2d`; the last norm keeps
@@ -30,28 +32,37 @@ class DepthwiseKnowledgeFusion(nn.Module):
     something else, it is called as a module and only the product and the pooling are fused.
 
     ``forward(shallow, deep)``: shallow [B, channels_in, H', W'] and deep [B, channels_out, H, W], floating, any
-    strides (channels-last preferred), where H and W are H' and W' halved ``depth`` times, rounding up. Returns [B,
-    channels_out].
+    strides (channels-last preferred), where H and W are H' and W' halved ``depth`` times, rounding up. With ``depth=0``
+    also tokens [B, N, channels_in] and [B, N, channels_out]; class and register tokens, which have no position, are
+    better left out of both. Returns [B, channels_out].
 
     Args:
         channels_in: channels of the shallow map.
         channels_out: channels of the deep map.
-        depth: the number of strided convolutions, at least 1.
+        depth: the number of strided convolutions; 0 for maps of one size.
 
     Raises:
-        ValueError: an argument is below 1, or ``forward`` gets a deep map of another shape than ``S(shallow)``.
+        ValueError: an argument is out of range, or ``forward`` gets a deep map of another shape than ``S(shallow)``, or
+            tokens where ``depth`` is not 0.
 
     Source: SHIKE (CVPR 2023) section 3.2; published code.
     """
 
     def __init__(self, channels_in: int, channels_out: int, depth: int) -> None:
         super().__init__()
-        for name, value in (("channels_in", channels_in), ("channels_out", channels_out), ("depth", depth)):
-            if value < 1:
-                raise ValueError(f"DepthwiseKnowledgeFusion: {name} must be at least 1, got {value}")
-        widths = [channels_in * 2**i for i in range(depth)] + [channels_out]
+        for name, value, least in (
+            ("channels_in", channels_in, 1),
+            ("channels_out", channels_out, 1),
+            ("depth", depth, 0),
+        ):
+            if value < least:
+                raise ValueError(f"DepthwiseKnowledgeFusion: {name} must be at least {least}, got {value}")
+        self.depth = depth
+        widths = [channels_in * 2**i for i in range(max(depth, 1))] + [channels_out]
+        size, stride = (3, 2) if depth > 0 else (1, 1)
         self.convs = nn.ModuleList(
-            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False) for c_in, c_out in pairwise(widths)
+            nn.Conv2d(c_in, c_out, size, stride=stride, padding=size // 2, bias=False)
+            for c_in, c_out in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
 
@@ -61,8 +72,13 @@ class DepthwiseKnowledgeFusion(nn.Module):
         return self._has_relu(len(self.convs) - 1)
 
     def convolve(self, shallow: Tensor) -> Tensor:
-        """All of ``S`` but its last BatchNorm and ReLU."""
-        x = shallow
+        """All of ``S`` but its last BatchNorm and ReLU; of tokens [B, N, C] as a map [B, channels_out, N, 1]."""
+        if shallow.dim() == 3 and self.depth > 0:
+            raise ValueError(
+                f"DepthwiseKnowledgeFusion: tokens [B, N, C] have no rows to halve, which depth={self.depth} does "
+                f"(shallow {list(shallow.shape)}); pass maps [B, C, H, W], or use depth=0"
+            )
+        x = as_map(shallow)
         last = len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
@@ -97,9 +113,9 @@ def fuse_experts(
 
     Args:
         fusions: K modules, whose last norm works as described there.
-        shallow: K maps [B, channels_in, H', W'], as each module takes them.
-        deep: K maps [B, channels_out, H, W].
-        shortcut: K maps of the same shape.
+        shallow: K maps [B, channels_in, H', W'], or tokens [B, N, channels_in], as each module takes them.
+        deep: K maps [B, channels_out, H, W], or tokens [B, N, channels_out].
+        shortcut: K of the same shape.
         deep_norms: K BatchNorm modules.
 
     Returns:
@@ -112,12 +128,15 @@ def fuse_experts(
     if (shortcut is None) != (deep_norms is None):
         raise ValueError("fuse_experts: shortcut and deep_norms must both be given or both be None")
     convolved = [fusion.convolve(map_) for fusion, map_ in zip(fusions, shallow, strict=True)]
-    for fusion, x, map_, source in zip(fusions, convolved, deep, shallow, strict=True):
-        if x.shape != map_.shape:
+    given, deep = deep, [as_map(map_) for map_ in deep]
+    for fusion, x, map_, source, own in zip(fusions, convolved, deep, shallow, given, strict=True):
+        if x.shape != map_.shape or source.dim() != own.dim():
+            shape = list(x.shape) if source.dim() == 4 else [x.shape[0], x.shape[2], x.shape[1]]
             raise ValueError(
-                f"DepthwiseKnowledgeFusion: deep must have the shape of the convolved shallow map, {list(x.shape)}, "
-                f"got {list(map_.shape)} (shallow {list(source.shape)}, {len(fusion.convs)} strided convolutions)"
+                f"DepthwiseKnowledgeFusion: deep must have the shape of the convolved shallow map, {shape}, "
+                f"got {list(own.shape)} (shallow {list(source.shape)}, {fusion.depth} strided convolutions)"
             )
+    shortcut = None if shortcut is None else [as_map(map_) for map_ in shortcut]
     norms = [fusion.norms[-1] for fusion in fusions]
     groups = {process_group_of(norm) for norm in (*norms, *(deep_norms or ()))}
     # compared, not hashed: a size that torch.export or torch.compile keeps open has no hash

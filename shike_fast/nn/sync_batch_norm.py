@@ -89,13 +89,24 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"SyncBatchNorm: input must be [B, C={self.num_features}, ...], got {describe(input)}")
 
 
+class _SyncBatchNormAct(SyncBatchNorm):
+    """One that timm's ``BatchNormAct2d`` becomes, whose dropout and activation follow the normalisation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.act(self.drop(super().forward(input)))
+        return result
+
+
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
     """Replace every BatchNorm in a module, and the module itself if it is one, by a :class:`SyncBatchNorm`.
 
     Like ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``: parameters and buffers stay the same tensors under the same
     names, so optimizers and state_dicts remain valid; hooks on a replaced module are lost. A module in several places
     remains one. PyTorch's ``SyncBatchNorm`` is replaced too, and keeps its group unless one is given; modules of
-    this class are left as they are.
+    this class are left as they are. The activation of timm's ``BatchNormAct2d`` is kept.
 
     Args:
         module: converted in place, unless it is a BatchNorm itself.
@@ -113,7 +124,8 @@ def _converted(module: nn.Module, process_group: Any, done: dict[nn.Module, nn.M
     result = module
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
         group = getattr(module, "process_group", None) if process_group is None else process_group
-        result = SyncBatchNorm(
+        has_activation = {"act", "drop"} <= module._modules.keys()
+        result = (_SyncBatchNormAct if has_activation else SyncBatchNorm)(
             module.num_features,
             module.eps,
             module.momentum,

@@ -204,21 +204,30 @@ def _number(op: str, name: str, value: object) -> int | float:
     return float(scalar)
 
 
+MAPS = "[B, C, H, W] or [B, N, C]"
+
+
 def check_maps(op: str, deep: Tensor, shallow: Tensor, names: tuple[str, str] = ("deep", "shallow")) -> None:
-    """Check a pair of feature maps."""
+    """Check a pair of feature maps, or of sequences of tokens."""
     for name, value in zip(names, (deep, shallow), strict=True):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor [B, C, H, W], got {type(value).__name__}")
+            raise TypeError(f"{op}: {name} must be a tensor {MAPS}, got {type(value).__name__}")
         check_dense(op, name, value)
         if value.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be {_FLOATS}, got {describe(value)}")
-        if value.dim() != 4:
-            raise ValueError(f"{op}: {name} must be [B, C, H, W], got {describe(value)}")
+        if value.dim() not in (3, 4):
+            raise ValueError(f"{op}: {name} must be {MAPS}, got {describe(value)}")
     if shallow.shape != deep.shape:
         raise ValueError(f"{op}: {names[1]} must be {list(deep.shape)} as {names[0]}, got {describe(shallow)}")
     if 0 in deep.shape[1:]:
-        raise ValueError(f"{op}: {names[0]} must have C, H, W >= 1, got {describe(deep)}")
+        sizes = "C, H, W" if deep.dim() == 4 else "N, C"
+        raise ValueError(f"{op}: {names[0]} must have {sizes} >= 1, got {describe(deep)}")
     check_device(op, names[1], shallow, deep, names[0])
+
+
+def as_map(value: Tensor) -> Tensor:
+    """Checked tokens [B, N, C] as a map [B, C, N, 1], without a copy; a map as it is."""
+    return value.transpose(1, 2).unsqueeze(3) if value.dim() == 3 else value
 
 
 def check_channel_vector(op: str, name: str, value: Tensor | None, deep: Tensor) -> None:

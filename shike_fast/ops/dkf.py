@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shike_fast.ops import _dispatch
-from shike_fast.ops._checks import accumulation_dtype, check_channel_vector, check_finite, check_maps, describe
+from shike_fast.ops._checks import (
+    MAPS,
+    accumulation_dtype,
+    as_map,
+    check_channel_vector,
+    check_finite,
+    check_maps,
+    describe,
+)
 from shike_fast.ops._dispatch import Operator
 from shike_fast.ops._distributed import fuse_synced
 from shike_fast.ops._dkf_arguments import BatchNormArguments
@@ -27,8 +35,8 @@ def dkf_pool(deep: Tensor, shallow: Tensor, *, backend: str | None = None) -> Te
     float16 and bfloat16 maps are multiplied and summed in float32; autocast does not change the result.
 
     Args:
-        deep: float16, bfloat16, float32 or float64 [B, C, H, W], any strides (channels-last preferred);
-            C, H, W ≥ 1.
+        deep: float16, bfloat16, float32 or float64 [B, C, H, W] (C, H, W ≥ 1), or tokens [B, N, C], whose positions
+            are N; any strides (channels-last and contiguous tokens preferred).
         shallow: the same shape and device; its dtype may differ.
         backend: ``None`` (the fastest that can run), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
@@ -44,7 +52,7 @@ def dkf_pool(deep: Tensor, shallow: Tensor, *, backend: str | None = None) -> Te
     Source: SHIKE (CVPR 2023), section 3.2, depth-wise knowledge fusion.
     """
     check_maps("dkf_pool", deep, shallow)
-    pooled: Tensor = _POOL.run(backend, [deep], [shallow], [], [], [False])
+    pooled: Tensor = _POOL.run(backend, [as_map(deep)], [as_map(shallow)], [], [], [False])
     return pooled
 
 
@@ -72,9 +80,8 @@ def dkf_bn_pool(
     empty batch and in evaluation.
 
     Args:
-        deep: float16, bfloat16, float32 or float64 [B, C, H, W], any strides (channels-last preferred);
-            C, H, W ≥ 1.
-        shallow: the same shape and device; its dtype may differ. In training B·H·W must not be 1.
+        deep: float16, bfloat16, float32 or float64 [B, C, H, W] or [B, N, C], as for :func:`dkf_pool`.
+        shallow: the same shape and device; its dtype may differ. In training B·H·W, or B·N, must not be 1.
         weight: γ, floating point [C], or ``None`` for 1.
         bias: β, floating point [C], or ``None`` for 0.
         running_mean: floating point [C], updated in place when training; ``None`` only together with ``running_var``
@@ -104,6 +111,7 @@ def dkf_bn_pool(
     Source: SHIKE (CVPR 2023), section 3.2; Ioffe and Szegedy, "Batch Normalization", 2015.
     """
     check_maps("dkf_bn_pool", deep, shallow)
+    deep, shallow = as_map(deep), as_map(shallow)
     norm = BatchNormArguments(weight, bias, running_mean, running_var, training, momentum, eps)
     norm = _checked_norm("dkf_bn_pool", "", norm, shallow, process_group)
     return _run(_BN_POOL, backend, [deep], [shallow], [], [norm], [relu], process_group)
@@ -129,7 +137,8 @@ def dkf_experts(
     the maps passed in: with ``shortcut`` neither the normalised deep map nor D.
 
     Args:
-        deep: K tensors, floating [B, C, H, W], of one shape and device, any strides (channels-last preferred).
+        deep: K tensors, floating [B, C, H, W] or [B, N, C], of one shape and device, any strides (channels-last and
+            contiguous tokens preferred).
         shallow: K tensors of the same shape and device.
         norms: K, what ``dkf_bn_pool`` takes for the shallow maps, as :class:`shike_fast.ops.BatchNormArguments`.
         relu: K, whether ReLU follows the normalisation of the shallow map.
@@ -198,7 +207,7 @@ def _checked_maps(
     for name, maps in (("deep", deep), ("shallow", shallow), ("shortcut", shortcut or [])):
         if not isinstance(maps, list | tuple):
             kind = type(maps).__name__
-            raise TypeError(f"dkf_experts: {name} must be a list or tuple of K tensors [B, C, H, W], got {kind}")
+            raise TypeError(f"dkf_experts: {name} must be a list or tuple of K tensors {MAPS}, got {kind}")
     if len(deep) == 0:
         raise ValueError("dkf_experts: deep must have K >= 1 members, got none")
     for name, members in (("shallow", shallow), ("shortcut", shortcut)):
@@ -208,7 +217,7 @@ def _checked_maps(
     for name, maps in (("deep", deep), ("shallow", shallow), ("shortcut", shortcut or [])):
         for k, map_ in enumerate(maps):
             check_maps("dkf_experts", deep[0], map_, ("deep[0]", f"{name}[{k}]"))
-    return list(deep), list(shallow), list(shortcut or [])
+    return [as_map(m) for m in deep], [as_map(m) for m in shallow], [as_map(m) for m in shortcut or []]
 
 
 def _checked_norm(

@@ -48,8 +48,8 @@ def test_unusable_imbalance_factor(factor, data_error):
 
 
 def test_image_size_only_where_there_is_a_choice(data_error):
-    with data_error("digits-lt: image_size cannot be chosen"):
-        load_dataset("digits-lt", image_size=16)
+    with data_error("cifar10-lt: image_size cannot be chosen"):
+        load_dataset("cifar10-lt", image_size=16)
     with data_error("imagefolder: image_size must be from 1 to 4096, got 0"):
         load_dataset("imagefolder", image_size=0)
 

@@ -123,8 +123,8 @@ def test_unusable_options(train, capsys, tmp_path, options, message):
 
 
 def test_a_data_set_of_one_size_takes_no_other(runs, tmp_path, capsys):
-    assert runs.train("--image-size", 32, "--output-dir", tmp_path / "run") == 2
-    assert "digits-lt: image_size cannot be chosen" in capsys.readouterr().err
+    assert runs.train("--dataset", "fashion-mnist-lt", "--image-size", 32, "--output-dir", tmp_path / "run") == 2
+    assert "fashion-mnist-lt: image_size cannot be chosen" in capsys.readouterr().err
 
 
 def test_the_recipe_of_places_begins_with_weights(runs, image_dir, tmp_path, capsys):

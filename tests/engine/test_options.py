@@ -10,7 +10,8 @@ import pytest
 from shike_fast._util.cli import ArgumentParser
 from shike_fast._util.options import at_least, at_most, option, options_of, positive
 from shike_fast.engine.config import options_for, resolve
-from shike_fast.engine.options import Settings, markdown_table, method_options
+from shike_fast.engine.options import markdown_table, method_options
+from shike_fast.engine.settings import Settings
 from shike_fast.errors import ConfigError
 from shike_fast.train import make_parser
 

@@ -55,7 +55,7 @@ def own(monkeypatch):
 
     digits = data.datasets()["digits-lt"]
 
-    @base.register_dataset(dataclasses.replace(digits, name="mine", recipe={}))
+    @base.register_dataset(dataclasses.replace(digits, name="mine", resizable=False, recipe={}))
     def load(info, options):
         return dataclasses.replace(base._REGISTRY["digits-lt"][1](digits, options), name="mine")
 

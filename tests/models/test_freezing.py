@@ -93,6 +93,6 @@ def test_features_need_these_maps_alone():
     images = torch.randn(4, 3, 8, 8)
     maps = model.feature_maps(images)
     assert list(model.needed_maps(maps)) == ["fine", "coarse", "last"]
-    assert torch.equal(model.features_of(model.needed_maps(maps)), model.features(images))
+    assert torch.equal(model.expert_features(model.needed_maps(maps)), model.features(images))
     plain = network("elementwise", fusion=False)
     assert list(plain.needed_maps(maps)) == ["last"]

@@ -4,10 +4,12 @@ import copy
 import inspect
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import torchvision_operators  # noqa: F401  (timm imports torchvision)
 from torch import nn
 
 from shike_fast import methods, models, ops
@@ -169,6 +171,26 @@ def test_the_example_of_register_model():
     assert "plain_cnn" in models.list_models()
     names["logits"].sum().backward()
     assert names["model"].fine[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("title", "model"), [("A network of your own", "plain_cnn"), ("Networks of timm", "dropping_vit")]
+)
+def test_the_example_of_the_documentation(title, model):
+    """It is complete, and what it registers trains a step."""
+    if model == "dropping_vit":
+        pytest.importorskip("timm")
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    section = page[page.index(f"## {title}\n") :]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    names = {}
+    exec(example, names)  # the documentation's own code
+    network = models.create_model(model, num_classes=4)
+    logits = network(torch.randn(6, 3, 32, 32))
+    ops.dkt_loss(logits, torch.arange(6) % 4).backward()
+    lacking = [name for name, weight in network.named_parameters() if weight.grad is None]
+    assert lacking == ["rt_classifiers.weight"]
+    assert model != "plain_cnn" or names["logits"].shape == (3, 8, 10)
 
 
 @pytest.mark.parametrize(

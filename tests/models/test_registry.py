@@ -31,7 +31,7 @@ def test_every_model_runs_and_its_description_rebuilds_it(name):
 def test_unknown_name_lists_the_known_ones_and_the_closest():
     with pytest.raises(ValueError, match=r"unknown model 'resnet-32', known: resnet8, .*; did you mean 'resnet32'\?"):
         models.create_model("resnet-32", num_classes=10)
-    with pytest.raises(ValueError, match=r"unknown model 'vit', known: .*resnet152$"):
+    with pytest.raises(ValueError, match=r"unknown model 'vit', known: .*resnet152, timm:NAME$"):
         models.create_model("vit", num_classes=10)
 
 

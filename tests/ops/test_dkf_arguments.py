@@ -17,9 +17,11 @@ def bn_pool(deep=MAP, shallow=MAP, weight=VECTOR, bias=VECTOR, mean=VECTOR, var=
 
 
 BAD_MAPS = {
-    "deep not a tensor": (None, MAP, TypeError, "deep must be a tensor [B, C, H, W], got NoneType"),
+    "deep not a tensor": (None, MAP, TypeError, "deep must be a tensor [B, C, H, W] or [B, N, C], got NoneType"),
     "integer": (MAP, MAP.int(), TypeError, f"shallow must be {_FLOATS}, got int32 [2, 3, 4, 5]"),
-    "three dimensions": (MAP[0], MAP, ValueError, "deep must be [B, C, H, W], got float32 [3, 4, 5]"),
+    "two dimensions": (VECTOR[None], MAP, ValueError, "deep must be [B, C, H, W] or [B, N, C], got float32 [1, 3]"),
+    "tokens and a map": (MAP[0], MAP, ValueError, "shallow must be [3, 4, 5] as deep, got float32 [2, 3, 4, 5]"),
+    "no token": (MAP[0, :, :0], MAP[0, :, :0], ValueError, "deep must have N, C >= 1, got float32 [3, 0, 5]"),
     "shapes differ": (MAP, MAP[..., :1], ValueError, "shallow must be [2, 3, 4, 5] as deep, got float32 [2, 3, 4, 1]"),
     "no position": (MAP[:, :, :0], MAP[:, :, :0], ValueError, "deep must have C, H, W >= 1, got float32 [2, 3, 0, 5]"),
     "devices differ": (

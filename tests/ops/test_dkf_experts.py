@@ -54,7 +54,7 @@ def arguments(**changes):
         ({"deep_norms": [norm()]}, ValueError, "deep_norms must have K=2 members, got 1"),
         ({"deep": [maps()[0], torch.zeros(4, 6, 3, 4)]}, ValueError, r"deep\[1\] must be \[4, 6, 3, 5\] as deep\[0\]"),
         ({"shallow": [maps()[0], torch.zeros(SHAPE).int()]}, TypeError, r"shallow\[1\] must be float16"),
-        ({"shortcut": [torch.zeros(4, 6, 15), maps()[0]]}, ValueError, r"shortcut\[0\] must be \[B, C, H, W\]"),
+        ({"shortcut": [torch.zeros(4, 6, 15), maps()[0]]}, ValueError, r"shortcut\[0\] must be \[4, 6, 3, 5\] as deep"),
         ({"norms": [norm(), norm(5)]}, ValueError, r"norms\[1\]\.weight must be \[C=6\], got float32 \[5\]"),
         ({"deep_norms": [norm(eps=0.0), norm()]}, ValueError, r"deep_norms\[0\]\.eps must be > 0, got 0\.0"),
         ({"norms": [norm(momentum=float("nan")), norm()]}, ValueError, r"norms\[0\]\.momentum must be finite"),

@@ -1,4 +1,4 @@
-"""``digits-lt``: the 8×8 digits bundled with scikit-learn; nothing to download."""
+"""``digits-lt``: the 8×8 digits bundled with scikit-learn, resized if wanted; nothing to download."""
 
 import numpy as np
 
@@ -21,6 +21,7 @@ INFO = DatasetInfo(
     how_obtained="bundled with scikit-learn, nothing to download",
     default_imbalance_factor=20.0,
     augmentations=("shift", "none", "crop-flip", "cifar"),
+    resizable=True,
     # 383 images of 8x8: too small to share among threads, and at the published scale 30 learned by heart at once
     recipe=TEN_CLASSES
     | {

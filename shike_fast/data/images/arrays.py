@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def build_arrays(
 
     Args:
         info: the data set.
-        options: how it is loaded.
+        options: how it is loaded; with an ``image_size`` all images are resized at once, bilinearly, and kept so.
         train, test: images uint8 [N, C, H, W], and labels int64 [N], known to be in range.
         class_names: one name a class.
         mean, std: of the normalisation, for pixels in [0, 1].
@@ -90,6 +91,9 @@ def build_arrays(
     if options.imbalance_factor is not None:
         kept = long_tail_indices(labels, len(class_names), options.imbalance_factor, options.subset, options.long_tail)
         images, labels = images[kept], labels[kept]
+    identity = fingerprint(images, labels)  # of what was read: resizing may be rounded otherwise elsewhere
+    if options.image_size is not None:
+        images, test = _resized(images, options.image_size), (_resized(test[0], options.image_size), test[1])
     _, channels, side, _ = images.shape
     return LongTailData(
         name=info.name,
@@ -103,6 +107,12 @@ def build_arrays(
         std=std,
         imbalance_factor=options.imbalance_factor,
         augmentation=options.augmentation,
-        fingerprint=fingerprint(images, labels),
+        fingerprint=identity,
         info=info,
     )
+
+
+def _resized(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    pixels = torch.from_numpy(images).float()
+    resized = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8).numpy()

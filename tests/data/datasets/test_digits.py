@@ -75,3 +75,13 @@ def test_a_plain_torch_loader_can_use_it(digits):
     expected = digits.test.batch(np.arange(4), seed=0, epoch=0)
     assert torch.equal(images, expected[0])
     assert torch.equal(labels, expected[1])
+
+
+def test_another_image_size_is_resized_once(digits):
+    large = load_dataset("digits-lt", image_size=32)
+    assert (large.image_size, large.train.images.shape[1:], large.test.images.dtype) == (32, (1, 32, 32), np.uint8)
+    assert large.fingerprint == digits.fingerprint and large.class_counts.tolist() == digits.class_counts.tolist()
+    assert large.test[0][0].shape == (1, 32, 32)
+    blocks = large.test.images.reshape(-1, 8, 4, 8, 4).astype(np.float64).mean((2, 4))
+    assert np.abs(blocks - digits.test.images[:, 0]).mean() < 10  # of 255
+    assert np.array_equal(load_dataset("digits-lt", image_size=8).train.images, digits.train.images)
