@@ -1,4 +1,4 @@
-"""Every option of the training command: flags and their help; ``python -m shike_fast.engine.options`` prints a table."""
+"""Every option of the training command as a flag with its help; run as a module, it prints their table."""
 
 from __future__ import annotations
 
