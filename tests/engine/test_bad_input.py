@@ -224,4 +224,5 @@ def test_flags_reach_the_data_set(runs, monkeypatch):
         "image_size": 48,
         "strict": True,
         "subset": "ldam",
+        "long_tail": "exp",
     }

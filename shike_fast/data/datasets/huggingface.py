@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shike_fast.data.augment.photo import photo_augmentations
-from shike_fast.data.datasets.own import PARTS as _PARTS
-from shike_fast.data.datasets.own import FileOptions, choose_column, find_parts, name_classes, number_classes
+from shike_fast.data.datasets.own import PARTS, FileOptions, choose_column, find_parts, name_classes, number_classes
 from shike_fast.data.datasets.validation import build_parts
 from shike_fast.data.images.decode import BrokenImageError, Picture, open_image
 from shike_fast.data.images.files import ImagePart
@@ -148,7 +147,7 @@ def _open_parts(root: Path, options: FileOptions) -> dict[str, Any]:
         raise DataError(f"{root}: cannot be read by Hugging Face datasets ({reason})") from error
     if not isinstance(loaded, Mapping):
         return {"train": loaded}
-    parts = {_PARTS.get(str(name).lower(), str(name)): part for name, part in loaded.items() if len(part)}
+    parts = {PARTS.get(str(name).lower(), str(name)): part for name, part in loaded.items() if len(part)}
     if len(parts) == 1:
         return {"train": next(iter(parts.values()))}
     if "train" not in parts:

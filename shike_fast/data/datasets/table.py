@@ -160,8 +160,8 @@ class _Images:
             label, first = self._seen.setdefault(path, (row.label, where))
             if label != row.label:
                 raise DataError(
-                    f"{where}: {quoted(path)} has the label {_quoted(row.label)}, and on {first.rpartition(': ')[2]} "
-                    f"the label {_quoted(label)}; keep one of them"
+                    f"{where}: {quoted(path)} has the label {_quoted(row.label)}, and the label "
+                    f"{_quoted(label)} in {first}; keep one of them"
                 )
             images = self.parts[part or _part_of(row.split, where)]
             self._repeated += path in images

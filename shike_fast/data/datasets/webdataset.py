@@ -50,9 +50,13 @@ def load(info: DatasetInfo, options: LoadOptions) -> LongTailData:
     """Read where every image is, and its label; the archives are read once from end to end, without the images."""
     root = require_data_dir(info, options)
     own: FileOptions = options.own
-    if packed := [path for path in sorted(root.rglob("*")) if path.name.lower().endswith(_COMPRESSED)]:
-        raise DataError(f"{packed[0]}: is compressed, so that no image can be read by itself; unpack it to .tar")
-    train_files, val_files = find_parts(root, ENDINGS, own, "archive")
+    names = [path for path in sorted(root.rglob("*")) if path.name.lower().endswith((*ENDINGS, *_COMPRESSED))]
+    only_compressed = names and not any(path.name.lower().endswith(ENDINGS) for path in names)
+    endings = _COMPRESSED if only_compressed else ENDINGS
+    train_files, val_files = find_parts(root, endings, own, "archive")
+    for path in (*train_files, *val_files):
+        if path.name.lower().endswith(_COMPRESSED):
+            raise DataError(f"{path}: is compressed, so that no image can be read by itself; unpack it to .tar")
     train, val = _read_part(root, train_files, own), _read_part(root, val_files, own)
     classes = number_classes(train.labels, val.labels, root)
     return build_parts(

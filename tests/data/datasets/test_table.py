@@ -236,7 +236,9 @@ def test_rows_that_repeat_others(root, data_error):
     assert data.fingerprint == expected.fingerprint
     assert data.notes == ("rows that repeat another one, and are passed over: 2",)
     write(root / "labels.csv", [head, *rows, (rows[3][0], "bee")])
-    with data_error("line 14: 'photos/ant 3.png' has the label 'bee', and on line 5 the label 'ant'; keep one"):
+    with data_error(
+        "line 14: 'photos/ant 3.png' has the label 'bee', and the label 'ant' in", "labels.csv: line 5; keep one"
+    ):
         load(root)
 
 

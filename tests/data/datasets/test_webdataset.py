@@ -149,6 +149,11 @@ def test_archives_that_are_refused(root, data_error):
         load(root)
     (root / "again.tar").unlink()
     (root / "x.tar.GZ").write_bytes(b"x")
+    assert len(load(root).train) == 9
+    with data_error(root / "x.tar.GZ", "is compressed", "unpack it"):
+        load(root, files="x.tar.*")
+    for path in root.glob("*.tar"):
+        path.unlink()
     with data_error(root / "x.tar.GZ", "is compressed", "unpack it"):
         load(root)
 
