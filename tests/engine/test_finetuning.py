@@ -246,8 +246,11 @@ def test_a_run_with_adapters(runs, tmp_path, monkeypatch, capsys, kind):
     assert evaluate(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--json"]) == 0
     top1 = json.loads(capsys.readouterr().out)["top1"]
     assert top1 == pytest.approx(runs.metrics(tmp_path / "run")[-1]["top1"])
-    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "digit.png")
-    assert predict(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--images", str(tmp_path / "digit.png")]) == 0
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "images" / "digit.png")
+    command = ["--checkpoint", tmp_path / "run" / "last.pt", "--images", tmp_path / "images"]
+    assert predict([*map(str, command), "--output", str(tmp_path / "classes.csv")]) == 0
+    assert "digit.png" in (tmp_path / "classes.csv").read_text()
 
 
 def test_pretrained_weights_are_loaded_before_adapters_are_put_in(tmp_path):
