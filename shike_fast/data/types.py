@@ -72,7 +72,7 @@ class ValidationSplit:
     def sentence(self) -> str:
         """What is said of it."""
         return (
-            f"no validation images of its own: {len(self.names):,} of {self.whole:,} images set aside "
+            f"no validation images: {len(self.names):,} of {self.whole:,} images set aside "
             f"(--val-share {self.share:g} of each class, --split-seed {self.seed})"
         )
 

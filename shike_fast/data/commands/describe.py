@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shike_fast._util.files import atomic_write, check_output_file
+from shike_fast._util.options import add_owned
 from shike_fast._util.page import DESCRIPTION, is_page_of
 from shike_fast._util.pictures import is_picture
 from shike_fast.data.commands import description_files
 from shike_fast.data.commands.description_text import as_text
 from shike_fast.data.description.describe import FINDINGS, Description, describe
-from shike_fast.data.longtail import SUBSETS
-from shike_fast.data.registry import load_dataset
+from shike_fast.data.longtail import PROFILES, SUBSETS
+from shike_fast.data.registry import dataset_options, load_dataset, named_options
 from shike_fast.errors import ConfigError, DataError
 
 _COMPARING = ("leakage", "contradictions", "duplicates")  # findings that --no-duplicates leaves out
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", type=Path, metavar="DIR", help="folder with its files")
     add("--imbalance-factor", type=float, metavar="F", help="describe the long-tail subset of this factor")
     add("--subset", choices=tuple(SUBSETS), default="first", help="which images of a class it holds (default first)")
+    add("--long-tail", choices=tuple(PROFILES), default="exp", help="how its classes shrink (default exp)")
     add("--no-verify", action="store_true", help="accept any number of records")
     add("--no-duplicates", action="store_true", help="do not compare images")
     add("--all", action="store_true", help="show all classes and findings, not just the first")
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FINDING",
         help=f"end with status 1 if there are any: {', '.join(FINDINGS)}",
     )
+    add_owned(parser.add_argument_group("data sets of your own"), dataset_options())
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         data_dir=arguments.data_dir,
         imbalance_factor=arguments.imbalance_factor,
         subset=arguments.subset,
+        long_tail=arguments.long_tail,
         verify=not arguments.no_verify,
+        **named_options(vars(arguments)),
     )
     description = describe(data, data_dir=arguments.data_dir, duplicates=not arguments.no_duplicates)
     if arguments.json is not None:
