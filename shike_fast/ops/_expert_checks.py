@@ -18,6 +18,7 @@ from shike_fast.ops._checks import (
     check_finite,
     check_target,
     describe,
+    values_are_readable,
 )
 from shike_fast.ops._expert_call import (
     GIVEN,
@@ -81,8 +82,11 @@ def with_divergence(
     rows = batch // 2 if kind == VIEW else batch
     of_rows = ((rows,), (experts, rows))
     temperature, of_classes = number_or(op, "temperature", kl.temperature, first, ((classes,),), default=1.0)
-    if temperature <= 0:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    least = temperature
+    if of_classes is not None and values_are_readable(of_classes):
+        least = of_classes.detach().min().item()  # NaN counts
+    if not least > 0:
+        raise ValueError(f"{op}: temperature must be positive, got {least}")
     weight, weight_tensor = number_or(op, "weight", kl.weight, first, ((), *of_rows), default=1.0)
     gated = isinstance(kl.gate, str)
     if gated:

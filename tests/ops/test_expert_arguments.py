@@ -292,6 +292,8 @@ KL = {  # of both, as arguments or as fields
     "eps": ({"eps": -1e-9}, ValueError, "eps must be at least 0, got -1e-09"),
     "eps of no number": ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+    "temperature a tensor": ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature must be positive, got -1.0"),
+    "temperature of a class": ({"temperature": [1, 1, 0, 1, 1]}, ValueError, "temperature must be positive, got 0.0"),
     "temperature of another shape": (
         {"temperature": torch.ones(3, 5)},
         ValueError,

@@ -1,4 +1,4 @@
-"""The Dockerfile and the SLURM script of docs/deployment, as far as they can be tried without either."""
+"""The Dockerfile and the SLURM script of docs/cluster, as far as they can be tried without either."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "docs" / "deployment"
+FOLDER = ROOT / "docs" / "cluster"
 SCRIPT = FOLDER / "train.slurm"
 SRUN = """#!{python}
 import os, subprocess, sys
