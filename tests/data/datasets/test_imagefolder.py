@@ -180,7 +180,7 @@ def test_without_val_and_test_some_of_each_class_are_set_aside(image_dir, data_e
     data = load(image_dir)
     assert (data.class_counts.tolist(), data.test.labels.tolist()) == ([5, 3, 1], [0, 1, 2])
     assert data.validation.sentence == (
-        "no validation images of its own: 3 of 12 images set aside (--val-share 0.1 of each class, --split-seed 0)"
+        "no validation images: 3 of 12 images set aside (--val-share 0.1 of each class, --split-seed 0)"
     )
     assert [os.fsencode(path_of(data.test, image_dir, i)) for i in range(3)] == list(data.validation.names)
     files = {path_of(part, image_dir, i) for part in (data.train, data.test) for i in range(len(part))}
