@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -336,3 +337,8 @@ def test_a_family_is_registered_once(monkeypatch):
 
 def network_of_family(name):
     return models.create_model(name, num_classes=3).description["name"]
+
+
+def test_timm_is_imported_only_where_it_is_wanted(programs):
+    code = "import sys, shike_fast.models as m; m.create_model('resnet8', num_classes=3); print('timm' in sys.modules)"
+    assert programs.run([sys.executable, "-c", code]).stdout == "False\n"
