@@ -222,4 +222,4 @@ def test_without_a_command_the_commands_are_listed(programs):
     done = programs.run([sys.executable, "-m", "shike_fast"])
     assert done.returncode == 2 and done.stderr == ""
     listed = [line.split()[2].removeprefix("shike_fast.") for line in done.stdout.splitlines()[1:]]
-    assert listed == ["train", "evaluate", "predict", "data", "info"]
+    assert listed == ["train", "evaluate", "predict", "export", "data", "info"]

@@ -99,7 +99,7 @@ def test_a_weight_file_is_no_checkpoint(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(
         CheckpointError,
-        match=r"weights.pt is no checkpoint of shike_fast, .*; weights alone are for .*train --pretrained",
+        match=r"weights.pt is no checkpoint of shike_fast, which last.pt and best.pt of a run are$",
     ):
         load_checkpoint(tmp_path / "weights.pt")
 
