@@ -1,17 +1,21 @@
 """Whole runs with networks of timm: trained, resumed bit for bit, evaluated, used to predict; and what refuses them."""
 
+import importlib.util
 import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision_operators  # noqa: F401  (timm imports torchvision)
 from PIL import Image
 
+import shike_fast
 from shike_fast import info, models
 from shike_fast.data.__main__ import main as data
 from shike_fast.evaluate import main as evaluate
+from shike_fast.export import main as export
 from shike_fast.models import registry
 from shike_fast.models.timm_networks import timm_network
 from shike_fast.predict import main as predict
@@ -79,6 +83,35 @@ def test_on_generated_photographs(runs, tmp_path, capsys, name):
     capsys.readouterr()
     assert evaluate(["--checkpoint", str(run / "last.pt"), "--json", "--workers", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == runs.metrics(run)[-1]["top1"]
+    photographs = sorted(folder.rglob("*.jpg"))[:3]
+    assert_exported_alike(run / "last.pt", tmp_path, photographs)
+
+
+def assert_exported_alike(checkpoint, folder, images):
+    """Every format says what the network says, of one image and of several."""
+    formats = {"torch": "model.pt2", "safetensors": "hub"}
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        formats["onnx"] = "model.onnx"
+    expected = shike_fast.load(checkpoint, amp="off").predict(images).probabilities
+    for kind, name in formats.items():
+        arguments = ["--checkpoint", checkpoint, "--format", kind, folder / name]
+        assert export([str(argument) for argument in arguments]) == 0
+        loaded = shike_fast.load(folder / name)
+        for batch in (1, len(images)):
+            found = loaded.predict(images[:batch]).probabilities
+            torch.testing.assert_close(found, expected[:batch], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("options", [[], ["--adapter", "lora"], ["--adapter", "adaptformer"]], ids=lambda o: "-".join(o))
+def test_exported_from_digits(runs, tmp_path, name, options):
+    if "lora" in options:
+        pytest.importorskip("peft")
+    run = ["--model", WHOLE[name], *DIGITS, *options, "--output-dir", tmp_path / "run"]
+    assert runs.train(*run) == 0
+    images = [np.random.default_rng(i).integers(0, 256, (8 + i, 9), dtype=np.uint8) for i in range(3)]
+    assert_exported_alike(tmp_path / "run" / "last.pt", tmp_path, images)
 
 
 @pytest.mark.slow
