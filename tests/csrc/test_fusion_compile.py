@@ -20,7 +20,10 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+pytestmark = pytest.mark.slow  # the quick tests execute these kernels
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def compiled(request, compile_cuda):
     return compile_cuda("fusion/cuda_launch.cu", request.param)
 

@@ -253,7 +253,7 @@ def test_two_processes_cannot_write_one_run(runs, programs, tmp_path, finished):
     assert "another process is writing to" in second.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_from_outside_with_workers(runs, programs, tmp_path, number):
     """The whole process group gets the signal, as from a terminal or a batch system."""
     process = runs.start(*runs.small, "--epochs", 500, "--workers", 2, "--output-dir", tmp_path / "run")

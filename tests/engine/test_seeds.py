@@ -110,7 +110,7 @@ class SignalAfter:
         monkeypatch.setattr(trainer_module.Trainer, method, counted)
 
 
-@pytest.mark.parametrize("steps", [5, 17])
+@pytest.mark.parametrize("steps", [5, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_whole(series, runs, tmp_path, monkeypatch, capsys, steps):
     """In the first run, and in the second one; resumed, the series ends as the uninterrupted one."""
     arguments = [*TINY, "--seed", 3, "--seeds", 2, "--output-dir", tmp_path / "runs"]

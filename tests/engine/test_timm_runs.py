@@ -104,7 +104,9 @@ def assert_exported_alike(checkpoint, folder, images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("options", [[], ["--adapter", "lora"], ["--adapter", "adaptformer"]], ids=lambda o: "-".join(o))
+@pytest.mark.parametrize(
+    "options", [[], ["--adapter", "lora"], ["--adapter", "adaptformer"]], ids=lambda o: "-".join(o)
+)
 def test_exported_from_digits(runs, tmp_path, name, options):
     if "lora" in options:
         pytest.importorskip("peft")

@@ -7,7 +7,7 @@ import pytest
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=[name if name == "sm_90" else pytest.param(name, marks=pytest.mark.slow) for name in TARGETS])
 def target(request):
     """The name of a GPU architecture to compile for, for each of them."""
     return request.param

@@ -45,7 +45,7 @@ def test_in_the_interpreter(interpret):
 
 
 def test_a_part_in_the_interpreter(interpret):
-    interpret(__file__, ["check_extreme_logits", "check_ties", "check_masked_classes", "check_empty_batch"])
+    interpret(__file__, ["check_ties", "check_empty_batch"])
 
 
 def dkt(logits, target, grad_output=1.0, factors=None, **options):

@@ -11,6 +11,7 @@ def test_quick(interpreted):
     assert len(kernels) == 6 + 12 + 12 + 3 + 1 and kernels <= set(result["ran"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["pool", "bn", "folded"])
 def test_samples_end_in_registers(interpreted, op):
     """A block with more samples meets no more barriers, and asks for no more of shared memory."""
