@@ -300,7 +300,7 @@ def test_onnx(finished, model, exported, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
 def test_large_networks(name, image_dir, tmp_path):
     run = ["--dataset", "imagefolder", "--data-dir", image_dir, "--model", name, "--image-size", 64]
-    run += ["--epochs", 2, "--batch-size", 6, "--workers", 0, "--output-dir", tmp_path / "run"]
+    run += ["--epochs", 2, "--batch-size", 6, "--lr", 1e-3, "--workers", 0, "--output-dir", tmp_path / "run"]
     assert train([str(argument) for argument in run]) == 0
     kinds = {"torch": "model.pt2"} | ({"onnx": "model.onnx"} if _has_onnx() else {})
     model, files = shike_fast.load(tmp_path / "run" / "last.pt"), sorted((image_dir / "val").rglob("*.*"))
