@@ -18,6 +18,7 @@ import torch
 
 from shike_fast._util.cli import ArgumentParser, run_command
 from shike_fast._util.files import atomic_write, check_output_file, naming
+from shike_fast._util.optional import optional_library
 from shike_fast._util.plugins import add_plugin_option, parse_with_plugins
 from shike_fast.engine.classifier import Classifier
 from shike_fast.engine.exported import KEY, SUFFIX, WEIGHTS, metadata_of, weights_of
@@ -31,7 +32,6 @@ from shike_fast.engine.programs import (
     load_program,
     make_program,
     onnx_program,
-    require,
     torch_program,
 )
 from shike_fast.engine.state import with_average
@@ -66,7 +66,7 @@ def _export(arguments: dict[str, Any]) -> int:
     _check_output(output, kind)
     if kind == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
-            require(module, module, "--format onnx")
+            optional_library(module, "--format onnx")
     state = read_state(source, ForeignData.of(arguments).load())
     trained = trained_from(state, source, arguments["stage"], {"device": "cpu", "amp": "off"})
     if trained.config.ema:

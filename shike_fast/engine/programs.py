@@ -7,25 +7,24 @@ JSON object with the class names.
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shike_fast import ops
+from shike_fast._util.optional import optional_library
 from shike_fast.data.augment.batched import Normalise
 from shike_fast.data.images.prepared import ImageTransform
 from shike_fast.engine.classifier import ImageClassifier
 from shike_fast.engine.exported import KEY
-from shike_fast.errors import CheckpointError, ConfigError
+from shike_fast.errors import CheckpointError
 
 TORCH, ONNX = ".pt2", ".onnx"
 
@@ -99,20 +98,6 @@ def onnx_program(program: torch.export.ExportedProgram, metadata: Mapping[str, A
     return content
 
 
-def require(module: str, package: str, what: str) -> ModuleType:
-    """An optional library.
-
-    Raises:
-        ConfigError: it is not installed; names what needs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] != module.partition(".")[0]:
-            raise
-        raise ConfigError(f"{what} needs {package}: pip install {package}") from error
-
-
 # ---- running them
 
 
@@ -182,7 +167,7 @@ def _torch(source: Path) -> tuple[Callable[[Tensor], Tensor], str]:
 
 
 def _onnx(source: Path) -> tuple[Callable[[Tensor], Tensor], str]:
-    runtime = require("onnxruntime", "onnxruntime", f"{source} is an ONNX file, and running it")
+    runtime = optional_library("onnxruntime", f"{source} is an ONNX file, and running it")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from shike_fast._util.optional import optional_library
 from shike_fast.errors import ConfigError
 from shike_fast.models.freezing import freeze, with_experts
 from shike_fast.models.multi_expert import BRANCHES, HEADS, MultiExpertNetwork
@@ -122,15 +122,7 @@ def _inject_lora(
 
 
 def _peft() -> Any:
-    """The library peft.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module("peft")
-    except ImportError as error:
-        raise ConfigError("--adapter: lora needs the library peft; pip install peft, or use adaptformer") from error
+    return optional_library("peft", "--adapter: lora", otherwise=", or use adaptformer")
 
 
 def _lora_targets(model: MultiExpertNetwork, branches: bool, targets: Sequence[str] | None) -> list[str]:

@@ -6,7 +6,6 @@ timm is imported where a network of it is wanted.
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shike_fast.errors import ConfigError
+from shike_fast._util.optional import optional_library
 
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}  # of networks that else take images of one size
 _HEADS = ("global_pool", "head", "head_drop", "head_fc", "fc", "classifier")  # where timm's networks begin to pool
@@ -27,15 +26,7 @@ def import_timm() -> Any:
     Raises:
         ConfigError: saying what helps.
     """
-    try:
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        if error.name != "timm":
-            raise ConfigError(f"timm cannot be imported ({error})") from error
-        raise ConfigError("timm is not installed; pip install timm") from error
-    except (ImportError, RuntimeError) as error:  # a torchvision of another PyTorch, for example
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"timm cannot be imported ({reason})") from error
+    return optional_library("timm", "a network of timm")
 
 
 class TimmSource:

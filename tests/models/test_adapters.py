@@ -194,7 +194,7 @@ def test_more_that_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="add_adapters: only a MultiExpertNetwork"):
         models.add_adapters(nn.Linear(1, 1), "lora")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match="--adapter: lora needs the library peft; pip install peft, or use adapt"):
+    with pytest.raises(ConfigError, match="--adapter: lora needs peft: pip install peft, or use adapt"):
         models.add_adapters(network(), "lora")
 
 

@@ -114,3 +114,13 @@ def test_losses_of_class_numbers_say_where_to_go(loss):
         f"{loss.__name__}: target must be int64 [B=5], got float64 [5, 4]; if it is one-hot, pass target.argmax(1), "
         "for probabilities take expert_cross_entropy or expert_loss(soft_target=...)"
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_ignored_labels(backend):
+    """What ``ignore_index`` of F.cross_entropy does is a weight of 0."""
+    logits, target = torch.randn(3, 6, 5, dtype=torch.float64), torch.tensor([0, -100, 3, 4, -100, 1])
+    weight = (target != -100).double()
+    loss = expert_loss(logits, target.clamp(min=0), sample_weight=weight, reduction="weighted_mean", backend=backend)
+    expected = sum(F.cross_entropy(expert, target, ignore_index=-100) for expert in logits)
+    torch.testing.assert_close(loss, expected)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shike_fast._util.optional import optional_library
 from shike_fast.data.augment.photo import photo_augmentations
 from shike_fast.data.datasets.own import PARTS, FileOptions, choose_column, find_parts, name_classes, number_classes
 from shike_fast.data.datasets.validation import build_parts
@@ -128,10 +129,7 @@ def _open_parts(root: Path, options: FileOptions) -> dict[str, Any]:
     Raises:
         DataError: the library is lacking, or there is nothing that it can read.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"huggingface: needs Hugging Face datasets ({error}); pip install datasets") from error
+    datasets: Any = optional_library("datasets", "--dataset huggingface", error=DataError)
     saved = any((root / name).is_file() for name in _SAVED)
     named = next((flag for flag, at in (("--files", options.files), ("--val-files", options.val_files)) if at), None)
     if saved and named is not None:

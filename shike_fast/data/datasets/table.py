@@ -12,6 +12,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
+from shike_fast._util.optional import optional_library
 from shike_fast._util.options import option
 from shike_fast._util.text import quoted
 from shike_fast.data.augment.photo import photo_augmentations
@@ -268,13 +269,11 @@ def _open_parquet(source: Path) -> tuple[list[str], Callable[[str], list[str]]]:
     Raises:
         DataError: the library is lacking, the file is damaged or a column holds something else than texts or numbers.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(
-            f"{source}: Parquet needs pyarrow ({error}); pip install pyarrow, or write it as CSV"
-        ) from error
+    lacking = {"package": "pyarrow", "otherwise": ", or write it as CSV"}
+    pyarrow, parquet = (
+        optional_library(name, f"{source}: Parquet", **lacking, error=DataError)
+        for name in ("pyarrow", "pyarrow.parquet")
+    )
     try:
         file = parquet.ParquetFile(source)
     except (OSError, pyarrow.ArrowException) as error:

@@ -191,5 +191,5 @@ def test_workers_read_the_same(root):
 def test_without_the_library(root, data_error, monkeypatch):
     root.mkdir()
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with data_error("huggingface: needs Hugging Face datasets", "pip install datasets"):
+    with data_error("--dataset huggingface needs datasets: pip install datasets"):
         load(root)
