@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shike_fast._util.cli import settings_kept
 from shike_fast._util.plugins import import_plugins
 from shike_fast.data import LongTailData
@@ -51,6 +53,10 @@ class Run:
     model: Classifier
     config: dict[str, Any]
     dataset: LongTailData
+
+    def __repr__(self) -> str:
+        last = f", top1={self.metrics['top1']:.2f}" if self.history else ""
+        return f"Run({str(self.directory)!r}, {self.dataset.name!r}, {self.config['method']!r}{last})"
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -97,12 +103,16 @@ def train(
     if "seeds" in options:
         raise ConfigError("seeds: belongs to the command; here a loop over seed=0, 1, ... trains a run each")
     profile = {name: options.pop(name) for name in ("profile",) if name in options}
-    given = named_settings(options)
-    given |= {name: os.fspath(value) for name, value in given.items() if isinstance(value, os.PathLike)}
+    given = {name: _plain(value) for name, value in named_settings(options).items()}
     named = {"method": method, "plugins": plugins or None}
     given |= {name: value for name, value in named.items() if value is not None}
     given |= {"dataset": dataset} if isinstance(dataset, str) else {}
     passed = dataset if isinstance(dataset, LongTailData) else None
+    if dataset is not None and passed is None and not isinstance(dataset, str):
+        raise ConfigError(
+            f"dataset: must be a name, or what data.load_dataset or data.from_dataset returns, got "
+            f"{type(dataset).__name__}; data.from_dataset takes a data set of PyTorch"
+        )
     if passed is not None:
         given |= _settings_of(passed, given)
     if config is not None:
@@ -119,6 +129,13 @@ def train(
             return _train(given, quiet)
     finally:
         _one_at_a_time.release()
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, a number of NumPy as one of Python."""
+    return (
+        os.fspath(value) if isinstance(value, os.PathLike) else value.item() if isinstance(value, np.generic) else value
+    )
 
 
 def _settings_of(dataset: LongTailData, given: dict[str, Any]) -> dict[str, Any]:

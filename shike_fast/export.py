@@ -98,6 +98,11 @@ def _check_output(output: Path, kind: str) -> None:
         raise ConfigError(f"OUT: {output} is a file; name a folder, or a file that ends with {SUFFIX}")
     elif output.exists():
         check_output_file("OUT", output / CARD, is_card, "was not written by this command")
+        visible = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+        if visible and CARD not in visible:
+            raise ConfigError(
+                f"OUT: {output} holds other files than an export, such as {min(visible)}; name a new folder"
+            )
     else:
         check_output_file("OUT", output, lambda path: True, "")
 

@@ -1,5 +1,6 @@
 """``shike_fast.train`` and ``shike_fast.load``: the commands' work as Python functions."""
 
+import copy
 import json
 import pickle
 import signal
@@ -103,12 +104,24 @@ def test_images_of_every_kind_have_the_same_class(run, images, tmp_path):
         ([np.zeros((4, 4))], r"^image 0: pixels must be uint8, got float64 \[4, 4\]; images that are normalised"),
         ([np.zeros((4, 4, 2), np.uint8)], r"^image 0: pixels must be \[H, W\], .* got \[4, 4, 2\]$"),
         ([np.zeros((0, 4), np.uint8)], r"^image 0: pixels must be .* got \[0, 4\]$"),
+        (7, r"^images: must be one image or several, got int$"),
+        (None, r"^images: must be one image or several, got NoneType$"),
         ([7], r"^image 0: must be a path, a Pillow image or uint8 pixels, got int$"),
     ],
 )
 def test_what_is_no_image_is_an_error(run, given, message):
     with pytest.raises(DataError, match=message):
         run.model.predict(given)
+
+
+def test_a_network_of_another_dtype_predicts(run, images):
+    model = copy.deepcopy(run.model).double()
+    found = model.predict(images).probabilities
+    torch.testing.assert_close(found.float(), run.model.predict(images).probabilities, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_has_a_short_name(run):
+    assert repr(run) == f"Run('{run.directory}', 'digits-lt', 'shike', top1={run.metrics['top1']:.2f})"
 
 
 def test_a_broken_file_is_named(run, tmp_path):
@@ -172,6 +185,8 @@ def test_one_run_at_a_time(monkeypatch, tmp_path):
     [
         ({"dataset": "nowhere"}, ConfigError, "unknown data set 'nowhere'"),
         ({"method": "magic"}, ConfigError, "--method: must be one of"),
+        ({"dataset": 7}, ConfigError, r"^dataset: must be a name, .* got int; data.from_dataset takes"),
+        ({"dataset": [(0, 0)]}, ConfigError, r"^dataset: must be a name, .* got list; data.from_dataset takes"),
         ({"epoch": 3}, ConfigError, r"^unknown setting 'epoch'; did you mean epochs\?$"),
         ({"lr": "fast"}, ConfigError, "--lr: must be a number, got 'fast'"),
         ({"seeds": 3}, ConfigError, "^seeds: belongs to the command"),
@@ -190,7 +205,7 @@ def test_bad_input_is_an_exception(given, error, message):
 def test_options_by_the_names_of_the_flags_and_a_file_of_settings(tmp_path):
     (tmp_path / "own.toml").write_text('model = "resnet8"\nepochs = 1\nexperts = 2\nseed = 4\n')
     run = shike_fast.train(
-        "digits-lt", "ride", config=tmp_path / "own.toml", output_dir=tmp_path / "run", seed=5, quiet=True
+        "digits-lt", "ride", config=tmp_path / "own.toml", output_dir=tmp_path / "run", seed=np.int64(5), quiet=True
     )
     assert (run.config["num_experts"], run.config["seed"], run.config["method"]) == (2, 5, "ride")
 

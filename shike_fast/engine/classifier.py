@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shike_fast.data.images.prepared import AnyImage, ImageTransform
 from shike_fast.engine.inference import Trained
+from shike_fast.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,21 @@ class ImageClassifier(ABC):
         Raises:
             DataError: an image is none of these, or its file cannot be read.
         """
-        batches = [self.probabilities(batch.to(self.device)).cpu() for batch in self._batches(images, batch_size)]
+        batches = [self.probabilities(self._placed(batch)).cpu() for batch in self._batches(images, batch_size)]
         empty = torch.empty(0, len(self.class_names))
         return Predictions(torch.cat(batches) if batches else empty, self.class_names)
+
+    def _placed(self, images: Tensor) -> Tensor:
+        """Images where the network is, and of its dtype."""
+        return images.to(self.device)
 
     def _batches(self, images: AnyImage | Iterable[AnyImage], size: int) -> Iterator[Tensor]:
         if isinstance(images, Tensor) and images.is_floating_point():
             yield from (images[None] if images.dim() == 3 else images).split(size)
             return
         single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
+        if not single and not isinstance(images, Iterable):
+            raise DataError(f"images: must be one image or several, got {type(images).__name__}")
         remaining: Iterator[AnyImage] = iter([images] if single else images)  # type: ignore[list-item, arg-type]
         while batch := list(islice(remaining, size)):
             yield self.transform.batch(batch)
@@ -122,6 +129,9 @@ class Classifier(ImageClassifier, nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    def _placed(self, images: Tensor) -> Tensor:
+        return images.to(self.device, next(self.network.parameters()).dtype)
 
     def forward(self, images: Tensor, stage: int | None = None) -> Tensor:
         with self.trained.autocast():

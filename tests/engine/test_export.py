@@ -221,6 +221,7 @@ def test_an_older_export_is_replaced(finished, tmp_path):
         ("torch", "other.pt2", "other.pt2 exists and is no export; name another file"),
         ("safetensors", "other.pt2", "other.pt2 is a file; name a folder"),
         ("safetensors", "occupied", "README.md exists and was not written by this command"),
+        ("safetensors", "a_run", "a_run holds other files than an export, such as config.json; name a new folder"),
         ("torch", "nowhere/model.pt2", "nowhere is not a folder; create it"),
         ("safetensors", "nowhere/hub", "nowhere is not a folder; create it"),
     ],
@@ -230,6 +231,8 @@ def test_where_it_cannot_be_written(finished, tmp_path, capsys, monkeypatch, kin
     (tmp_path / "other.pt2").write_bytes(b"another")
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "README.md").write_text("mine")
+    (tmp_path / "a_run").mkdir()
+    (tmp_path / "a_run" / "config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     assert write(finished / "last.pt", kind, output) == 2
     assert message in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
