@@ -128,7 +128,7 @@ def _write_weights(output: Path, content: bytes, metadata: dict[str, Any]) -> No
 
 
 def _write_program(output: Path, kind: str, classifier: Classifier, metadata: dict[str, Any]) -> None:
-    """Write a program, and compare what it says, read again, with the network's own word.
+    """Write a program, read it again, and compare its probabilities with those of the network.
 
     Raises:
         RunError: they differ; the file is not kept.

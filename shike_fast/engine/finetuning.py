@@ -139,7 +139,7 @@ def check_stages(model: models.MultiExpertNetwork, stages: Iterable[methods.Stag
             )
     if settings.cache_features and type(model).features is not models.MultiExpertNetwork.features:
         raise ConfigError(
-            f"--cache-features: {settings.model} has features() of its own, so that its trunk cannot be replaced; "
+            f"--cache-features: {settings.model} overrides features(), so that its trunk cannot be replaced; "
             "leave it out"
         )
 
