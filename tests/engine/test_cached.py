@@ -223,7 +223,7 @@ def test_methods_that_do_more_with_images_are_refused(monkeypatch, tmp_path):
 
 def test_networks_with_features_of_their_own_are_refused(monkeypatch):
     monkeypatch.setattr(Elementwise, "features", lambda self, images: images, raising=False)
-    with pytest.raises(ConfigError, match=r"--cache-features: elementwise has features\(\) of its own"):
+    with pytest.raises(ConfigError, match=r"--cache-features: elementwise overrides features\(\)"):
         trainer_of(None, cache_features=True)
 
 
