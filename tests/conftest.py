@@ -102,6 +102,15 @@ def _threads() -> None:
     torch.set_num_threads(max(1, min(2, len(os.sched_getaffinity(0)) // processes)))
 
 
+@pytest.fixture
+def one_thread(_threads: None) -> Iterator[None]:
+    """For maps so small that threads wait for each other longer than they work, and for equal rounding."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _verified() -> None:
     """Not by the first call of a test, which may be one that must not start a process."""

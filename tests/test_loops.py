@@ -35,7 +35,7 @@ def test_there_is_a_loop_for_each():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_trains(programs, tmp_path, name):
-    """In a process of its own, without a GPU and the network; chance is right in ten percent."""
+    """In a separate process, without a GPU and the network; chance is right in ten percent."""
     for library in LOOPS[name]:
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed")

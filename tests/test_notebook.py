@@ -20,7 +20,7 @@ def test_it_holds_no_outputs():
 
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    """In a kernel of its own; the cells before the first one make it as other tests are."""
+    """In a separate kernel; the cells before the first one make it as other tests are."""
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     nbformat = pytest.importorskip("nbformat")

@@ -326,7 +326,7 @@ def published_weights(model: MultiExpertNetwork) -> dict[str, Tensor]:
         CheckpointError: it is no network of timm, or the weights are not here and cannot be fetched.
     """
     if not isinstance(model, TimmNetwork):
-        raise CheckpointError("--pretrained: timm publishes weights of its own networks alone; use --model timm:NAME")
+        raise CheckpointError("--pretrained: timm publishes weights of networks of timm alone; use --model timm:NAME")
     try:
         return model.source.make(pretrained=True).state_dict()
     except Exception as error:  # of timm, of the hub, and of whatever that uses to fetch

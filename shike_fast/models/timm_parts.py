@@ -160,7 +160,7 @@ def sections_of(net: nn.Module, features: Sequence[str]) -> tuple[list[str], lis
 
 
 def _prune(module: nn.Module, kept: Collection[str], *, parameters: bool = False) -> None:
-    """Leave of a module only the named descendants and what they lie in; of its own parameters all, or none."""
+    """Leave of a module only the named descendants and what they lie in; of its direct parameters all, or none."""
     if not parameters:
         module._parameters.clear()
         module._buffers.clear()

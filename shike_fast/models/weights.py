@@ -53,7 +53,7 @@ def load_pretrained(model: nn.Module, path: str | PathLike[str]) -> PretrainedRe
         model: a :class:`~shike_fast.models.MultiExpertNetwork`, changed in place; its parameters keep their
             dtype and device.
         path: a ``.safetensors`` file, or anything else for a state_dict saved by ``torch.save`` (``.pth``, ``.pt``);
-            ``"timm"`` for those that timm publishes for a network of its own, which it fetches unless it has them.
+            ``"timm"`` for those that timm publishes for one of timm's networks, which it fetches unless it has them.
 
     Returns:
         The names of what was loaded, left alone and ignored.

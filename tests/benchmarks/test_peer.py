@@ -26,12 +26,7 @@ def peer():
     return load("peer")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_two_processes_train_one_network(runs, programs, tmp_path, pytestconfig)
         (["--model", "timm:test_vit", "--shortcut", "pad"], "TimmTransformer has no option shortcut"),
         (["--model", "timm:test_resnet", "--method", "ride"], "TimmStages has no option expert_width"),
         (["--model", "tim:test_vit"], "--model: must be one of resnet8, "),
-        (["--model", "resnet8", "--pretrained", "timm"], "timm publishes weights of its own networks alone"),
+        (["--model", "resnet8", "--pretrained", "timm"], "timm publishes weights of networks of timm alone"),
         (["--model", "timm:test_vit", "--image-size", 32, "--pretrained", "x.pth"], "x.pth is not a file"),
     ],
 )

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import ClassVar
@@ -21,7 +20,7 @@ HISTORY = [
 
 
 class Fake(Tracker):
-    """Writes down what it is told; fails where a test wants it to."""
+    """Writes down what it gets; fails where a test wants it to."""
 
     module, package = "json", "fake"
     told: ClassVar[list] = []
@@ -196,7 +195,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_wandb(programs, tmp_path):
-    """In a process of its own, for it starts another; the files name one run."""
+    """In a separate process, for it starts another; the files name one run."""
     pytest.importorskip("wandb")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     for count, done in ((2, False), (3, True)):
@@ -266,8 +265,8 @@ def test_mlflow_at_a_server(tmp_path, monkeypatch):
 
 
 def test_trackio(programs, tmp_path):
-    """In a process of its own: its folder is read when it is imported."""
-    if subprocess.run([sys.executable, "-c", "import trackio"], capture_output=True).returncode:
+    """In a separate process: its folder is read when it is imported."""
+    if programs.run([sys.executable, "-c", "import trackio"]).returncode:
         pytest.skip("trackio cannot be imported")
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     code = (

@@ -1,7 +1,6 @@
 """One program for every batch size: torch.export with an open batch, and how often torch.compile compiles."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -38,8 +37,8 @@ NETWORKS = {
     params=[pytest.param(name, marks=pytest.mark.slow) if name.startswith("timm:") else name for name in NETWORKS]
 )
 def network(request):
-    if request.param.startswith("timm:") and importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
+    if request.param.startswith("timm:"):
+        pytest.importorskip("timm")
     torch._dynamo.reset()
     torch.manual_seed(0)
     side, build = NETWORKS[request.param]

@@ -115,7 +115,7 @@ def test_without_a_network_it_is_one_line(monkeypatch):
     assert message.startswith("--pretrained: the weights that timm publishes for test_vit cannot be had (no route)")
     assert message.endswith("name their file: --pretrained FILE") and "\n" not in message
     with pytest.raises(
-        CheckpointError, match="timm publishes weights of its own networks alone; use --model timm:NAME"
+        CheckpointError, match="timm publishes weights of networks of timm alone; use --model timm:NAME"
     ):
         models.load_pretrained(models.create_model("resnet8", num_classes=5), "timm")
 

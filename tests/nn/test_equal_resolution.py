@@ -8,13 +8,7 @@ import torch.nn.functional as F
 
 from shike_fast import nn
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fusion(channels_in=5, channels_out=6):

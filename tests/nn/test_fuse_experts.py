@@ -9,13 +9,7 @@ from torch import nn as torch_nn
 
 from shike_fast import nn
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_threads):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def experts_case(residual):

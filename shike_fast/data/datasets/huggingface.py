@@ -10,13 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shike_fast._util.optional import optional_library
-from shike_fast.data.augment.photo import photo_augmentations
-from shike_fast.data.datasets.own import PARTS, FileOptions, choose_column, find_parts, name_classes, number_classes
+from shike_fast.data.datasets.own import (
+    PARTS,
+    FileOptions,
+    choose_column,
+    find_parts,
+    name_classes,
+    number_classes,
+    own_images,
+)
 from shike_fast.data.datasets.validation import build_parts
 from shike_fast.data.images.decode import BrokenImageError, Picture, open_image
 from shike_fast.data.images.files import ImagePart
 from shike_fast.data.images.paths import PathTable
-from shike_fast.data.recipes import PHOTOGRAPHS
 from shike_fast.data.registry import register_dataset
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
@@ -25,15 +31,11 @@ _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 _IMAGE_COLUMNS = "image images img picture photo pixels imagebytes bytes jpg png".split()
 _UNLABELLED = -1  # what a class label is where nobody may know it
 
-INFO = DatasetInfo(
-    name="huggingface",
-    description="your own images, 224x224 colour crops, as Hugging Face datasets saves them, or in Parquet files",
-    how_obtained="--data-dir DIR that save_to_disk wrote, or with Parquet files that hold images and labels",
-    default_imbalance_factor=None,
-    augmentations=photo_augmentations("rrc"),
-    resizable=True,
-    recipe=PHOTOGRAPHS,
-    options=FileOptions,
+INFO = own_images(
+    "huggingface",
+    "as Hugging Face datasets saves them, or in Parquet files",
+    "--data-dir DIR that save_to_disk wrote, or with Parquet files that hold images and labels",
+    FileOptions,
 )
 
 

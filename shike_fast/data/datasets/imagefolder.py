@@ -9,29 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shike_fast._util.text import printable
-from shike_fast.data.augment.photo import photo_augmentations
+from shike_fast.data.datasets.own import own_images
 from shike_fast.data.datasets.validation import SplitOptions, build_parts
 from shike_fast.data.images.files import ImagePart
 from shike_fast.data.images.paths import PathTable
 from shike_fast.data.images.stores import FileStore
-from shike_fast.data.recipes import PHOTOGRAPHS
 from shike_fast.data.registry import register_dataset
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
-INFO = DatasetInfo(
-    name="imagefolder",
-    description="your own images, 224x224 colour crops, one folder a class",
-    how_obtained=(
-        "--data-dir DIR with the images in DIR/train/CLASS and DIR/val/CLASS (or DIR/test/CLASS), or all in DIR/CLASS"
-    ),
-    default_imbalance_factor=None,
-    augmentations=photo_augmentations("rrc"),
-    resizable=True,
-    recipe=PHOTOGRAPHS,
-    options=SplitOptions,
+INFO = own_images(
+    "imagefolder",
+    "one folder a class",
+    "--data-dir DIR with the images in DIR/train/CLASS and DIR/val/CLASS (or DIR/test/CLASS), or all in DIR/CLASS",
+    SplitOptions,
 )
 
 

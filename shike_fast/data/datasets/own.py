@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from shike_fast._util.options import option
 from shike_fast._util.text import printable
+from shike_fast.data.augment.photo import photo_augmentations
 from shike_fast.data.datasets.lists import path_fault
 from shike_fast.data.datasets.validation import SplitOptions
+from shike_fast.data.recipes import PHOTOGRAPHS
+from shike_fast.data.types import DatasetInfo
 from shike_fast.errors import DataError
 
 PARTS = {
@@ -59,6 +62,26 @@ class FileOptions(SplitOptions):
         "column of the labels; of WebDataset the extension, such as cls, or the key in .json",
         metavar="NAME",
         default_text="guessed",
+    )
+
+
+def own_images(name: str, form: str, how_obtained: str, options: type[SplitOptions]) -> DatasetInfo:
+    """The description of a kind of a user's own images: they differ in how they are kept, in nothing else.
+
+    Args:
+        name: on the command line.
+        form: how they are kept, the end of the description.
+        how_obtained, options: as in the description.
+    """
+    return DatasetInfo(
+        name=name,
+        description=f"your own images, 224x224 colour crops, {form}",
+        how_obtained=how_obtained,
+        default_imbalance_factor=None,
+        augmentations=photo_augmentations("rrc"),
+        resizable=True,
+        recipe=PHOTOGRAPHS,
+        options=options,
     )
 
 

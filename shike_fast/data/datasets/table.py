@@ -15,7 +15,6 @@ from typing import NamedTuple
 from shike_fast._util.optional import optional_library
 from shike_fast._util.options import option
 from shike_fast._util.text import quoted
-from shike_fast.data.augment.photo import photo_augmentations
 from shike_fast.data.datasets.archives import read_file
 from shike_fast.data.datasets.layouts import Layout, find_files
 from shike_fast.data.datasets.lists import BYTE_ORDER_MARK, ListedImages, path_fault
@@ -25,12 +24,12 @@ from shike_fast.data.datasets.own import (
     choose_column,
     find_parts,
     number_classes,
+    own_images,
     usual_columns,
 )
 from shike_fast.data.datasets.validation import build_parts
 from shike_fast.data.images.files import ImagePart
 from shike_fast.data.images.paths import PathTable
-from shike_fast.data.recipes import PHOTOGRAPHS
 from shike_fast.data.registry import register_dataset
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
@@ -58,15 +57,11 @@ class TableOptions(FileOptions):
     )
 
 
-INFO = DatasetInfo(
-    name="table",
-    description="your own images, 224x224 colour crops, named with their labels in a CSV, TSV or Parquet file",
-    how_obtained="--data-dir DIR with the images and a table of their paths and labels",
-    default_imbalance_factor=None,
-    augmentations=photo_augmentations("rrc"),
-    resizable=True,
-    recipe=PHOTOGRAPHS,
-    options=TableOptions,
+INFO = own_images(
+    "table",
+    "named with their labels in a CSV, TSV or Parquet file",
+    "--data-dir DIR with the images and a table of their paths and labels",
+    TableOptions,
 )
 
 

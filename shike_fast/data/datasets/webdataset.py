@@ -15,15 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shike_fast._util.text import printable
-from shike_fast.data.augment.photo import photo_augmentations
 from shike_fast.data.datasets.archives import AGAIN
 from shike_fast.data.datasets.imagefolder import EXTENSIONS
-from shike_fast.data.datasets.own import FileOptions, choose_column, find_parts, number_classes
+from shike_fast.data.datasets.own import FileOptions, choose_column, find_parts, number_classes, own_images
 from shike_fast.data.datasets.validation import build_parts
 from shike_fast.data.images.decode import BrokenImageError, Picture, open_image, unreadable
 from shike_fast.data.images.files import ImagePart
 from shike_fast.data.images.paths import PathTable
-from shike_fast.data.recipes import PHOTOGRAPHS
 from shike_fast.data.registry import register_dataset
 from shike_fast.data.types import DatasetInfo, LoadOptions, LongTailData, require_data_dir
 from shike_fast.errors import DataError
@@ -33,15 +31,11 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LABELS = ("cls", "json", "txt")  # extensions, the first that a sample has goes before the others
 _MOST_BYTES = 2**24  # of a label
 
-INFO = DatasetInfo(
-    name="webdataset",
-    description="your own images, 224x224 colour crops, in tar archives with a .cls, .json or .txt beside each",
-    how_obtained="--data-dir DIR with the archives, such as DIR/train-0000.tar and DIR/val-0000.tar",
-    default_imbalance_factor=None,
-    augmentations=photo_augmentations("rrc"),
-    resizable=True,
-    recipe=PHOTOGRAPHS,
-    options=FileOptions,
+INFO = own_images(
+    "webdataset",
+    "in tar archives with a .cls, .json or .txt beside each",
+    "--data-dir DIR with the archives, such as DIR/train-0000.tar and DIR/val-0000.tar",
+    FileOptions,
 )
 
 

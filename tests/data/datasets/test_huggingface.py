@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from workers import assert_workers_read_the_same
 
-from shike_fast.data import Loader, load_dataset
+from shike_fast.data import load_dataset
 
 hf = pytest.importorskip("datasets")
 
@@ -180,12 +181,7 @@ def test_images_that_are_only_named(root, tmp_path, data_error):
 def test_workers_read_the_same(root):
     dataset().save_to_disk(root)
     train = load(root, seed=1).train
-    batches = []
-    for workers in (0, 2):
-        loader = Loader(train, batch_size=4, shuffle=True, num_workers=workers)
-        batches.append(np.concatenate([images.numpy() for images, _ in loader.epoch(0)]))
-        loader.close()
-    assert np.array_equal(*batches)
+    assert_workers_read_the_same(train)
 
 
 def test_without_the_library(root, data_error, monkeypatch):
