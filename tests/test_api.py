@@ -61,6 +61,8 @@ def test_the_model_is_that_of_the_checkpoint(run, images):
     assert loaded.class_names == run.model.class_names == tuple("0123456789")
     assert loaded.class_counts.tolist() == run.dataset.class_counts.tolist()
     assert torch.equal(loaded(images), run.model(images)) and run.model(images).shape == (3, 20, 10)
+    second = run.model.network(images, stage=2)  # of the stage that was trained last
+    assert torch.equal(loaded(images), second) and not torch.equal(loaded(images, stage=1), second)
     assert torch.equal(loaded(images, stage=1), run.model.network(images, stage=1))
     found = loaded.predict(images)
     assert torch.equal(found.probabilities, run.model(images).mean(0).softmax(1)) and len(found) == 20
@@ -95,6 +97,15 @@ def test_images_of_every_kind_have_the_same_class(run, images, tmp_path):
         torch.testing.assert_close(model.predict(one).probabilities, expected[:1], rtol=1e-4, atol=1e-5)
     assert model.predict([]).probabilities.shape == (0, 10) and model.predict([]).names == []
     torch.testing.assert_close(model.transform(paths[1]), images[1])
+
+
+@pytest.mark.parametrize(("channel", "weight"), [(0, 0.299), (1, 0.587), (2, 0.114)])
+def test_a_network_of_grey_images_sees_the_luma(run, channel, weight):
+    """ITU-R 601-2, as Pillow's conversion to grey."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[..., channel] = 255
+    expected = (weight - run.dataset.mean[0]) / run.dataset.std[0]
+    torch.testing.assert_close(run.model.transform(pixels), torch.full((1, 8, 8), expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
