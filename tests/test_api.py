@@ -50,7 +50,7 @@ def test_a_run_holds_what_the_command_writes(run, tmp_path, monkeypatch):
 def test_the_process_is_as_before(tmp_path, capsys):
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    shike_fast.train(output_dir=tmp_path / "run", threads=threads + 1, **SMALL)
+    shike_fast.train(output_dir=tmp_path / "run", threads=2 if threads == 1 else 1, **SMALL)
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), random)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert capsys.readouterr().out == ""

@@ -145,6 +145,7 @@ def test_what_is_frozen_has_no_gradient_and_no_momentum(stage):
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if name in model.frozen)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same():
     config = resolve(SMALL | {"freeze": "trunk"})
     images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)

@@ -44,10 +44,6 @@ def test_in_the_interpreter(interpret):
     interpret(__file__, [name for name in globals() if name.startswith("check_")])
 
 
-def test_a_part_in_the_interpreter(interpret):
-    interpret(__file__, ["check_ties", "check_empty_batch"])
-
-
 def dkt(logits, target, grad_output=1.0, factors=None, **options):
     """Loss, terms and gradient of the kernels, which leave the divisor that ``kl_reduction`` names to their callers."""
     given = {**DEFAULTS, **options}

@@ -19,10 +19,6 @@ def test_in_the_interpreter(interpret):
     interpret(__file__, [name for name in globals() if name.startswith("check_")])
 
 
-def test_a_part_in_the_interpreter(interpret):
-    interpret(__file__, ["check_cosines[2x5x7x9-float32]", "check_norms_below_epsilon", "check_frozen_factors"])
-
-
 def factors(experts, batch, dim, classes, dtype=torch.float32):
     return torch.randn(experts, batch, dim).to(dtype), torch.randn(experts, dim, classes).to(dtype)
 

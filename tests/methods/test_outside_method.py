@@ -245,6 +245,7 @@ def test_plugins_that_cannot_be_imported(outside, capsys, command):
     assert "--plugin: expected one argument" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_a_plugin(own, programs):
     (own / "three_stages-1.dist-info").mkdir()
     (own / "three_stages-1.dist-info" / "METADATA").write_text(
